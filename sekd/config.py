@@ -1,0 +1,173 @@
+"""SEKDConfig: every choice of a run beyond the models and the data, checked before anything is loaded."""
+
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from sekd.losses import DIVERGENCES
+from sekd.policies import NEEDS_SCORES, POLICIES, make_policy
+from sekd.scores import SCORES
+
+ENGINES = ("vllm", "hf")
+
+
+def _help(text: str) -> dict:
+    return {"help": text.replace("%", "%%")}  # argparse formats it
+
+
+@dataclass
+class SEKDConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` and the fields of selective distillation; each field's help says what it does.
+
+    Raises:
+        ValueError: a value that cannot work, with the field, the value and the remedy.
+    """
+
+    # The teacher
+    teacher_model_name_or_path: str | None = field(default=None, metadata=_help("Folder or hub id of the teacher."))
+    teacher_model_revision: str = field(default="main", metadata=_help("Branch, tag or commit of the teacher."))
+    teacher_dtype: str = field(
+        default="bfloat16",
+        metadata=_help("The teacher's weights: auto, bfloat16, float16, float32."),
+    )
+
+    # What is distilled, and where
+    lmbda: float = field(
+        default=0.0,
+        metadata=_help("Share of optimizer steps that are on-policy: 0 learns from the data, 1 from rollouts."),
+    )
+    divergence: str | None = field(
+        default=None,
+        metadata=_help(f"One of {', '.join(DIVERGENCES)}; reverse_kl if lmbda > 0 and else forward_kl, if not given."),
+    )
+    jsd_beta: float = field(default=0.5, metadata=_help("beta of divergence jsd, inside (0, 1)."))
+    kd_weight: float = field(default=1.0, metadata=_help("Weight of the divergence; the rest is cross-entropy."))
+    kd_temperature: float = field(default=1.0, metadata=_help("Temperature of both distributions in the divergence."))
+    position_score: str = field(
+        default="student_entropy", metadata=_help(f"How important a position is: {', '.join(SCORES)}.")
+    )
+    position_policy: str = field(default="top_k", metadata=_help(f"Which are distilled: {', '.join(POLICIES)}."))
+    position_fraction: float = field(default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]."))
+
+    # Data
+    prompt_column: str = field(default="prompt", metadata=_help("Column of prompts: text or chat messages."))
+    completion_column: str = field(default="completion", metadata=_help("Column of completions."))
+    messages_column: str = field(default="messages", metadata=_help("Column of whole conversations."))
+    text_column: str = field(default="text", metadata=_help("Column of plain text."))
+    prompt_template: str = field(
+        default="{prompt}", metadata=_help("A text prompt is put in the place of {prompt} before it is tokenized.")
+    )
+    use_chat_template: bool = field(
+        default=False, metadata=_help("Make text prompts a user turn and completions the assistant's.")
+    )
+    system_prompt: str | None = field(default=None, metadata=_help("System turn before each chat prompt."))
+    supervise_prompt: bool = field(default=False, metadata=_help("Distil prompt tokens too (off-policy)."))
+    packing: bool = field(default=True, metadata=_help("Pack text into max_length; documents never see each other."))
+    max_length: int = field(default=1024, metadata=_help("Longest training sequence, in tokens."))
+    max_prompt_length: int = field(default=512, metadata=_help("Longest prompt, in tokens."))
+    overlong_prompts: str = field(
+        default="error",
+        metadata=_help("Prompts over max_prompt_length: error stops, drop drops and counts them."),
+    )
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata=_help("Held-out data, like dataset_name; dataset_test_split of dataset_name if not given."),
+    )
+    max_eval_samples: int | None = field(default=None, metadata=_help("Evaluate on the first so many sequences."))
+
+    # Rollouts
+    rollout_engine: str = field(default="vllm", metadata=_help(f"Who generates: {', '.join(ENGINES)}."))
+    temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 0 is greedy."))
+    top_p: float = field(default=1.0, metadata=_help("Nucleus sampling: smallest set of this mass."))
+    top_k: int = field(default=0, metadata=_help("Sample from the k likeliest tokens; 0 is all."))
+    min_p: float = field(default=0.0, metadata=_help("Drop tokens under this share of the likeliest."))
+    max_completion_length: int = field(default=256, metadata=_help("Longest completion, in tokens."))
+    vllm_gpu_memory_utilization: float = field(default=0.3, metadata=_help("Share of the GPU that vLLM may take."))
+    vllm_kv_cache_gib: float = field(default=1.0, metadata=_help("vLLM's key-value cache on a CPU, in GiB."))
+    log_completions_steps: int = field(default=50, metadata=_help("Print a few rollouts every so often; 0 is never."))
+
+    # Memory
+    head_chunk_rows: int = field(default=256, metadata=_help("Rows that pass an LM head at once."))
+
+    # Defaults of TrainingArguments that distillation wants otherwise
+    learning_rate: float = field(default=1e-5, metadata=_help("Initial learning rate."))
+    bf16: bool | None = field(
+        default=None, metadata=_help("bf16 autocast over fp32 weights; where the hardware has it, if not given.")
+    )
+    logging_steps: float = field(default=10, metadata=_help("Log every so many steps."))
+    remove_unused_columns: bool = field(default=False, metadata=_help("Unused: sekd reads its own columns."))
+    logging_nan_inf_filter: bool = field(default=False, metadata=_help("Unused: a non-finite loss stops the run."))
+
+    def __post_init__(self) -> None:
+        if self.divergence is None:
+            self.divergence = "reverse_kl" if self.lmbda > 0 else "forward_kl"
+        self._check()
+        if not _has_accelerator():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _bf16_is_native(self.use_cpu)
+        super().__post_init__()
+        # The loader hands out samples, not tensors, so each process reads its own share of a stream.
+        self.accelerator_config.dispatch_batches = False
+
+    def _check(self) -> None:
+        _one_of("divergence", self.divergence, DIVERGENCES)
+        _one_of("position_score", self.position_score, SCORES)
+        make_policy(self.position_policy, self.position_fraction)
+        _one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
+        _one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
+        _one_of("rollout_engine", self.rollout_engine, ENGINES)
+        _within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
+        _within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
+        if not 0 < self.jsd_beta < 1:
+            raise ValueError(
+                f"jsd_beta {self.jsd_beta} is outside (0, 1); its limits are divergence: forward_kl and reverse_kl"
+            )
+        if self.kd_temperature <= 0:
+            raise ValueError(f"kd_temperature {self.kd_temperature} must be above 0; 1 leaves the distributions alone")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} must not be negative; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is outside (0, 1]; 1 samples from all tokens")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} must not be negative; 0 samples from all tokens")
+        _within("min_p", self.min_p, 0, 1, "0 samples from all tokens")
+        for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{prompt}}, the place of the prompt")
+        if self.lmbda > 0 and self.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError(
+                "rollout_engine 'vllm' needs vLLM, which is not installed: run `bash scripts/setup.sh` "
+                '(or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
+            )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the position policy looks at scores."""
+        return self.position_policy in NEEDS_SCORES
+
+
+def _one_of(name: str, value: object, known: object) -> None:
+    if value not in known:  # type: ignore[operator]
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")  # type: ignore[arg-type]
+
+
+def _within(name: str, value: float, low: float, high: float, hint: str) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value} is outside [{low}, {high}]; {hint}")
+
+
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def _bf16_is_native(on_cpu: bool) -> bool:
+    """Whether bf16 is faster than float32 here, not merely emulated."""
+    if on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8

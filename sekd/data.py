@@ -1,0 +1,272 @@
+"""Datasets in, token batches out. The only place where targets are shifted.
+
+Three kinds of rows are read: prompt and completion (text or chat messages), whole conversations (``messages``), and
+plain ``text``. Each becomes a :class:`Sample`, and samples become a batch in :func:`collate`.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl.chat_template_utils import get_training_chat_template
+from trl.data_utils import pack_dataset
+
+from rollouts import Rollout
+from sekd.config import SEKDConfig
+from sekd.types import IGNORE
+
+logger = logging.get_logger(__name__)
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(slots=True)
+class Sample:
+    """One training sequence. ``supervised`` marks the tokens that are targets; ``seq_lengths`` the packed documents."""
+
+    input_ids: list[int]
+    supervised: list[int]
+    sample_id: int
+    prompt_length: int = 0
+    seq_lengths: list[int] | None = None
+
+
+def load_rows(
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Rows of a local json, jsonl, csv or parquet file (or folder, or glob of them), or else of a hub dataset.
+
+    Raises:
+        ValueError: a file or folder that is not there or holds nothing readable.
+    """
+    suffix = os.path.splitext(name)[1]
+    if not (suffix in BUILDERS or os.path.exists(name) or name.startswith((".", "/", "~"))):
+        return load_dataset(name, config, split=split, streaming=streaming)
+    path = os.path.expanduser(name)
+    pattern = os.path.join(path, "**") if os.path.isdir(path) else path
+    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.splitext(f)[1] in BUILDERS)
+    if not files:
+        raise ValueError(f"dataset_name {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
+    builders = {BUILDERS[os.path.splitext(f)[1]] for f in files}
+    if len(builders) > 1:
+        raise ValueError(f"dataset_name {name!r} mixes {', '.join(sorted(builders))} files; name files of one kind")
+    return load_dataset(builders.pop(), data_files=files, split=split, streaming=streaming)
+
+
+def prepare(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
+) -> Dataset | IterableDataset:
+    """Rows as the columns of :class:`Sample`, tokenized, cut to length, packed if they are text.
+
+    Raises:
+        ValueError: an empty dataset, a missing column (lists those there are), prompts over ``max_prompt_length``.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("the training data is empty: dataset_name and dataset_train_split select no rows")
+    encode, is_text = _encoder(first, tokenizer, args)
+    in_memory = isinstance(dataset, Dataset)
+    progress: dict[str, Any] = {"desc": "Tokenizing"} if in_memory else {}
+    dataset = dataset.map(encode, remove_columns=list(first), **progress)
+    if is_text and args.packing:
+        if in_memory:
+            progress = {"desc": "Packing"}
+        dataset = pack_dataset(dataset, args.max_length, "bfd_split", progress)
+    else:
+        dataset = _within_limits(dataset, args)
+    if in_memory and not len(dataset):
+        raise ValueError("no sample has a token to learn from; raise max_length, or look at the completions")
+    return dataset.map(lambda _, index: {"sample_id": index}, with_indices=True)
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor]:
+    """The fields of :class:`sekd.types.Batch`, padded on the right.
+
+    Row t gets token t + 1 as its target where that token is supervised and does not begin a document.
+    """
+    width = max(len(s.input_ids) for s in samples)
+    input_ids = torch.full((len(samples), width), pad_token_id)
+    supervised = torch.zeros(len(samples), width, dtype=torch.bool)
+    position_ids = torch.empty(len(samples), width, dtype=torch.long)
+    for b, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        input_ids[b, :length] = torch.tensor(sample.input_ids)
+        supervised[b, :length] = torch.tensor(sample.supervised, dtype=torch.bool)
+        *lengths, last = sample.seq_lengths or [length]
+        # Padding continues the last document: what comes later is never attended to, and needs no mask.
+        position_ids[b] = torch.cat([torch.arange(n) for n in (*lengths, last + width - length)])
+    targets = torch.full_like(input_ids, IGNORE)
+    is_target = supervised[:, 1:] & (position_ids[:, 1:] > 0)
+    targets[:, :-1] = torch.where(is_target, input_ids[:, 1:], IGNORE)
+    sample_ids = torch.tensor([s.sample_id for s in samples])
+    return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids, "sample_ids": sample_ids}
+
+
+def from_rollout(sample: Sample, rollout: Rollout) -> Sample:
+    """The sample with a generated completion in the place of its own; only what was generated is supervised."""
+    ids = [*rollout.prompt_ids, *rollout.completion_ids]
+    supervised = [0] * len(rollout.prompt_ids) + [1] * len(rollout.completion_ids)
+    return Sample(ids, supervised, sample.sample_id, len(rollout.prompt_ids))
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless every token means the same to both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    different = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
+    if different:
+        token = min(different)
+        raise ValueError(
+            f"teacher and student have different tokenizers: {len(different)} tokens differ, for example {token!r} "
+            f"(student {ours.get(token)}, teacher {theirs.get(token)}); choose models of one family"
+        )
+
+
+Encoder = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _encoder(first: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> tuple[Encoder, bool]:
+    """The function that tokenizes a row of this kind, and whether it is plain text."""
+    if args.prompt_column in first:
+        if args.completion_column not in first and args.lmbda < 1:
+            raise _missing(args, first, ["completion_column"])
+        is_chat = args.use_chat_template or not isinstance(first[args.prompt_column], str)
+        encode = _encode_chat_pair if is_chat else _encode_pair
+    elif args.messages_column in first:
+        encode = _encode_messages
+    elif args.text_column in first and args.lmbda == 0:
+        encode = _encode_text
+    else:
+        raise _missing(args, first, ["prompt_column", "messages_column"] + ["text_column"] * (args.lmbda == 0))
+    if encode is not _encode_pair and encode is not _encode_text and tokenizer.chat_template is None:
+        raise ValueError(
+            "the data is a conversation, but the tokenizer has no chat template: use text prompts, or set one"
+        )
+    return lambda row: encode(row, tokenizer, args), encode is _encode_text
+
+
+def _missing(args: SEKDConfig, first: dict[str, Any], fields: list[str]) -> ValueError:
+    wanted = " or ".join(f"{name}: {getattr(args, name)!r}" for name in fields)
+    return ValueError(
+        f"the data lacks {wanted}; its columns are {', '.join(map(repr, first))}. Set the field to one of them"
+    )
+
+
+def _encode_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    prompt = tokenizer(args.prompt_template.replace("{prompt}", row[args.prompt_column]))["input_ids"]
+    completion: list[int] = []
+    if args.completion_column in row:
+        completion = tokenizer(row[args.completion_column], add_special_tokens=False)["input_ids"]
+        completion = [*completion, tokenizer.eos_token_id]
+    return _pair(prompt, completion, args)
+
+
+def _encode_chat_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    prompt, answer = row[args.prompt_column], row.get(args.completion_column)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": args.prompt_template.replace("{prompt}", prompt)}]
+        answer = [{"role": "assistant", "content": answer}] if answer is not None else None
+    return _chat_turn(_with_system(prompt, args), answer, tokenizer, args)
+
+
+def _encode_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    messages = _with_system(row[args.messages_column], args)
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError(f"messages_column {args.messages_column!r}: a conversation has no assistant turn: {messages}")
+    sample = _chat_turn(messages[:last], [messages[last]], tokenizer, args)
+    if last == 1 or not any(m["role"] == "assistant" for m in messages[:last]):
+        return sample
+    # Several assistant turns: all of them are targets. Their place comes from a template that marks it.
+    template = get_training_chat_template(tokenizer=tokenizer) or tokenizer.chat_template
+    marked = tokenizer.apply_chat_template(
+        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    supervised = [1] * len(marked["input_ids"]) if args.supervise_prompt else marked["assistant_masks"]
+    return {
+        "input_ids": marked["input_ids"],
+        "supervised": supervised,
+        # For rollouts the prompt is everything before the last answer, as the tokenizer's own template writes it.
+        "prompt_length": sample["prompt_length"],
+    }
+
+
+def _encode_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    ids = [*tokenizer(row[args.text_column])["input_ids"], tokenizer.eos_token_id]
+    sample = {"input_ids": ids, "supervised": [1] * len(ids)}
+    return sample if args.packing else {**sample, "prompt_length": 0}
+
+
+def _with_system(messages: list[dict[str, str]], args: SEKDConfig) -> list[dict[str, str]]:
+    if args.system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": args.system_prompt}, *messages]
+
+
+def _chat_turn(
+    prompt: list[dict[str, str]],
+    answer: list[dict[str, str]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SEKDConfig,
+) -> dict[str, Any]:
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    if answer is None:
+        return _pair(prompt_ids, [], args)
+    ids = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            "the chat template writes the prompt differently once the answer follows, so the answer's tokens cannot "
+            "be told apart; use text columns, or a template whose prompt is a prefix of the conversation"
+        )
+    completion = ids[len(prompt_ids) :]
+    # What a template writes after the end of the turn is never generated.
+    if tokenizer.eos_token_id in completion:
+        completion = completion[: len(completion) - completion[::-1].index(tokenizer.eos_token_id)]
+    return _pair(prompt_ids, completion, args)
+
+
+def _pair(prompt: list[int], completion: list[int], args: SEKDConfig) -> dict[str, Any]:
+    supervised = [int(args.supervise_prompt)] * len(prompt) + [1] * len(completion)
+    return {"input_ids": [*prompt, *completion], "supervised": supervised, "prompt_length": len(prompt)}
+
+
+def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
+    """Over-long prompts are an error or dropped; sequences are cut to ``max_length``; both are counted."""
+
+    def fits(row: dict[str, Any]) -> bool:
+        length = row["prompt_length"]
+        if length > args.max_prompt_length and args.overlong_prompts == "error" and not isinstance(dataset, Dataset):
+            raise ValueError(_overlong("a prompt of the stream is", length, args))
+        return length <= args.max_prompt_length
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": row["input_ids"][: args.max_length], "supervised": row["supervised"][: args.max_length]}
+
+    if isinstance(dataset, Dataset):
+        lengths = torch.tensor(dataset["prompt_length"][:])
+        overlong = int((lengths > args.max_prompt_length).sum())
+        if overlong and args.overlong_prompts == "error":
+            raise ValueError(_overlong(f"{overlong} of {len(lengths)} prompts are", int(lengths.max()), args))
+        total = torch.tensor([len(ids) for ids in dataset["input_ids"]])
+        if overlong:
+            logger.warning(
+                f"dropped {overlong} of {len(lengths)} prompts over max_prompt_length {args.max_prompt_length}"
+            )
+        if args.lmbda < 1 and (cut_short := int((total > args.max_length).sum())):
+            logger.warning(f"cut {cut_short} of {len(total)} sequences to max_length {args.max_length}")
+    dataset = dataset.filter(fits)
+    if args.lmbda < 1:  # rollouts bring their own completions
+        dataset = dataset.map(cut).filter(lambda row: any(row["supervised"][1:]) or args.lmbda > 0)
+    return dataset
+
+
+def _overlong(who: str, longest: int, args: SEKDConfig) -> str:
+    return (
+        f"{who} longer than max_prompt_length {args.max_prompt_length}; raise it to {longest}, "
+        "or drop them with overlong_prompts: drop"
+    )

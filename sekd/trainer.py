@@ -1,0 +1,350 @@
+"""SEKDTrainer: ``transformers.Trainer`` around :func:`sekd.distill.distill`. No loss arithmetic lives here."""
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from jaxtyping import Float
+from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from rollouts import HFEngine, Rollout, RolloutEngine, VLLMEngine
+from sekd.config import SEKDConfig
+from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
+from sekd.distill import Method, distill
+from sekd.evaluate import held_out_sums
+from sekd.losses import DIVERGENCES
+from sekd.models import causal_lm, check_head, common_vocab, freeze, full_weights, load_model, run_inside, unwrap
+from sekd.policies import make_policy
+from sekd.progress import ProgressLine, RunFiles, show_completions
+from sekd.teachers import LiveTeacher
+from sekd.types import Batch
+
+
+class SEKDTrainer(Trainer):
+    """Distils a teacher into a student at the positions that carry signal.
+
+    Data and tokenizers are checked first, models are loaded last; both may be given as names or as models.
+
+    Args:
+        model: the student.
+        teacher_model: the teacher; ``args.teacher_model_name_or_path`` if not given.
+        train_dataset: rows as :mod:`sekd.data` reads them.
+        eval_dataset: rows of the same kind; ``evaluate`` reports divergences a token on them.
+        processing_class: the tokenizer; the student's own if not given.
+        peft_config: trains an adapter instead of the whole student.
+        rollout_engine: generates in on-policy steps; ``args.rollout_engine`` is built at need if not given.
+        model_init_kwargs: for the student's ``from_pretrained``; float32 weights by default.
+
+    Raises:
+        ValueError: data, tokenizers or options that cannot work, with the remedy.
+        FloatingPointError: a loss that is not finite, in training; it names the samples.
+    """
+
+    args: SEKDConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: SEKDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        rollout_engine: RolloutEngine | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+    ) -> None:
+        args = args or SEKDConfig()
+        teacher_model = teacher_model or args.teacher_model_name_or_path
+        if teacher_model is None:
+            raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
+        if train_dataset is None:
+            raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
+        init = {"dtype": torch.float32, **(model_init_kwargs or {})}
+        if peft_config is not None and peft_config.is_prompt_learning:
+            raise ValueError(f"peft_type {peft_config.peft_type} adds virtual tokens, which shift the rows; use LoRA")
+        if init.get("quantization_config") is not None and peft_config is None:
+            raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
+        if init.get("quantization_config") is not None and args.lmbda > 0 and args.rollout_engine != "hf":
+            raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
+
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            processing_class = AutoTokenizer.from_pretrained(name)
+        if isinstance(teacher_model, str):
+            revision = args.teacher_model_revision
+            check_same_tokenizer(processing_class, AutoTokenizer.from_pretrained(teacher_model, revision=revision))
+        self.packed = False
+        train_dataset = self._prepare_data(train_dataset, processing_class, args)
+        if eval_dataset is not None:
+            eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
+            if args.max_eval_samples is not None:
+                eval_dataset = eval_dataset.take(args.max_eval_samples)
+
+        if isinstance(model, str):
+            model = load_model(model, **init)
+        if peft_config is not None:
+            if getattr(model, "is_quantized", False):
+                model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
+            model = get_peft_model(model, peft_config)
+        if isinstance(teacher_model, str):
+            attention = init.get("attn_implementation")
+            teacher_model = load_model(
+                teacher_model, revision=revision, dtype=args.teacher_dtype, attn_implementation=attention
+            )
+
+        args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`; DataParallel would split the loss
+        super().__init__(
+            model,
+            args,
+            data_collator=_samples,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[RunFiles(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True  # by the sequences of the whole optimizer step
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressLine())
+
+        teacher_model = freeze(teacher_model).to(args.device)
+        if not is_deepspeed_zero3_enabled():
+            for either in (self.model, teacher_model):
+                check_head(either, self.packed)
+        vocab = common_vocab(self.model, teacher_model)
+        self.teacher = LiveTeacher(teacher_model, vocab)
+        divergence = DIVERGENCES[args.divergence]
+        self.method = Method(
+            score=args.position_score if args.needs_scores else None,
+            policy=make_policy(args.position_policy, args.position_fraction),
+            divergence=partial(divergence, beta=args.jsd_beta) if args.divergence == "jsd" else divergence,
+            kd_weight=args.kd_weight,
+            temperature=args.kd_temperature,
+            vocab=vocab,
+            chunk_rows=args.head_chunk_rows,
+        )
+        self.engine = rollout_engine
+        self._sums: Counter[str] = Counter()
+        self._last_log = time.monotonic()
+
+    def _prepare_data(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Any:
+        dataset = prepare(dataset, tokenizer, args)
+        self.packed |= "seq_lengths" in next(iter(dataset))
+        return dataset
+
+    # One optimizer step: all its micro-batches at once, then each through the loss.
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of an optimizer step, and the number of sequences that their loss is a mean over."""
+        micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if micro_batches and self._is_on_policy(self.state.global_step):
+            micro_batches = self._roll_out(micro_batches)
+        batches = [self._collate(samples) for samples in micro_batches]
+        sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
+        return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """This micro-batch's share of the mean over the sequences of the optimizer step."""
+        batch, step = Batch.from_inputs(inputs), self.state.global_step
+        generators = [_generator(self.args.seed, step, i) for i in batch.sample_ids.tolist()]
+        with self.accelerator.autocast():
+            total, sums = run_inside(
+                model, lambda b: distill(model, self.teacher, b, self.method, step, generators), batch
+            )
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total.item()} at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
+                f"before the weights take it. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
+                "max_grad_norm may help, or bf16: false"
+            )
+        self._sums.update(sums)
+        # Wrappers average gradients over processes; the sum is wanted.
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+    # Rollouts
+
+    def _is_on_policy(self, step: int) -> bool:
+        return random.Random(f"{self.args.seed}/{step}").random() < self.args.lmbda
+
+    def _roll_out(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
+        """The same samples with completions by the student as it is now, from one call of the engine."""
+        samples = [s for micro_batch in micro_batches for s in micro_batch]
+        started = time.monotonic()
+        rollouts = self._generate(samples, self.state.global_step)
+        lengths = [len(r.completion_ids) for r in rollouts]
+        self._sums.update(
+            rollouts=len(rollouts),
+            rollout_tokens=sum(lengths),
+            rollout_seconds=time.monotonic() - started,
+            cut_rollouts=sum(r.finish_reason == "length" for r in rollouts),
+            empty_rollouts=lengths.count(0),
+        )
+        every = self.args.log_completions_steps
+        if every and self.state.global_step % every == 0 and self.is_world_process_zero():
+            show_completions(self.processing_class, rollouts[:2], self.state.global_step)
+        new = map(from_rollout, samples, rollouts)
+        return [[next(new) for _ in micro_batch] for micro_batch in micro_batches]
+
+    def _generate(self, samples: list[Sample], step: int) -> list[Rollout]:
+        if self.engine is None:
+            self.engine = self._make_engine()
+        shared = isinstance(self.engine, HFEngine) and self.engine.model is unwrap(self.model)
+        self.engine.sync_weights(self.engine.model if shared else full_weights(self.model_wrapped), step)
+        with self.accelerator.autocast():
+            return self.engine.generate([s.input_ids[: s.prompt_length] for s in samples])
+
+    def _make_engine(self) -> RolloutEngine:
+        args, lm = self.args, causal_lm(self.model)
+        own_stops = lm.generation_config.eos_token_id
+        stops = {self.processing_class.eos_token_id, *(own_stops if isinstance(own_stops, list) else [own_stops])}
+        sampling = dict(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            max_completion_length=args.max_completion_length,
+            stop_token_ids=sorted(stops - {None}),
+            seed=args.seed + 1_000_000 * args.process_index,
+        )
+        if args.rollout_engine == "hf":
+            return HFEngine(unwrap(self.model), **sampling)
+        # The weights arrive before each round, so vLLM needs the architecture only.
+        folder = os.path.join(args.output_dir, "rollout_config")
+        if self.is_world_process_zero():
+            lm.config.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+        return VLLMEngine(
+            folder,
+            **sampling,
+            load_format="dummy",
+            max_prompt_length=args.max_prompt_length,
+            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            kv_cache_gib=args.vllm_kv_cache_gib,
+        )
+
+    # Around the steps
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; the rollout engine's processes end with it, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the rollout engine."""
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Forward KL, reverse KL, cross-entropy and entropy, a token, over all valid rows of the held-out data.
+
+        An on-policy run (``lmbda`` 1) evaluates fresh rollouts of the held-out prompts.
+        """
+        batches = list(self.get_eval_dataloader(eval_dataset))
+        if self.args.lmbda == 1:
+            batches = self._evaluation_rollouts(batches)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        sums: Counter[str] = Counter()
+        for samples in batches:
+            batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples)))
+            with self.accelerator.autocast():
+                sums.update(run_inside(model, lambda b: held_out_sums(model, self.teacher, b, self.method), batch))
+        model.train(was_training)
+        totals = self._over_processes(sums)
+        rows = max(totals.pop("rows"), 1)
+        metrics = {f"{metric_key_prefix}_{name}": value / rows for name, value in totals.items()}
+        metrics[f"{metric_key_prefix}_rows"] = rows
+        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{_evaluated(self.args.divergence)}"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_rollouts(self, batches: list[list[Sample]]) -> list[list[Sample]]:
+        samples = [s for samples in batches for s in samples]
+        # A step of its own for the seeds: the same sampling noise at each evaluation, and none that training used.
+        new = map(from_rollout, samples, self._generate(samples, -1))
+        return [[next(new) for _ in samples] for samples in batches]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what was summed since the last log."""
+        if "loss" in logs and self._sums:
+            logs |= self._means(self._over_processes(self._sums), time.monotonic() - self._last_log)
+            self._sums.clear()
+            self._last_log = time.monotonic()
+        super().log(logs, start_time)
+
+    @staticmethod
+    def _means(sums: dict[str, float], seconds: float) -> dict[str, float]:
+        means = {
+            "divergence": sums["divergence"] / max(sums["selected_rows"], 1),
+            "entropy": sums["entropy"] / max(sums["entropy_rows"], 1),
+            "entropy_selected": sums["selected_entropy"] / max(sums["selected_rows"], 1),
+            "selected_fraction": sums["selected_rows"] / max(sums["rows"], 1),
+            "tokens_per_second": sums["tokens"] / seconds,
+        }
+        if rollouts := sums.get("rollouts"):
+            means |= {
+                "completion_length": sums["rollout_tokens"] / rollouts,
+                "cut_fraction": sums["cut_rollouts"] / rollouts,
+                "empty_completions": sums["empty_rollouts"],
+                "rollout_tokens_per_second": sums["rollout_tokens"] / sums["rollout_seconds"],
+            }
+        return means
+
+    def _over_processes(self, sums: Counter[str]) -> dict[str, float]:
+        names = sorted(sums)
+        totals = torch.tensor([float(sums[n]) for n in names], dtype=torch.float64).to(self.args.device, torch.float32)
+        return dict(zip(names, self.accelerator.reduce(totals, "sum").tolist(), strict=True))
+
+    def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
+        pad = self.processing_class.pad_token_id
+        return collate(samples, pad if pad is not None else self.processing_class.eos_token_id or 0)
+
+
+def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
+    """The loader's collator: samples stay samples until the optimizer step knows whether it is on-policy."""
+    return [Sample(**row) for row in rows]
+
+
+def _generator(seed: int, step: int, sample_id: int) -> torch.Generator:
+    """Randomness of one sequence at one step: the same however sequences are batched and distributed."""
+    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{sample_id}").getrandbits(63))
+
+
+def _evaluated(divergence: str) -> str:
+    return divergence if divergence in ("forward_kl", "reverse_kl") else "forward_kl"

@@ -1,0 +1,40 @@
+"""The records that travel between modules, and the letters of their shapes.
+
+B sequences, T tokens, V vocabulary, D hidden size, N rows. Row (b, t) holds the two next-token distributions after
+token t: the teacher's p and the student's q; its target y is token t + 1. A row is *valid* if its target is supervised.
+All logs are natural.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+IGNORE = -100
+"""The target of a row that is not supervised: padding, prompt, the first token of a packed document."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences whose targets are already shifted (by :mod:`sekd.data`, and nowhere else).
+
+    ``attention_mask`` is needed for left padding only. Where it is None, attention is causal within each run of
+    consecutive ``position_ids``: positions that restart separate packed documents, and right padding is never seen.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"]
+    sample_ids: Int[Tensor, " B"]
+    attention_mask: Int[Tensor, "B T"] | None = None
+
+    @property
+    def valid(self) -> Bool[Tensor, "B T"]:
+        """Rows whose target is supervised."""
+        return self.targets != IGNORE
+
+    @classmethod
+    def from_inputs(cls, inputs: dict[str, Any]) -> "Batch":
+        """The batch in a Trainer's ``inputs``, which must be a dict to be moved between devices."""
+        return cls(**{f.name: inputs.get(f.name) for f in fields(cls)})
