@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ class Rollout:
     finish_reason: str
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions with weights that the trainer hands over."""
 

@@ -1,0 +1,197 @@
+"""The ``sekd`` command: the only place where a recipe becomes objects."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import yaml
+
+from sekd.progress import write_atomically
+
+TRAIN_HELP = """\
+Distil a teacher into a student as a recipe says.
+
+A recipe is flat YAML. Its keys are the fields below, those of transformers' TrainingArguments, and those of TRL's
+ScriptArguments and ModelConfig (model_name_or_path, dtype, use_peft, lora_r, load_in_4bit, ...). Every key can be
+given on the command line too, and beats the file there.
+
+example:
+  sekd train recipes/gsm8k_on_policy_sekd.yaml --max_steps 100 --learning_rate 2e-6
+
+The output folder gets the student, its tokenizer, recipe.yaml (as run), versions.json and metrics.jsonl.
+--resume_from_checkpoint true goes on from the last checkpoint there.
+"""
+DEMO_HELP = """\
+Run the main job on an embedded default, without any download: write arithmetic word problems, train a tiny teacher,
+and distil it on-policy through vLLM into a smaller student, once at 20 % of the positions and once at all.
+
+example:
+  sekd demo --seed 7 --output_dir runs/demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 1 (training stopped), 2 (a wrong input) or 130 (Ctrl-C)."""
+    parser = argparse.ArgumentParser(prog="sekd", description="Selective knowledge distillation of language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    train = commands.add_parser("train", help="distil as a recipe says", description=TRAIN_HELP, formatter_class=raw)
+    train.add_argument("recipe", help="a YAML file, for example one of recipes/")
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="beats the recipe")
+    demo = commands.add_parser("demo", help="the main job in 5 minutes", description=DEMO_HELP, formatter_class=raw)
+    demo.add_argument("--output_dir", default="runs/demo")
+    demo.add_argument("--seed", type=int, default=0)
+    if argv is None:
+        argv = sys.argv[1:]
+    if [*argv][:1] == ["train"] and {"-h", "--help"} & {*argv}:
+        train.epilog = _field_help()
+    options = parser.parse_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at every import
+    try:
+        return run_train(options.recipe, options.overrides) if options.command == "train" else run_demo(options)
+    except KeyboardInterrupt:
+        print("sekd: stopped", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"sekd: {error}", file=sys.stderr)
+        return 1
+
+
+def run_train(recipe: str, overrides: Sequence[str]) -> int:
+    """``sekd train``."""
+    try:
+        trainer, resume = build(recipe, overrides)
+    except (ValueError, OSError) as error:
+        print(f"sekd: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+    finally:
+        trainer.close()
+    if trainer.is_world_process_zero():
+        print(f"the student is in {trainer.args.output_dir}")
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """``sekd demo``."""
+    from sekd.demo import demo
+
+    demo(options.output_dir, options.seed)
+    return 0
+
+
+def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool | None]:
+    """The trainer that a recipe describes, and the checkpoint to resume from.
+
+    Raises:
+        ValueError: what a recipe or its data has wrong; models are loaded last.
+    """
+    script, args, model = parse_recipe(recipe, overrides)
+    if model.model_name_or_path is None:
+        raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
+    if script.dataset_name is None:
+        raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import get_peft_config, get_quantization_config
+
+    from sekd.data import load_rows
+    from sekd.trainer import SEKDTrainer
+
+    resume = args.resume_from_checkpoint
+    if resume in ("true", "True", True):
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if resume is None:
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in output_dir {args.output_dir!r}")
+    streaming = script.dataset_streaming
+    train = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, streaming)
+    held_out = None
+    if args.eval_on_start or args.eval_strategy != "no":
+        name = args.eval_dataset_name or script.dataset_name
+        held_out = load_rows(name, script.dataset_config, script.dataset_test_split, streaming)
+    trainer = SEKDTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model),
+        model_init_kwargs={
+            "revision": model.model_revision,
+            "dtype": model.dtype,
+            "attn_implementation": model.attn_implementation,
+            "quantization_config": get_quantization_config(model),
+        },
+    )
+    if trainer.is_world_process_zero():
+        os.makedirs(args.output_dir, exist_ok=True)
+        write_atomically(os.path.join(args.output_dir, "recipe.yaml"), as_recipe(script, args, model))
+    return trainer, resume
+
+
+def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
+    """A recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
+
+    Raises:
+        ValueError: no such file, no mapping in it, an unknown key (names the nearest known one), or a bad value.
+    """
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from sekd.config import SEKDConfig
+
+    if not os.path.isfile(recipe):
+        raise ValueError(f"recipe {recipe!r}: no such file")
+    with open(recipe) as file:
+        keys = yaml.safe_load(file)
+    if not isinstance(keys, dict):
+        raise ValueError(f"recipe {recipe!r} is not a mapping of keys to values")
+    records = (ScriptArguments, SEKDConfig, ModelConfig)
+    known = {f.name for record in records for f in fields(record) if f.init}
+    flags = [flag[2:].split("=")[0].replace("-", "_") for flag in overrides if flag.startswith("--")]
+    for key in [*keys, *flags]:
+        if key not in known and key != "env" and not (key.startswith("no_") and key[3:] in known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"unknown key {key!r} in {'the recipe' if key in keys else 'the command line'}; "
+                f"the nearest known one is {near!r}"
+            )
+    parser = TrlParser(records)
+    parser.error = _raise  # type: ignore[method-assign]
+    return parser.parse_args_and_config(["--config", recipe, *overrides])  # type: ignore[return-value]
+
+
+def as_recipe(*records: Any) -> str:
+    """Flat YAML with every field of the records spelled out; ``sekd train`` reads it again."""
+    keys: dict[str, Any] = {}
+    for record in records:
+        values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
+        names = [f.name for f in fields(record) if f.init and not f.name.endswith("_token")]
+        keys |= {name: values[name] for name in names if name in values}
+    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _field_help() -> str:
+    from transformers import TrainingArguments
+
+    from sekd.config import SEKDConfig
+
+    inherited = {f.name for f in fields(TrainingArguments)}
+    lines = [
+        f"  {f.name} = {f.default}\n      {f.metadata['help'].replace('%%', '%')}"
+        for f in fields(SEKDConfig)
+        if f.name not in inherited
+    ]
+    return "fields:\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

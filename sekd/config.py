@@ -25,6 +25,8 @@ class SEKDConfig(TrainingArguments):
         ValueError: a value that cannot work, with the field, the value and the remedy.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
+
     # The teacher
     teacher_model_name_or_path: str | None = field(default=None, metadata=_help("Folder or hub id of the teacher."))
     teacher_model_revision: str = field(default="main", metadata=_help("Branch, tag or commit of the teacher."))
@@ -61,6 +63,9 @@ class SEKDConfig(TrainingArguments):
     )
     use_chat_template: bool = field(
         default=False, metadata=_help("Make text prompts a user turn and completions the assistant's.")
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata=_help("Variables of the chat template, for example {enable_thinking: false}.")
     )
     system_prompt: str | None = field(default=None, metadata=_help("System turn before each chat prompt."))
     supervise_prompt: bool = field(default=False, metadata=_help("Distil prompt tokens too (off-policy)."))

@@ -185,7 +185,11 @@ def _encode_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ar
     # Several assistant turns: all of them are targets. Their place comes from a template that marks it.
     template = get_training_chat_template(tokenizer=tokenizer) or tokenizer.chat_template
     marked = tokenizer.apply_chat_template(
-        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        messages,
+        chat_template=template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **(args.chat_template_kwargs or {}),
     )
     supervised = [1] * len(marked["input_ids"]) if args.supervise_prompt else marked["assistant_masks"]
     return {
@@ -214,10 +218,11 @@ def _chat_turn(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    variables = args.chat_template_kwargs or {}
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **variables)
     if answer is None:
         return _pair(prompt_ids, [], args)
-    ids = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    ids = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False, **variables)
     if ids[: len(prompt_ids)] != prompt_ids:
         raise ValueError(
             "the chat template writes the prompt differently once the answer follows, so the answer's tokens cannot "

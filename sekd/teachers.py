@@ -1,6 +1,6 @@
 """Where the teacher's distributions come from."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from sekd.models import head_of, hidden_states
 from sekd.types import Batch
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A source of teacher distributions, asked once a batch for its rows and then a chunk at a time for logits."""
 

@@ -237,6 +237,7 @@ class SEKDTrainer(Trainer):
         # The weights arrive before each round, so vLLM needs the architecture only.
         folder = os.path.join(args.output_dir, "rollout_config")
         if self.is_world_process_zero():
+            lm.config.architectures = [type(lm).__name__]  # a model that was never saved does not say
             lm.config.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         return VLLMEngine(
