@@ -101,7 +101,7 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
-    from sekd.data import load_rows
+    from sekd.data import is_local, load_rows
     from sekd.trainer import SEKDTrainer
 
     resume = args.resume_from_checkpoint
@@ -114,6 +114,11 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
     held_out = None
     if args.eval_on_start or args.eval_strategy != "no":
         name = args.eval_dataset_name or script.dataset_name
+        if args.eval_dataset_name is None and is_local(name) and "[" not in script.dataset_test_split:
+            raise ValueError(
+                "evaluation needs data of its own: set eval_dataset_name, or slice the file, for example "
+                "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
+            )
         held_out = load_rows(name, script.dataset_config, script.dataset_test_split, streaming)
     trainer = SEKDTrainer(
         model=model.model_name_or_path,

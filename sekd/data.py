@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.chat_template_utils import get_training_chat_template
-from trl.data_utils import pack_dataset
+from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from rollouts import Rollout
 from sekd.config import SEKDConfig
@@ -37,26 +37,44 @@ class Sample:
     seq_lengths: list[int] | None = None
 
 
+def is_local(name: str) -> bool:
+    """Whether a dataset's name means files here, rather than a hub id."""
+    return os.path.splitext(name)[1] in BUILDERS or os.path.exists(name) or name.startswith((".", "/", "~"))
+
+
 def load_rows(
     name: str, config: str | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
     """Rows of a local json, jsonl, csv or parquet file (or folder, or glob of them), or else of a hub dataset.
 
+    Files are one split, whatever ``split`` calls it; a slice such as ``train[:64]`` or ``train[90%:]`` selects from
+    their rows. Of several files the columns that all of them have are kept.
+
     Raises:
         ValueError: a file or folder that is not there or holds nothing readable.
     """
-    suffix = os.path.splitext(name)[1]
-    if not (suffix in BUILDERS or os.path.exists(name) or name.startswith((".", "/", "~"))):
+    if not is_local(name):
         return load_dataset(name, config, split=split, streaming=streaming)
     path = os.path.expanduser(name)
     pattern = os.path.join(path, "**") if os.path.isdir(path) else path
     files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.splitext(f)[1] in BUILDERS)
     if not files:
         raise ValueError(f"dataset_name {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
-    builders = {BUILDERS[os.path.splitext(f)[1]] for f in files}
-    if len(builders) > 1:
-        raise ValueError(f"dataset_name {name!r} mixes {', '.join(sorted(builders))} files; name files of one kind")
-    return load_dataset(builders.pop(), data_files=files, split=split, streaming=streaming)
+    parts = [
+        load_dataset(BUILDERS[os.path.splitext(f)[1]], data_files=f, split="train", streaming=streaming) for f in files
+    ]
+    if len(parts) > 1:
+        columns = [
+            c for c in get_dataset_column_names(parts[0]) if all(c in get_dataset_column_names(p) for p in parts)
+        ]
+        parts = [part.select_columns(columns) for part in parts]
+    dataset = concatenate_datasets(parts)
+    if "[" not in split:
+        return dataset
+    if streaming:
+        raise ValueError(f"split {split!r} slices a stream, whose length is unknown; set dataset_streaming: false")
+    spans = ReadInstruction.from_spec("train" + split[split.index("[") :]).to_absolute({"train": len(dataset)})
+    return dataset.select([i for span in spans for i in range(span.from_ or 0, span.to or len(dataset))])
 
 
 def prepare(

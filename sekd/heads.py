@@ -64,9 +64,8 @@ def chunked_entropy(
 def _autocast_without_cache(device_type: str) -> torch.autocast:
     """The autocast state in force, less its cache of converted weights.
 
-    A head's weight that was cached by a pass without gradient would be used, without its graph, by the pass with
-    gradient: the head would silently stop learning. And chunks that share one cached bf16 copy would add up their
-    gradients in bf16.
+    Chunks that share one cached bf16 copy of a weight add up their gradients in bf16; each converting its own adds
+    them up in the weight's float32.
     """
     return torch.autocast(
         device_type,
