@@ -6,7 +6,7 @@ plain ``text``. Each becomes a :class:`Sample`, and samples become a batch in :f
 
 import glob
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,10 @@ def load_rows(
     files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.splitext(f)[1] in BUILDERS)
     if not files:
         raise ValueError(f"dataset_name {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
+    if len({os.path.splitext(f)[1] for f in files}) > 1:
+        raise ValueError(
+            f"dataset_name {name!r} mixes kinds of files; name those of one kind, such as 'folder/*.jsonl'"
+        )
     parts = [
         load_dataset(BUILDERS[os.path.splitext(f)[1]], data_files=f, split="train", streaming=streaming) for f in files
     ]
@@ -87,7 +91,7 @@ def prepare(
     """
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError("the training data is empty: dataset_name and dataset_train_split select no rows")
+        raise ValueError("the data is empty: the dataset and its split select no rows")
     encode, is_text = _encoder(first, tokenizer, args)
     in_memory = isinstance(dataset, Dataset)
     progress: dict[str, Any] = {"desc": "Tokenizing"} if in_memory else {}
@@ -145,10 +149,10 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         )
 
 
-Encoder = Callable[[dict[str, Any]], dict[str, Any]]
+Encoder = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def _encoder(first: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> tuple[Encoder, bool]:
+def _encoder(first: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> tuple[Encoder, bool]:
     """The function that tokenizes a row of this kind, and whether it is plain text."""
     if args.prompt_column in first:
         if args.completion_column not in first and args.lmbda < 1:
@@ -168,14 +172,14 @@ def _encoder(first: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SE
     return lambda row: encode(row, tokenizer, args), encode is _encode_text
 
 
-def _missing(args: SEKDConfig, first: dict[str, Any], fields: list[str]) -> ValueError:
+def _missing(args: SEKDConfig, first: Mapping[str, Any], fields: list[str]) -> ValueError:
     wanted = " or ".join(f"{name}: {getattr(args, name)!r}" for name in fields)
     return ValueError(
         f"the data lacks {wanted}; its columns are {', '.join(map(repr, first))}. Set the field to one of them"
     )
 
 
-def _encode_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     prompt = tokenizer(args.prompt_template.replace("{prompt}", row[args.prompt_column]))["input_ids"]
     completion: list[int] = []
     if args.completion_column in row:
@@ -184,7 +188,7 @@ def _encode_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: 
     return _pair(prompt, completion, args)
 
 
-def _encode_chat_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_chat_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     prompt, answer = row[args.prompt_column], row.get(args.completion_column)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": args.prompt_template.replace("{prompt}", prompt)}]
@@ -192,7 +196,7 @@ def _encode_chat_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, a
     return _chat_turn(_with_system(prompt, args), answer, tokenizer, args)
 
 
-def _encode_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     messages = _with_system(row[args.messages_column], args)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last is None:
@@ -218,7 +222,7 @@ def _encode_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, ar
     }
 
 
-def _encode_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     ids = [*tokenizer(row[args.text_column])["input_ids"], tokenizer.eos_token_id]
     sample = {"input_ids": ids, "supervised": [1] * len(ids)}
     return sample if args.packing else {**sample, "prompt_length": 0}
@@ -261,13 +265,13 @@ def _pair(prompt: list[int], completion: list[int], args: SEKDConfig) -> dict[st
 def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
     """Over-long prompts are an error or dropped; sequences are cut to ``max_length``; both are counted."""
 
-    def fits(row: dict[str, Any]) -> bool:
+    def fits(row: Mapping[str, Any]) -> bool:
         length = row["prompt_length"]
         if length > args.max_prompt_length and args.overlong_prompts == "error" and not isinstance(dataset, Dataset):
             raise ValueError(_overlong("a prompt of the stream is", length, args))
         return length <= args.max_prompt_length
 
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
+    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
         return {"input_ids": row["input_ids"][: args.max_length], "supervised": row["supervised"][: args.max_length]}
 
     if isinstance(dataset, Dataset):

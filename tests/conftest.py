@@ -90,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     made.chat_template = (
         "{% for m in messages %}<{{ m.role }}> "
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <eos> {% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <eos>{% endgeneration %} "
         "{% else %}{{ m.content }} {% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant> {% endif %}"
     )

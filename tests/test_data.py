@@ -1,0 +1,235 @@
+"""Rows become samples, samples become batches; what is supervised is exactly what should be."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import EOS
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerFast
+
+from rollouts import Rollout
+from sekd.config import SEKDConfig
+from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, load_rows, prepare
+from sekd.types import IGNORE
+
+
+def config(**kwargs):
+    return SEKDConfig(output_dir="unused", **{"rollout_engine": "hf", **kwargs})
+
+
+def first(rows, tokenizer, **kwargs):
+    return Sample(**prepare(Dataset.from_list(rows), tokenizer, config(**kwargs))[0])
+
+
+def test_prompt_and_completion(tokenizer):
+    sample = first([{"prompt": "w1 w2", "completion": "w3 w4 w5", "other": 1}], tokenizer)
+    assert sample == Sample([1, 2, 3, 4, 5, EOS], [0, 0, 1, 1, 1, 1], 0, 2)
+    assert first([{"prompt": "w1", "completion": "w3"}], tokenizer, supervise_prompt=True).supervised == [1, 1, 1]
+
+
+def test_other_columns_and_a_template(tokenizer):
+    rows = [{"question": "w1", "answer": "w2"}]
+    sample = first(
+        rows, tokenizer, prompt_column="question", completion_column="answer", prompt_template="w9 {prompt} w8"
+    )
+    assert sample == Sample([9, 1, 8, 2, EOS], [0, 0, 0, 1, 1], 0, 3)
+
+
+def test_text_prompts_as_a_chat(tokenizer):
+    rows = [{"prompt": "w1", "completion": "w2"}]
+    sample = first(rows, tokenizer, use_chat_template=True, system_prompt="w7")
+    # <system> w7 <user> w1 <assistant> | w2 <eos>
+    assert sample == Sample([125, 7, 123, 1, 124, 2, EOS], [0, 0, 0, 0, 0, 1, 1], 0, 5)
+
+
+def test_conversational_prompt_and_completion(tokenizer):
+    row = {"prompt": [{"role": "user", "content": "w1"}], "completion": [{"role": "assistant", "content": "w2"}]}
+    assert first([row], tokenizer) == Sample([123, 1, 124, 2, EOS], [0, 0, 0, 1, 1], 0, 3)
+
+
+def messages(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_all_assistant_turns_of_a_conversation_are_targets(tokenizer):
+    row = messages(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4 w5"))
+    sample = first([row], tokenizer)
+    assert sample.input_ids == [123, 1, 124, 2, EOS, 123, 3, 124, 4, 5, EOS]
+    # The template of this tokenizer puts <assistant> before what it marks as generated.
+    assert sample.supervised == [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert sample.prompt_length == 8
+
+
+def test_what_the_template_writes_after_the_end_is_not_supervised(tokenizer):
+    import copy
+
+    trailing = copy.deepcopy(tokenizer)
+    trailing.chat_template = trailing.chat_template.replace("<eos>{% endgeneration %}", "<eos>{% endgeneration %} w99")
+    assert first([messages(("user", "w1"), ("assistant", "w2"))], trailing).input_ids == [123, 1, 124, 2, EOS]
+
+
+def test_text_is_packed_and_documents_stay_apart(tokenizer, texts):
+    data = prepare(texts, tokenizer, config(max_length=64))
+    samples = [Sample(**row) for row in data]
+    tokens = sum(len(text.split()) + 1 for text in texts["text"])
+    assert sum(len(s.input_ids) for s in samples) == tokens, "packing loses or doubles tokens"
+    assert max(len(s.input_ids) for s in samples) <= 64
+    assert [s.sample_id for s in samples] == list(range(len(samples)))
+    batch = collate(samples[:4], pad_token_id=122)
+    for b, sample in enumerate(samples[:4]):
+        start = 0
+        for length in sample.seq_lengths:
+            document = slice(start, start + length)
+            assert batch["position_ids"][b, document].tolist() == list(range(length))
+            assert batch["targets"][b, document].tolist() == sample.input_ids[start + 1 : start + length] + [IGNORE]
+            start += length
+        assert (batch["targets"][b, start:] == IGNORE).all()
+
+
+def test_text_without_packing_is_cut_and_counted(tokenizer, caplog):
+    rows = [{"text": "w1 w2 w3 w4 w5"}, {"text": "w1 w2"}]
+    data = prepare(Dataset.from_list(rows), tokenizer, config(packing=False, max_length=4))
+    assert data["input_ids"][:] == [[1, 2, 3, 4], [1, 2, EOS]]
+    assert "cut 1 of 2 sequences to max_length 4" in caplog.text
+
+
+def test_targets_are_shifted_once():
+    samples = [Sample([5, 6, 7, 8], [0, 0, 1, 1], 3, 2), Sample([9, 10], [0, 1], 4, 1)]
+    batch = collate(samples, pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 0, 0]]
+    assert batch["targets"].tolist() == [[IGNORE, 7, 8, IGNORE], [10, IGNORE, IGNORE, IGNORE]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch["sample_ids"].tolist() == [3, 4]
+
+
+def test_a_rollout_supervises_what_was_generated_only():
+    sample = Sample([1, 2, 3], [1, 1, 1], 7, 2)
+    new = from_rollout(sample, Rollout([1, 2], [8, 9, EOS], 4, "stop"))
+    assert new == Sample([1, 2, 8, 9, EOS], [0, 0, 1, 1, 1], 7, 2)
+    empty = from_rollout(sample, Rollout([1, 2], [], 4, "stop"))
+    assert (collate([empty], 0)["targets"] == IGNORE).all()
+
+
+def test_streams(tokenizer, pairs, texts):
+    stream = prepare(pairs.to_iterable_dataset(), tokenizer, config())
+    assert isinstance(stream, IterableDataset)
+    assert [*stream] == [*prepare(pairs, tokenizer, config())]
+    packed = [*prepare(texts.to_iterable_dataset(), tokenizer, config(max_length=64))]
+    assert packed == [*prepare(texts, tokenizer, config(max_length=64))]
+
+
+# What a user can get wrong
+
+
+def test_missing_columns_are_named_beside_those_there_are(tokenizer):
+    with pytest.raises(ValueError, match=r"lacks completion_column: 'completion'; its columns are 'prompt', 'answer'"):
+        first([{"prompt": "w1", "answer": "w2"}], tokenizer)
+    with pytest.raises(ValueError, match=r"prompt_column: 'prompt' or .* or text_column: 'text'; its columns are 'x'"):
+        first([{"x": "w1"}], tokenizer)
+    with pytest.raises(ValueError, match=r"lacks prompt_column: 'prompt' or messages_column: 'messages'; its"):
+        first([{"text": "w1"}], tokenizer, lmbda=1.0)
+
+
+def test_on_policy_needs_no_completions(tokenizer):
+    assert first([{"prompt": "w1 w2"}], tokenizer, lmbda=1.0).input_ids == [1, 2]
+
+
+def test_empty_data(tokenizer):
+    for empty in (Dataset.from_dict({"text": []}), IterableDataset.from_generator(lambda: iter(()))):
+        with pytest.raises(ValueError, match="the data is empty"):
+            prepare(empty, tokenizer, config())
+
+
+def test_overlong_prompts_stop_or_are_counted(tokenizer, caplog):
+    rows = [{"prompt": " ".join(["w1"] * n), "completion": "w2"} for n in (3, 9, 12)]
+    with pytest.raises(ValueError, match=r"2 of 3 prompts are longer than max_prompt_length 5; raise it to 12"):
+        prepare(Dataset.from_list(rows), tokenizer, config(max_prompt_length=5))
+    with pytest.raises(ValueError, match="a prompt of the stream is longer than max_prompt_length 5; raise it to 9"):
+        [*prepare(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, config(max_prompt_length=5))]
+    kept = prepare(Dataset.from_list(rows), tokenizer, config(max_prompt_length=5, overlong_prompts="drop"))
+    assert len(kept) == 1
+    assert "dropped 2 of 3 prompts over max_prompt_length 5" in caplog.text
+
+
+def test_samples_without_targets_do_not_stay(tokenizer):
+    rows = [{"prompt": "w1 w2 w3", "completion": "w2"}, {"prompt": "w1", "completion": "w2"}]
+    assert len(prepare(Dataset.from_list(rows), tokenizer, config(max_length=3))) == 1
+    with pytest.raises(ValueError, match="no sample has a token to learn from; raise max_length"):
+        prepare(Dataset.from_list(rows[:1]), tokenizer, config(max_length=3))
+
+
+def test_a_conversation_needs_a_chat_template_and_an_answer(tokenizer):
+    import copy
+
+    with pytest.raises(ValueError, match="has no assistant turn"):
+        first([messages(("user", "w1"))], tokenizer)
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        first([messages(("user", "w1"), ("assistant", "w2"))], bare)
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
+    import copy
+
+    rewriting = copy.deepcopy(tokenizer)
+    rewriting.chat_template = "{% if add_generation_prompt %}w1 {% else %}w2 {% endif %}" + tokenizer.chat_template
+    with pytest.raises(ValueError, match="writes the prompt differently once the answer follows"):
+        first([messages(("user", "w1"), ("assistant", "w2"))], rewriting)
+
+
+def test_files(tmp_path):
+    rows = [{"text": f"w{i}", "n": i} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "b.csv").write_text("text,m\nw50,1\nw51,2\n")
+    Dataset.from_list(rows[:3]).to_parquet(tmp_path / "c.parquet")
+    assert load_rows(str(tmp_path / "a.jsonl"))["n"][:] == list(range(10))
+    assert load_rows(str(tmp_path / "a.jsonl"), split="train[:3]")["n"][:] == [0, 1, 2]
+    assert load_rows(str(tmp_path / "a.jsonl"), split="train[80%:]")["n"][:] == [8, 9]
+    with pytest.raises(ValueError, match="mixes kinds of files"):
+        load_rows(str(tmp_path))
+    (tmp_path / "d.jsonl").write_text('{"text": "w1", "other": 2}\n')
+    together = load_rows(str(tmp_path / "*.jsonl"))
+    assert together.column_names == ["text"]
+    assert len(together) == 11
+    assert len(load_rows(str(tmp_path / "c.parquet"))) == 3
+    assert len(load_rows(str(tmp_path / "*.csv"))) == 2
+    stream = load_rows(str(tmp_path / "a.jsonl"), streaming=True)
+    assert [row["n"] for row in stream] == list(range(10))
+    with pytest.raises(ValueError, match="slices a stream"):
+        load_rows(str(tmp_path / "a.jsonl"), split="train[:3]", streaming=True)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all"])
+def test_a_missing_file_is_named(name):
+    with pytest.raises(ValueError, match=f"dataset_name '{name}': no such file"):
+        load_rows(name)
+
+
+def test_tokenizers_that_differ(tokenizer):
+    import copy
+
+    check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer))
+    other = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer))
+    other.add_tokens(["new"])
+    with pytest.raises(ValueError, match=r"different tokenizers: 1 tokens differ, for example 'new' \(student None"):
+        check_same_tokenizer(tokenizer, other)
+
+
+def test_random_samples_round_trip_through_a_batch():
+    generator = random.Random(0)
+    samples = [
+        Sample(
+            ids := [generator.randrange(100) for _ in range(generator.randint(1, 20))],
+            [generator.randint(0, 1) for _ in ids],
+            i,
+        )
+        for i in range(16)
+    ]
+    batch = collate(samples, 0)
+    for b, sample in enumerate(samples):
+        expected = [token for token, s in zip(sample.input_ids[1:], sample.supervised[1:], strict=True) if s]
+        assert batch["targets"][b][batch["targets"][b] != IGNORE].tolist() == expected
+    assert batch["input_ids"].dtype == torch.int64

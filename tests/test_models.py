@@ -1,0 +1,97 @@
+"""Reaching into models: wrappers, adapters, and the checks before training."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model
+from peft import LoraConfig, get_peft_model
+
+from sekd.models import causal_lm, check_head, full_weights, hidden_states, run_inside
+from sekd.types import Batch
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_check_head_accepts_the_architectures_that_sekd_knows(kind):
+    check_head(make_model(kind), packed=True)
+    check_head(make_model(kind).bfloat16(), packed=True)
+
+
+def test_check_head_refuses_logits_that_it_does_not_understand():
+    model = make_model()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM are not those of its LM head"):
+        check_head(model, packed=False)
+
+
+def test_check_head_refuses_packing_that_leaks():
+    model = make_model()
+    backbone = model.base_model.forward
+    # A mask beside restarting positions switches the isolation off, silently.
+    model.base_model.forward = lambda **kw: backbone(**{**kw, "attention_mask": torch.ones_like(kw["input_ids"])})
+    check_head(model, packed=False)
+    with pytest.raises(ValueError, match="lets packed documents see each other; use attn_implementation: sdpa"):
+        check_head(model, packed=True)
+
+
+def test_run_inside_goes_through_the_wrapper_and_leaves_no_trace():
+    inner, passed, seen = torch.nn.Linear(2, 2), [], []
+    wrapper = torch.nn.DataParallel(inner)
+    wrapper.register_forward_pre_hook(lambda *_: passed.append(1))
+
+    def function(x):
+        seen.append(x)
+        return inner(x).sum()
+
+    x = torch.ones(1, 2)
+    torch.testing.assert_close(run_inside(wrapper, function, x), inner(x).sum())
+    assert len(passed) == len(seen) == 1
+    assert "forward" not in vars(inner)
+
+    def fails(x):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        run_inside(wrapper, fails, x)
+    assert "forward" not in vars(inner)
+
+
+def lora(model, **kwargs):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"], **kwargs)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
+def test_full_weights_merges_copies_of_an_adapter(options):
+    adapted = lora(make_model("untied"), **options)
+    before = copy.deepcopy(adapted.state_dict())
+    plain = make_model("untied", seed=5)
+    missing = plain.load_state_dict(dict(full_weights(adapted)), strict=True)
+    assert not missing.missing_keys
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(plain(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    for _ in range(100):
+        for _name, _tensor in full_weights(adapted):
+            pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items()), "merging drifted"
+
+
+def test_a_lora_model_gives_its_own_hidden_states():
+    adapted = lora(make_model("untied"))
+    ids = torch.arange(10)[None]
+    batch = Batch(ids, ids, ids, torch.tensor([0]))
+    own = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(hidden_states(adapted, batch), own)
+    assert causal_lm(adapted).lm_head is adapted.base_model.model.lm_head
