@@ -3,8 +3,8 @@
 import os
 import random
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -144,7 +144,7 @@ class SEKDTrainer(Trainer):
             chunk_rows=args.head_chunk_rows,
         )
         self.engine = rollout_engine
-        self._sums: Counter[str] = Counter()
+        self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
 
     def _prepare_data(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Any:
@@ -183,7 +183,7 @@ class SEKDTrainer(Trainer):
                 f"before the weights take it. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
                 "max_grad_norm may help, or bf16: false"
             )
-        self._sums.update(sums)
+        _add(self._sums, sums)
         # Wrappers average gradients over processes; the sum is wanted.
         return total / num_items_in_batch * self.accelerator.num_processes
 
@@ -198,12 +198,15 @@ class SEKDTrainer(Trainer):
         started = time.monotonic()
         rollouts = self._generate(samples, self.state.global_step)
         lengths = [len(r.completion_ids) for r in rollouts]
-        self._sums.update(
-            rollouts=len(rollouts),
-            rollout_tokens=sum(lengths),
-            rollout_seconds=time.monotonic() - started,
-            cut_rollouts=sum(r.finish_reason == "length" for r in rollouts),
-            empty_rollouts=lengths.count(0),
+        _add(
+            self._sums,
+            dict(
+                rollouts=len(rollouts),
+                rollout_tokens=sum(lengths),
+                rollout_seconds=time.monotonic() - started,
+                cut_rollouts=sum(r.finish_reason == "length" for r in rollouts),
+                empty_rollouts=lengths.count(0),
+            ),
         )
         every = self.args.log_completions_steps
         if every and self.state.global_step % every == 0 and self.is_world_process_zero():
@@ -280,11 +283,11 @@ class SEKDTrainer(Trainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, Tensor | float] = defaultdict(float)
         for samples in batches:
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples)))
             with self.accelerator.autocast():
-                sums.update(run_inside(model, lambda b: held_out_sums(model, self.teacher, b, self.method), batch))
+                _add(sums, run_inside(model, lambda b: held_out_sums(model, self.teacher, b, self.method), batch))
         model.train(was_training)
         totals = self._over_processes(sums)
         rows = max(totals.pop("rows"), 1)
@@ -327,7 +330,7 @@ class SEKDTrainer(Trainer):
             }
         return means
 
-    def _over_processes(self, sums: Counter[str]) -> dict[str, float]:
+    def _over_processes(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         names = sorted(sums)
         totals = torch.tensor([float(sums[n]) for n in names], dtype=torch.float64).to(self.args.device, torch.float32)
         return dict(zip(names, self.accelerator.reduce(totals, "sum").tolist(), strict=True))
@@ -340,6 +343,11 @@ class SEKDTrainer(Trainer):
 def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
     """The loader's collator: samples stay samples until the optimizer step knows whether it is on-policy."""
     return [Sample(**row) for row in rows]
+
+
+def _add(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
+    for name, value in more.items():
+        sums[name] += value
 
 
 def _generator(seed: int, step: int, sample_id: int) -> torch.Generator:

@@ -1,0 +1,354 @@
+"""The trainer: one gradient however a step is split, nothing lost on the way, and what a run leaves behind."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import EOS, make_model
+from datasets import Dataset
+from peft import LoraConfig
+from test_distill import naive
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from rollouts import Rollout
+from sekd import SEKDConfig, SEKDTrainer
+from sekd.data import Sample, prepare
+
+
+def make_trainer(tmp_path, tokenizer, data, student=None, teacher=None, trainer_options=None, **kwargs):
+    defaults = dict(
+        output_dir=str(tmp_path),
+        rollout_engine="hf",
+        max_completion_length=6,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=1e-3,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        teacher_dtype="float32",
+        report_to="none",
+        log_completions_steps=0,
+    )
+    return SEKDTrainer(
+        model=student or make_model("untied"),
+        teacher_model=teacher or make_model("untied", 1),
+        args=SEKDConfig(**defaults | kwargs),
+        train_dataset=data,
+        processing_class=tokenizer,
+        **(trainer_options or {}),
+    )
+
+
+def trained_weights(trainer):
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+ONE_SGD_STEP = dict(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant")
+
+
+@pytest.mark.parametrize("policy", ["top_k", "random", "all"])
+def test_a_step_split_differently_has_the_same_gradient(tmp_path, tokenizer, pairs, policy):
+    """1 x 8, 2 x 4 and 8 x 1 sequences, whose lengths and numbers of targets differ."""
+    data = pairs.select(range(8))
+    found = []
+    for size in (1, 2, 8):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, position_policy=policy)
+        found.append(trained_weights(make_trainer(tmp_path, tokenizer, data, **ONE_SGD_STEP, **options)))
+    for name in found[0]:
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], found[0][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (4, 2)])
+def test_the_gradient_is_that_of_the_mean_over_sequences(tmp_path, tokenizer, pairs, sizes):
+    data = pairs.select(range(8))
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    reference = copy.deepcopy(student)
+    options = dict(per_device_train_batch_size=sizes[0], gradient_accumulation_steps=sizes[1])
+    trainer = make_trainer(
+        tmp_path, tokenizer, data, student, copy.deepcopy(teacher), divergence="reverse_kl", **ONE_SGD_STEP, **options
+    )
+    samples = [Sample(**row) for row in trainer.train_dataset]
+    weights = trained_weights(trainer)
+    loss = naive(reference, teacher, [[(s.input_ids, s.supervised)] for s in samples], 0.2) / 8
+    loss.backward()
+    for name, p in reference.named_parameters():
+        expected = p.detach() - p.grad
+        torch.testing.assert_close(
+            weights[name].double(), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_sequences_without_targets_do_not_count(tmp_path, tokenizer):
+    """On-policy, a prompt that drew an empty completion teaches nothing and must not dilute the others."""
+
+    class Fixed:
+        def generate(self, prompts):
+            return [Rollout(p, [] if i % 2 else [5, 6, EOS], 0, "stop") for i, p in enumerate(prompts)]
+
+        def sync_weights(self, model, step):
+            self.synced = step
+
+        def close(self):
+            pass
+
+    data = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    reference = copy.deepcopy(student)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        data,
+        student,
+        copy.deepcopy(teacher),
+        dict(rollout_engine=Fixed()),
+        lmbda=1.0,
+        **ONE_SGD_STEP,
+    )
+    trainer.train()
+    expected = naive(reference, teacher, [[([1, 2, 5, 6, EOS], [0, 0, 1, 1, 1])]], 0.2)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert trainer.state.log_history[0]["empty_completions"] == 2
+
+
+def test_a_round_of_empty_completions_is_survived(tmp_path, tokenizer):
+    class Silent:
+        def generate(self, prompts):
+            return [Rollout(p, [], 0, "stop") for p in prompts]
+
+        def sync_weights(self, model, step):
+            pass
+
+        def close(self):
+            pass
+
+    data = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
+    trainer = make_trainer(tmp_path, tokenizer, data, None, None, dict(rollout_engine=Silent()), lmbda=1.0)
+    trainer.train()
+    assert [log["loss"] for log in trainer.state.log_history if "loss" in log] == [0, 0]
+
+
+def test_the_engine_has_the_current_weights_before_each_round(tmp_path, tokenizer, pairs):
+    class Watching:
+        def __init__(self):
+            self.rounds, self.weights = [], None
+
+        def sync_weights(self, model, step):
+            self.weights, self.step = {n: t.clone() for n, t in model}, step
+
+        def generate(self, prompts):
+            self.rounds.append((self.step, len(prompts), self.weights["lm_head.weight"]))
+            return [Rollout(p, [1, EOS], self.step, "stop") for p in prompts]
+
+        def close(self):
+            pass
+
+    engine = Watching()
+    options = dict(lmbda=1.0, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, dict(rollout_engine=engine), **options)
+    trainer.train()
+    assert [(step, count) for step, count, _ in engine.rounds] == [(0, 8), (1, 8), (2, 8)], "one call a step"
+    assert torch.equal(engine.rounds[0][2], make_model("untied").lm_head.weight)
+    assert not torch.equal(engine.rounds[1][2], engine.rounds[0][2])
+    assert not torch.equal(engine.rounds[2][2], trainer.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, tokenizer, pairs, lmbda):
+    options = dict(lmbda=lmbda, position_policy="random", max_steps=6, save_strategy="steps", save_steps=3)
+    whole = trained_weights(make_trainer(tmp_path / "whole", tokenizer, pairs, **options))
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4  # one step after the checkpoint
+
+    make_trainer(tmp_path / "cut", tokenizer, pairs, None, None, dict(callbacks=[Stop()]), **options).train()
+    resumed = make_trainer(tmp_path / "cut", tokenizer, pairs, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for name, p in resumed.model.named_parameters():
+        assert torch.equal(p, whole[name]), name
+    files = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("whole", "cut")]
+    assert [e["step"] for e in files[1]] == [e["step"] for e in files[0]], "steps logged twice or lost"
+    assert [e.get("loss") for e in files[1]] == [e.get("loss") for e in files[0]]
+
+
+def test_the_mix_follows_the_seed_and_the_fraction(tmp_path, tokenizer, pairs):
+    def draws(lmbda, count):
+        trainer = make_trainer(tmp_path, tokenizer, pairs, lmbda=lmbda)
+        return [trainer._is_on_policy(step) for step in range(count)]
+
+    drawn = draws(0.3, 2000)
+    assert abs(sum(drawn) / 2000 - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 2000)
+    assert drawn == draws(0.3, 2000)
+    assert not any(draws(0.0, 100))
+    assert all(draws(1.0, 100))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path, tokenizer, pairs):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.lm_head.weight[3] = torch.nan
+
+    options = dict(max_steps=4, save_strategy="steps", save_steps=1, per_device_train_batch_size=2)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, dict(callbacks=[Break()]), **options)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 2, on samples \[\d+, \d+\]"):
+        trainer.train()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-3").exists()
+    assert last.config.vocab_size == 128
+
+
+def test_what_a_run_leaves_behind(tmp_path, tokenizer, pairs):
+    trainer = make_trainer(tmp_path, tokenizer, pairs, lmbda=1.0, max_steps=3)
+    trainer.train()
+    trainer.save_model()
+    trainer.close()
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+    logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [log["step"] for log in logs] == [1, 2, 3, 3]
+    wanted = {
+        "loss",
+        "divergence",
+        "entropy",
+        "entropy_selected",
+        "selected_fraction",
+        "tokens_per_second",
+        "completion_length",
+        "cut_fraction",
+        "empty_completions",
+        "rollout_tokens_per_second",
+    }
+    assert wanted <= logs[0].keys()
+    assert logs[0]["entropy_selected"] > logs[0]["entropy"], "the chosen rows are the uncertain ones"
+    assert 0 < logs[0]["completion_length"] <= 6
+    assert "torch" in json.loads((tmp_path / "versions.json").read_text())
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmbda):
+    student = make_model("untied")
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj", "lm_head"], lora_dropout=0.1)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        student,
+        None,
+        dict(peft_config=config),
+        lmbda=lmbda,
+        max_steps=4,
+        learning_rate=0.01,
+    )
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()}
+    assert len(moved) == sum("lora_B" in name for name, _ in trainer.model.named_parameters()) > 0
+    for name, p in trainer.model.get_base_model().named_parameters():
+        if "lora" not in name:
+            assert torch.equal(p, before[name.replace(".base_layer", "")]), name
+
+
+def test_every_parameter_of_a_full_student_moves(tmp_path, tokenizer, pairs):
+    student = make_model("tied")
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, make_model("tied", 1), max_steps=3)
+    trainer.train()
+    assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["top_k", "random", "all"])
+@pytest.mark.parametrize("mode", ["text", "off_policy", "mixed", "on_policy", "lora"])
+def test_every_mode_trains_200_steps_and_learns(tmp_path, tokenizer, pairs, texts, mode, policy):
+    options = dict(max_steps=200, position_policy=policy, logging_steps=20, max_length=48)
+    options["lmbda"] = {"mixed": 0.5, "on_policy": 1.0, "lora": 1.0}.get(mode, 0.0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if mode == "lora" else None
+    data = texts if mode == "text" else pairs
+    trainer = make_trainer(tmp_path, tokenizer, data, None, None, dict(peft_config=lora), **options)
+    trainer.train()
+    divergences = [log["divergence"] for log in trainer.state.log_history if "divergence" in log]
+    assert len(divergences) == 10
+    assert divergences[-1] < divergences[0]
+
+
+# What a user can get wrong: all of it before a model is loaded
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sekd.trainer.load_model", refuse)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_data_and_tokenizers_are_checked_before_models_load(no_models, tmp_path, tokenizer, folder, pairs):
+    def start(data, teacher=folder, trainer_options=None, **kwargs):
+        make_trainer(tmp_path, tokenizer, data, folder, teacher, trainer_options, **kwargs)
+
+    with pytest.raises(ValueError, match="lacks completion_column"):
+        start(pairs.rename_column("completion", "answer"))
+    with pytest.raises(ValueError, match="prompts are longer than max_prompt_length 3"):
+        start(pairs, max_prompt_length=3)
+    with pytest.raises(ValueError, match="no training data"):
+        start(None)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["new"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        start(pairs, str(tmp_path / "other"))
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        start(pairs)
+
+
+def test_a_teacher_is_needed(tmp_path, tokenizer, pairs):
+    with pytest.raises(ValueError, match="set teacher_model_name_or_path"):
+        SEKDTrainer(
+            make_model(), args=SEKDConfig(output_dir=str(tmp_path)), train_dataset=pairs, processing_class=tokenizer
+        )
+
+
+def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        student,
+        teacher,
+        dict(eval_dataset=pairs.select(range(10))),
+        per_device_eval_batch_size=4,
+        max_eval_samples=7,
+    )
+    metrics = trainer.evaluate()
+    forward, reverse, rows = 0.0, 0.0, 0
+    for row in prepare(pairs.select(range(7)), tokenizer, trainer.args):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q = student(input_ids=ids).logits[0].double().log_softmax(-1)
+            p = teacher(input_ids=ids).logits[0].double().log_softmax(-1)
+        where = [t for t in range(len(row["input_ids"]) - 1) if row["supervised"][t + 1]]
+        forward += (p.exp() * (p - q)).sum(-1)[where].sum().item()
+        reverse += (q.exp() * (q - p)).sum(-1)[where].sum().item()
+        rows += len(where)
+    assert metrics["eval_rows"] == rows
+    assert metrics["eval_forward_kl"] == pytest.approx(forward / rows, rel=1e-4)
+    assert metrics["eval_reverse_kl"] == pytest.approx(reverse / rows, rel=1e-4)
+    assert metrics["eval_loss"] == metrics["eval_forward_kl"]
