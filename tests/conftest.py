@@ -78,8 +78,7 @@ def make_vllm_model(seed: int = 0, vocab: int = VOCAB) -> PreTrainedModel:
     return Qwen3ForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Words w0 to w119, and a chat template."""
     vocab = {f"w{i}": i for i in range(WORDS)} | {"<eos>": EOS, "<unk>": 121, "<pad>": 122}
     vocab |= {"<user>": 123, "<assistant>": 124, "<system>": 125}
@@ -101,13 +100,22 @@ def words(generator: random.Random, low: int, high: int) -> str:
     return " ".join(f"w{generator.randrange(WORDS)}" for _ in range(generator.randint(low, high)))
 
 
-@pytest.fixture(scope="session")
-def pairs() -> Dataset:
+def make_pairs() -> Dataset:
     """64 prompts and completions."""
     generator = random.Random(0)
     return Dataset.from_list(
         [{"prompt": words(generator, 2, 8), "completion": words(generator, 1, 12)} for _ in range(64)]
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Dataset:
+    return make_pairs()
 
 
 @pytest.fixture(scope="session")

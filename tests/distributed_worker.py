@@ -1,0 +1,75 @@
+"""Run under torchrun by test_distributed.py; writes what rank 0 found to a file."""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import torch.distributed as dist
+from conftest import make_model, make_pairs, make_tokenizer
+from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sekd.data import Sample, collate
+from sekd.distill import Method, distill
+from sekd.losses import DIVERGENCES
+from sekd.models import freeze, full_weights, run_inside
+from sekd.policies import make_policy
+from sekd.teachers import LiveTeacher
+from sekd.types import Batch
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(2, 9), (5, 3), (3, 12), (4, 1)]
+    return [
+        Sample(torch.randint(0, 120, (p + c,), generator=generator).tolist(), [0] * p + [1] * c, i, p)
+        for i, (p, c) in enumerate(lengths)
+    ]
+
+
+def gradients(student, rows, sequences, processes):
+    """Loss and gradients of this process's share of a step."""
+    method = Method("student_entropy", make_policy("top_k", 0.3), DIVERGENCES["reverse_kl"], chunk_rows=4)
+    teacher = LiveTeacher(freeze(make_model("untied", 1)))
+    batch = Batch(**collate(rows, 122))
+    total, _ = run_inside(student, lambda b: distill(student, teacher, b, method), batch)
+    loss = total / sequences * processes
+    loss.backward()
+    whole = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in student.named_parameters()}
+    return loss.detach(), whole
+
+
+def fsdp2(path: str) -> None:
+    dist.init_process_group("gloo")
+    student = make_model("untied")
+    for layer in student.model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    rank = dist.get_rank()
+    # Rank 0 has the longer sequences: more rows, more chunks.
+    loss, whole = gradients(student, samples()[2 * rank : 2 * rank + 2], 4, 2)
+    dist.all_reduce(loss)
+    weights = dict(full_weights(student))
+    if rank == 0:
+        torch.save({"loss": loss / 2, "gradients": whole, "weights": weights}, path)
+    dist.destroy_process_group()
+
+
+def ddp(path: str, policy: str) -> None:
+    """One optimizer step of the Trainer: 2 processes x 2 micro-batches x 2 sequences."""
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, position_policy=policy)
+    trainer = make_trainer(path + ".run", make_tokenizer(), make_pairs().select(range(8)), **ONE_SGD_STEP, **options)
+    assert trainer.args.world_size == 2
+    weights = trained_weights(trainer)
+    weights = {name.removeprefix("module."): p for name, p in weights.items()}
+    if trainer.is_world_process_zero():
+        torch.save({"loss": trainer.state.log_history[0]["loss"], "weights": weights}, path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    {"fsdp2": fsdp2, "ddp": ddp}[sys.argv[1]](*sys.argv[2:])

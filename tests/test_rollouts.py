@@ -1,0 +1,192 @@
+"""Engines, with real models and a real vLLM."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import EOS, make_vllm_model
+from test_trainer import make_trainer
+from transformers import AutoModelForCausalLM
+
+from rollouts import HFEngine, RolloutEngine, VLLMEngine
+from rollouts.base import named_weights, request_seeds
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_vllm_model().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vllm(folder):
+    engine = VLLMEngine(folder, max_completion_length=16, max_prompt_length=32, dtype="bfloat16")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
+def engine(request, folder):
+    """Each engine with the model of ``folder``."""
+    if request.param == "vllm":
+        shared = request.getfixturevalue("vllm")
+        shared.sync_weights(make_vllm_model(), 0)
+        return shared
+    return HFEngine(folder, max_completion_length=16)
+
+
+def test_the_protocol(engine):
+    assert isinstance(engine, RolloutEngine)
+
+
+def test_rollouts_keep_order_prompts_and_the_step(engine):
+    engine.sync_weights(make_vllm_model(seed=1), 7)
+    rollouts = engine.generate(PROMPTS)
+    assert [r.prompt_ids for r in rollouts] == PROMPTS
+    assert {r.weights_step for r in rollouts} == {7}
+    for rollout in rollouts:
+        assert 1 <= len(rollout.completion_ids) <= 16
+        assert (rollout.finish_reason == "stop") == (rollout.completion_ids[-1] == EOS)
+        assert EOS not in rollout.completion_ids[:-1]
+        assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 16
+
+
+def test_a_completion_ends_with_its_stop_token(engine):
+    """A head that always says EOS: one token, supervised."""
+    model = make_vllm_model()
+    with torch.no_grad():
+        # The last hidden state is normed, so a huge embedding along the mean state wins everywhere.
+        hidden = model.base_model(input_ids=torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
+        model.lm_head.weight[EOS] = hidden * 50
+    engine.sync_weights(model, 1)
+    (rollout,) = engine.generate([PROMPTS[0]])
+    assert rollout.completion_ids == [EOS]
+    assert rollout.finish_reason == "stop"
+
+
+def test_sampling_is_repeatable_and_new_every_round(engine):
+    def two_rounds(step):
+        engine.sync_weights(make_vllm_model(), step)
+        return [[r.completion_ids for r in engine.generate(PROMPTS)] for _ in range(2)]
+
+    first = two_rounds(3)
+    assert two_rounds(3) == first
+    assert first[0] != first[1]
+    assert two_rounds(4) != first
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_same_prompt_draws_different_completions(vllm):
+    vllm.sync_weights(make_vllm_model(), 0)
+    completions = {tuple(r.completion_ids) for r in vllm.generate([[1, 2, 3]] * 8)}
+    assert len(completions) > 4
+
+
+def vllm_logps(engine, ids):
+    """vLLM's log-probability of each token but the first."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (output,) = engine.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    return torch.tensor(
+        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+    )
+
+
+def model_logps(model, ids):
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return logp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_log_probabilities_agree_after_an_optimizer_step_and_a_sync(vllm):
+    model = make_vllm_model()
+    vllm.sync_weights(model, 0)
+    rollouts = vllm.generate([[i, i + 1, i + 2] for i in range(40)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+    def largest_difference():
+        bf16 = make_vllm_model().bfloat16()
+        bf16.load_state_dict(model.state_dict())
+        sequences = [r.prompt_ids + r.completion_ids for r in rollouts]
+        assert sum(map(len, sequences)) > 500
+        return max((vllm_logps(vllm, ids) - model_logps(bf16, ids)).abs().max().item() for ids in sequences)
+
+    assert largest_difference() > 0.2, "a skipped sync must show"
+    vllm.sync_weights(model, 1)
+    assert largest_difference() < 0.05
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_greedy_engines_agree(folder, vllm):
+    """Same weights, temperature 0: the same tokens, up to bf16's ties."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    hf = HFEngine(model, temperature=0.0, max_completion_length=8)
+    vllm.sync_weights(model, 0)
+    before, vllm.sampling["temperature"] = vllm.sampling["temperature"], 0.0
+    try:
+        ours = vllm.generate(PROMPTS)
+    finally:
+        vllm.sampling["temperature"] = before
+    for a, b in zip(ours, hf.generate(PROMPTS), strict=True):
+        assert a.completion_ids[:8] == b.completion_ids
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_on_policy_steps_through_vllm(tmp_path, tokenizer, pairs, vllm):
+    """The trainer builds its own engine from the configuration alone, beside the one that runs already."""
+    student, teacher = make_vllm_model(), make_vllm_model(1)
+    options = dict(lmbda=1.0, rollout_engine="vllm", max_steps=3, max_completion_length=12, max_prompt_length=16)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, teacher, **options)
+    trainer.train()
+    engine = trainer.engine
+    engine.sync_weights(trainer.model, 3)
+    rollouts = engine.generate([[1, 2], [3, 4]])
+    ids = rollouts[0].prompt_ids + rollouts[0].completion_ids
+    assert (vllm_logps(engine, ids) - model_logps(trainer.model, ids)).abs().max() < 0.01  # float32
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(log["completion_length"] > 0 and log["loss"] > 0 for log in logs)
+    trainer.close()
+    assert trainer.engine is None
+
+
+def test_padding_of_a_batch_does_not_change_a_completion(folder):
+    alone = HFEngine(folder, temperature=0.0, max_completion_length=8, batch_size=1).generate(PROMPTS)
+    together = HFEngine(folder, temperature=0.0, max_completion_length=8, batch_size=4).generate(PROMPTS)
+    assert alone == together
+
+
+def test_a_shared_model_is_not_copied_and_keeps_its_mode(folder):
+    model = make_vllm_model().train()
+    engine = HFEngine(model, max_completion_length=4)
+    engine.generate(PROMPTS)
+    assert model.training
+    engine.sync_weights(model, 2)
+    assert engine.model is model
+    assert engine.generate(PROMPTS)[0].weights_step == 2
+
+
+def test_adapter_weights_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(make_vllm_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="belongs to an adapter; pass merged weights"):
+        dict(named_weights(adapted))
+
+
+def test_seeds_of_requests_differ():
+    seeds = [s for step in range(20) for round_ in range(3) for s in request_seeds(0, step, round_, 64)]
+    assert len(set(seeds)) == len(seeds)
+    assert request_seeds(None, 0, 0, 2) == [None, None]
