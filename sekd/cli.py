@@ -170,6 +170,13 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, 
     return parser.parse_args_and_config(["--config", recipe, *overrides])  # type: ignore[return-value]
 
 
+def recipe_folder() -> str:
+    """Where the recipes lie: beside the package in a checkout, inside it in a wheel."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "recipes")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "recipes")
+
+
 def as_recipe(*records: Any) -> str:
     """Flat YAML with every field of the records spelled out; ``sekd train`` reads it again."""
     keys: dict[str, Any] = {}

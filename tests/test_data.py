@@ -83,7 +83,7 @@ def test_text_is_packed_and_documents_stay_apart(tokenizer, texts):
         for length in sample.seq_lengths:
             document = slice(start, start + length)
             assert batch["position_ids"][b, document].tolist() == list(range(length))
-            assert batch["targets"][b, document].tolist() == sample.input_ids[start + 1 : start + length] + [IGNORE]
+            assert batch["targets"][b, document].tolist() == [*sample.input_ids[start + 1 : start + length], IGNORE]
             start += length
         assert (batch["targets"][b, start:] == IGNORE).all()
 

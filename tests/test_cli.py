@@ -1,0 +1,145 @@
+"""Recipes and overrides become objects; mistakes become one clear line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import make_model
+from transformers import AutoModelForCausalLM
+
+from sekd.cli import as_recipe, main, parse_recipe, recipe_folder
+
+
+@pytest.fixture
+def recipe(tmp_path, tokenizer, pairs):
+    """A recipe that runs here in seconds."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        make_model("untied", seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    keys = {
+        "output_dir": str(tmp_path / "run"),
+        "model_name_or_path": str(tmp_path / "student"),
+        "teacher_model_name_or_path": str(tmp_path / "teacher"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "rollout_engine": "hf",
+        "max_completion_length": 4,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "save_steps": 2,
+        "learning_rate": "1e-3",
+        "report_to": "none",
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)
+
+
+def test_the_command_line_beats_the_file(recipe):
+    script, args, model = parse_recipe(recipe, ["--max_steps", "7", "--learning_rate=2e-6", "--use_peft", "true"])
+    assert (args.max_steps, args.learning_rate, model.use_peft) == (7, 2e-6, True)
+    assert args.logging_steps == 2
+    assert script.dataset_name.endswith("pairs.jsonl")
+
+
+def test_unknown_keys_name_the_nearest_known_one(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown key 'positon_fraction' in the command line; .* 'position_fraction'"):
+        parse_recipe(recipe, ["--positon_fraction", "0.1"])
+    with open(recipe, "a") as file:
+        file.write("teacher_model: x\n")
+    with pytest.raises(ValueError, match=r"unknown key 'teacher_model' in the recipe; .* 'teacher_"):
+        parse_recipe(recipe)
+
+
+def test_bad_recipes(tmp_path, recipe):
+    with pytest.raises(ValueError, match=r"'nowhere.yaml': no such file"):
+        parse_recipe("nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match=r"is not a mapping"):
+        parse_recipe(str(tmp_path / "list.yaml"))
+    with pytest.raises(ValueError, match=r"position_fraction.*invalid float value: 'twenty'"):
+        parse_recipe(recipe, ["--position_fraction", "twenty"])
+    with pytest.raises(ValueError, match=r"position_fraction 2.0 is outside \(0, 1\]"):
+        parse_recipe(recipe, ["--position_fraction", "2"])
+
+
+def test_a_recipe_as_run_reads_the_same(recipe, tmp_path):
+    records = parse_recipe(recipe, ["--lmbda", "0.5", "--max_steps", "9"])
+    (tmp_path / "again.yaml").write_text(as_recipe(*records))
+    assert "position_fraction: 0.2" in (tmp_path / "again.yaml").read_text(), "defaults are spelled out"
+    for ours, theirs in zip(parse_recipe(str(tmp_path / "again.yaml")), records, strict=True):
+        assert as_recipe(ours) == as_recipe(theirs)
+
+
+@pytest.mark.parametrize("lmbda", ["0", "1"])
+def test_train_end_to_end(recipe, tmp_path, lmbda, capsys):
+    assert main(["train", recipe, "--lmbda", lmbda]) == 0
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["lmbda"] == float(lmbda)
+    for name in ("tokenizer.json", "versions.json", "model.safetensors", "checkpoint-2", "checkpoint-4"):
+        assert (run / name).exists()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [2, 4, 4]
+    student = AutoModelForCausalLM.from_pretrained(run)
+    assert not torch.equal(student.lm_head.weight, make_model("untied").lm_head.weight)
+    assert str(run) in capsys.readouterr().out
+
+
+def test_train_evaluates_on_a_slice(recipe, tmp_path):
+    flags = ["--eval_on_start", "true", "--eval_strategy", "steps", "--eval_steps", "4"]
+    flags += ["--dataset_train_split", "train[8:]", "--dataset_test_split", "train[:8]"]
+    assert main(["train", recipe, *flags]) == 0
+    logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    before, after = [log["eval_forward_kl"] for log in logs if "eval_forward_kl" in log]
+    assert after < before
+
+
+def test_resume_from_the_last_checkpoint(recipe, tmp_path):
+    assert main(["train", recipe, "--max_steps", "2", "--lr_scheduler_type", "constant"]) == 0
+    assert main(["train", recipe, "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "true"]) == 0
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "run").lm_head.weight
+    whole_run = ["--lr_scheduler_type", "constant", "--output_dir", str(tmp_path / "whole")]
+    assert main(["train", recipe, *whole_run]) == 0
+    assert torch.equal(resumed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_stepz", "3"], "unknown key 'max_stepz' in the command line; the nearest known one is 'max_steps'"),
+        (["--dataset_name", "nowhere.jsonl"], "dataset_name 'nowhere.jsonl': no such file"),
+        (["--prompt_column", "question"], "its columns are 'prompt', 'completion'"),
+        (["--max_prompt_length", "3"], "prompts are longer than max_prompt_length 3; raise it to 8"),
+        (["--resume_from_checkpoint", "true"], "there is no checkpoint in output_dir"),
+        (["--eval_strategy", "steps"], "evaluation needs data of its own: set eval_dataset_name"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(recipe, flags, message, capsys):
+    assert main(["train", recipe, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_an_example(capsys):
+    for command in ("train", "demo"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"  sekd {command} " in capsys.readouterr().out
+
+
+def test_nothing_heavy_is_imported_at_start_up():
+    code = (
+        "import sys, sekd.cli, sekd.trainer; "
+        "bad = [m for m in sys.modules if m == 'vllm' or m.startswith('trl.trainer.') and m.endswith('_trainer')]; "
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_recipe_folder():
+    import os
+
+    assert "demo.yaml" in os.listdir(recipe_folder())
