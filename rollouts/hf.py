@@ -1,6 +1,7 @@
 """transformers' own generation: slower than vLLM, and everywhere."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,9 @@ class HFEngine:
         seed: int | None = 0,
         batch_size: int = 32,
     ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        self.model: Any = model
+        if isinstance(model, str):
+            self.model = AutoModelForCausalLM.from_pretrained(model)
         own = self.model.generation_config.eos_token_id
         own_ids = own if isinstance(own, list) else [own] if own is not None else []
         self.stop_ids = [*dict.fromkeys([*own_ids, *stop_token_ids])]

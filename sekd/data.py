@@ -205,13 +205,14 @@ def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase,
     if last == 1 or not any(m["role"] == "assistant" for m in messages[:last]):
         return sample
     # Several assistant turns: all of them are targets. Their place comes from a template that marks it.
+    variables: dict[str, Any] = args.chat_template_kwargs or {}  # type: ignore[assignment]  # parsed by now
     template = get_training_chat_template(tokenizer=tokenizer) or tokenizer.chat_template
     marked = tokenizer.apply_chat_template(
         messages,
         chat_template=template,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        **(args.chat_template_kwargs or {}),
+        **variables,
     )
     supervised = [1] * len(marked["input_ids"]) if args.supervise_prompt else marked["assistant_masks"]
     return {
@@ -240,7 +241,7 @@ def _chat_turn(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    variables = args.chat_template_kwargs or {}
+    variables: dict[str, Any] = args.chat_template_kwargs or {}  # type: ignore[assignment]  # parsed by now
     prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **variables)
     if answer is None:
         return _pair(prompt_ids, [], args)

@@ -20,7 +20,7 @@ from sekd.word_problems import build_tokenizer, final_answer, make_problems
 
 TRAIN, HELD_OUT = 4000, 200
 TEACHER = dict(hidden=192, layers=3, heads=3, steps=200)
-STUDENT = dict(hidden=128, layers=2, heads=2, steps=150)
+STUDENT = dict(hidden=160, layers=2, heads=3, steps=100)
 PROMPT = "{prompt}\n"
 
 

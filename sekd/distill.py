@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sekd.heads import in_chunks
+from sekd.heads import Head, in_chunks
 from sekd.losses import cross_entropy, reduce
 from sekd.models import head_of, hidden_states
 from sekd.policies import Generators
-from sekd.scores import SCORES, Rows, entropy
+from sekd.scores import Rows, entropy, student_entropy
 from sekd.teachers import Teacher
 from sekd.types import Batch
 
@@ -25,10 +25,11 @@ from sekd.types import Batch
 class Method:
     """The choices of one distillation: which rows, and what is minimised on them.
 
-    A row's loss is ``kd_weight * temperature^2 * D(p_T, q_T) + (1 - kd_weight) * CE``.
+    ``score`` is None where the policy looks at none; ``divergence`` takes log-probabilities. A row's loss is
+    ``kd_weight * temperature^2 * D(p_T, q_T) + (1 - kd_weight) * CE``.
     """
 
-    score: str | None
+    score: Callable[[Rows], Float[Tensor, " N"]] | None
     policy: Callable[..., Float[Tensor, "B T"]]
     divergence: Callable[..., Float[Tensor, " N"]]
     kd_weight: float = 1.0
@@ -53,7 +54,7 @@ def distill(
 
     scores, entropies = torch.zeros(batch.valid.shape, device=rows.device), None
     if method.score is not None:
-        row_scores, entropies = score_rows(head, rows, targets, method)  # [N], no graph
+        row_scores, entropies = score_rows(head, rows, targets, method.score, method.chunk_rows)  # [N], no graph
         scores = scores.masked_scatter(batch.valid, row_scores)  # [B T]
     weights = method.policy(scores, batch.valid, step=step, generator=generator)[batch.valid]  # [N]
     chosen = weights > 0
@@ -76,35 +77,42 @@ def distill(
 
 @torch.no_grad()
 def score_rows(
-    head: Callable[[Tensor], Tensor], rows: Float[Tensor, "N D"], targets: Tensor, method: Method
+    head: Head,
+    rows: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    score: Callable[[Rows], Float[Tensor, " N"]],
+    chunk_rows: int,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The score and the student's entropy of each row."""
 
     def of_chunk(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        student_logp = head(rows).log_softmax(-1)
-        scores = SCORES[method.score](Rows(student_logp, targets))
-        return scores, scores if method.score == "student_entropy" else entropy(student_logp)
+        q = head(rows).log_softmax(-1)
+        scores = score(Rows(q, targets))
+        return scores, scores if score is student_entropy else entropy(q)
 
-    return in_chunks(of_chunk, (rows, targets), method.chunk_rows)
+    scores, entropies = in_chunks(of_chunk, (rows, targets), chunk_rows)
+    return scores, entropies
 
 
 def row_losses(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     teacher: Teacher,
     rows: Float[Tensor, "N D"],
-    targets: Tensor,
+    targets: Int[Tensor, " N"],
     teacher_rows: tuple[Tensor, ...],
     method: Method,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Loss (with graph), divergence and student entropy of each row."""
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        student, p = head(rows), teacher.logits(*teacher_rows)
+        q, p = head(rows).log_softmax(-1), teacher.logits(*teacher_rows).log_softmax(-1)
         T = method.temperature
-        divergence = method.divergence(student / T, p / T, targets)
+        q_T, p_T = (q, p) if T == 1 else ((q / T).log_softmax(-1), (p / T).log_softmax(-1))
+        divergence = method.divergence(q_T, p_T, targets)
         loss = method.kd_weight * T**2 * divergence
         if method.kd_weight < 1:
-            loss = loss + (1 - method.kd_weight) * cross_entropy(student, targets)
-        return loss, divergence.detach(), entropy(student.detach().log_softmax(-1))
+            loss = loss + (1 - method.kd_weight) * cross_entropy(q, targets)
+        return loss, divergence.detach(), entropy(q.detach())
 
-    return in_chunks(of_chunk, (rows, targets, *teacher_rows), method.chunk_rows)
+    losses, divergences, entropies = in_chunks(of_chunk, (rows, targets, *teacher_rows), method.chunk_rows)
+    return losses, divergences, entropies

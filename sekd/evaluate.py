@@ -21,7 +21,7 @@ def held_out_sums(student: nn.Module, teacher: Teacher, batch: Batch, method: Me
     head = head_of(student, method.vocab)
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, ...]:
-        q, p = head(rows).log_softmax(-1), teacher.logits(*teacher_rows).float().log_softmax(-1)
+        q, p = head(rows).log_softmax(-1), teacher.logits(*teacher_rows).log_softmax(-1)
         return forward_kl(q, p), reverse_kl(q, p), cross_entropy(q, targets), entropy(q)
 
     rows = (hidden_states(student, batch)[batch.valid], batch.targets[batch.valid], *teacher.rows(batch))

@@ -26,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside every wrapper, with its LoRA layers in place."""
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 

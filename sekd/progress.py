@@ -59,7 +59,8 @@ class ProgressLine(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        line = "  ".join(form.format(logs[name]) for name, form in SHOWN.items() if name in (logs or {}))
+        logs = logs or {}
+        line = "  ".join(form.format(logs[name]) for name, form in SHOWN.items() if name in logs)
         if not line or not state.is_world_process_zero:
             return
         if self.training_bar is not None:

@@ -33,5 +33,6 @@ class LiveTeacher:
         return (hidden_states(self.model, batch)[batch.valid],)
 
     @torch.no_grad()
-    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
+        (hidden,) = rows
         return self.head(hidden)

@@ -28,10 +28,11 @@ from sekd.config import SEKDConfig
 from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
 from sekd.distill import Method, distill
 from sekd.evaluate import held_out_sums
-from sekd.losses import DIVERGENCES
+from sekd.losses import ON_LOG_PROBABILITIES
 from sekd.models import causal_lm, check_head, common_vocab, freeze, full_weights, load_model, run_inside, unwrap
 from sekd.policies import make_policy
 from sekd.progress import ProgressLine, RunFiles, show_completions
+from sekd.scores import SCORES
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
 
@@ -57,6 +58,7 @@ class SEKDTrainer(Trainer):
     """
 
     args: SEKDConfig
+    control: Any
 
     def __init__(
         self,
@@ -105,9 +107,10 @@ class SEKDTrainer(Trainer):
             if getattr(model, "is_quantized", False):
                 model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
             model = get_peft_model(model, peft_config)
+        teacher: Any = teacher_model
         if isinstance(teacher_model, str):
             attention = init.get("attn_implementation")
-            teacher_model = load_model(
+            teacher = load_model(
                 teacher_model, revision=revision, dtype=args.teacher_dtype, attn_implementation=attention
             )
 
@@ -127,15 +130,15 @@ class SEKDTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
 
-        teacher_model = freeze(teacher_model).to(args.device)
+        teacher = freeze(teacher).to(args.device)
         if not is_deepspeed_zero3_enabled():
-            for either in (self.model, teacher_model):
+            for either in (self.model, teacher):
                 check_head(either, self.packed)
-        vocab = common_vocab(self.model, teacher_model)
-        self.teacher = LiveTeacher(teacher_model, vocab)
-        divergence = DIVERGENCES[args.divergence]
+        vocab = common_vocab(self.model, teacher)
+        self.teacher = LiveTeacher(teacher, vocab)
+        divergence = ON_LOG_PROBABILITIES[str(args.divergence)]
         self.method = Method(
-            score=args.position_score if args.needs_scores else None,
+            score=SCORES[args.position_score] if args.needs_scores else None,
             policy=make_policy(args.position_policy, args.position_fraction),
             divergence=partial(divergence, beta=args.jsd_beta) if args.divergence == "jsd" else divergence,
             kd_weight=args.kd_weight,
@@ -217,8 +220,8 @@ class SEKDTrainer(Trainer):
     def _generate(self, samples: list[Sample], step: int) -> list[Rollout]:
         if self.engine is None:
             self.engine = self._make_engine()
-        shared = isinstance(self.engine, HFEngine) and self.engine.model is unwrap(self.model)
-        self.engine.sync_weights(self.engine.model if shared else full_weights(self.model_wrapped), step)
+        shares_the_model = getattr(self.engine, "model", None) is unwrap(self.model)
+        self.engine.sync_weights(unwrap(self.model) if shares_the_model else full_weights(self.model_wrapped), step)
         with self.accelerator.autocast():
             return self.engine.generate([s.input_ids[: s.prompt_length] for s in samples])
 
@@ -293,7 +296,7 @@ class SEKDTrainer(Trainer):
         rows = max(totals.pop("rows"), 1)
         metrics = {f"{metric_key_prefix}_{name}": value / rows for name, value in totals.items()}
         metrics[f"{metric_key_prefix}_rows"] = rows
-        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{_evaluated(self.args.divergence)}"]
+        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{_evaluated(str(self.args.divergence))}"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -37,4 +37,4 @@ class Batch:
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> "Batch":
         """The batch in a Trainer's ``inputs``, which must be a dict to be moved between devices."""
-        return cls(**{f.name: inputs.get(f.name) for f in fields(cls)})
+        return cls(**{f.name: inputs[f.name] for f in fields(cls) if f.name in inputs})
