@@ -39,12 +39,10 @@ class HFEngine:
         own = self.model.generation_config.eos_token_id
         own_ids = own if isinstance(own, list) else [own] if own is not None else []
         self.stop_ids = [*dict.fromkeys([*own_ids, *stop_token_ids])]
+        sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p or None)
         self.generation = GenerationConfig(
             do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p or None,
+            **(sampling if temperature > 0 else {}),
             max_new_tokens=max_completion_length,
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.stop_ids[0] if self.stop_ids else 0,

@@ -11,8 +11,6 @@ from typing import Any, NoReturn
 
 import yaml
 
-from sekd.progress import write_atomically
-
 TRAIN_HELP = """\
 Distil a teacher into a student as a recipe says.
 
@@ -133,9 +131,7 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
             "quantization_config": get_quantization_config(model),
         },
     )
-    if trainer.is_world_process_zero():
-        os.makedirs(args.output_dir, exist_ok=True)
-        write_atomically(os.path.join(args.output_dir, "recipe.yaml"), as_recipe(script, args, model))
+    trainer.run_files.records = (script, args, model)
     return trainer, resume
 
 
@@ -175,16 +171,6 @@ def recipe_folder() -> str:
     package = os.path.dirname(os.path.abspath(__file__))
     inside = os.path.join(package, "recipes")
     return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "recipes")
-
-
-def as_recipe(*records: Any) -> str:
-    """Flat YAML with every field of the records spelled out; ``sekd train`` reads it again."""
-    keys: dict[str, Any] = {}
-    for record in records:
-        values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
-        names = [f.name for f in fields(record) if f.init and not f.name.endswith("_token")]
-        keys |= {name: values[name] for name in names if name in values}
-    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
 
 def _raise(message: str) -> NoReturn:

@@ -153,8 +153,8 @@ class SEKDConfig(TrainingArguments):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the position policy looks at scores."""
-        return self.position_policy in NEEDS_SCORES
+        """Whether the position policy looks at scores; who takes all positions does not."""
+        return self.position_policy in NEEDS_SCORES and self.position_fraction < 1
 
 
 def _one_of(name: str, value: object, known: object) -> None:

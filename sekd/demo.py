@@ -24,8 +24,11 @@ STUDENT = dict(hidden=160, layers=2, heads=3, steps=100)
 PROMPT = "{prompt}\n"
 
 
-def demo(folder: str, seed: int) -> dict[str, float]:
-    """Make task, teacher and student in ``folder``, distil twice, and print exact match on held-out problems, in %."""
+def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
+    """Make task, teacher and student in ``folder``, distil twice, and print exact match on held-out problems, in %.
+
+    ``overrides`` beat ``recipes/demo.yaml``, by key.
+    """
     started = time.monotonic()
     set_seed(seed)
     problems = make_problems(TRAIN + HELD_OUT, seed)
@@ -57,6 +60,7 @@ def demo(folder: str, seed: int) -> dict[str, float]:
             "position_policy": policy,
             "seed": str(seed),
             "rollout_engine": default_engine(),
+            **overrides,
         }
         flags = [part for key, value in overrides.items() for part in (f"--{key}", value)]
         trainer, _ = build(os.path.join(recipe_folder(), "demo.yaml"), flags)

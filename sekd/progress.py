@@ -5,8 +5,10 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -70,24 +72,40 @@ class ProgressLine(ProgressCallback):
 
 
 class RunFiles(TrainerCallback):
-    """Writes ``metrics.jsonl`` (one line a log) and ``versions.json`` into the output folder."""
+    """Writes ``recipe.yaml`` (every field of ``records``), ``versions.json`` and ``metrics.jsonl`` (one line a log)."""
+
+    def __init__(self, *records: Any) -> None:
+        self.records = records
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        os.makedirs(args.output_dir, exist_ok=True)
+        versions = {"python": platform.python_version(), **installed_versions()}
         # What a killed run logged after its last checkpoint will be logged again.
         lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-        write_atomically(os.path.join(args.output_dir, "metrics.jsonl"), "".join(lines))
-        versions = json.dumps({"python": platform.python_version(), **installed_versions()}, indent=2)
-        write_atomically(os.path.join(args.output_dir, "versions.json"), versions + "\n")
+        for name, text in (
+            ("recipe.yaml", as_recipe(*self.records)),
+            ("versions.json", json.dumps(versions, indent=2) + "\n"),
+            ("metrics.jsonl", "".join(lines)),
+        ):
+            write_atomically(os.path.join(args.output_dir, name), text)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             with open(os.path.join(args.output_dir, "metrics.jsonl"), "a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def as_recipe(*records: Any) -> str:
+    """Flat YAML with every field of the records spelled out; ``sekd train`` reads it again."""
+    keys: dict[str, Any] = {}
+    for record in records:
+        values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
+        names = [f.name for f in fields(record) if f.init and not f.name.endswith("_token")]
+        keys |= {name: values[name] for name in names if name in values}
+    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
 
 def installed_versions() -> dict[str, str]:
@@ -103,6 +121,7 @@ def installed_versions() -> dict[str, str]:
 
 def write_atomically(path: str, text: str) -> None:
     """The whole file or the one before it, whenever the process dies."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w") as file:
         file.write(text)
         file.flush()

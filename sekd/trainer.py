@@ -114,6 +114,7 @@ class SEKDTrainer(Trainer):
                 teacher_model, revision=revision, dtype=args.teacher_dtype, attn_implementation=attention
             )
 
+        self.run_files = RunFiles(args)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`; DataParallel would split the loss
         super().__init__(
             model,
@@ -122,7 +123,7 @@ class SEKDTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[RunFiles(), *(callbacks or [])],
+            callbacks=[self.run_files, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # by the sequences of the whole optimizer step
@@ -198,6 +199,8 @@ class SEKDTrainer(Trainer):
     def _roll_out(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The same samples with completions by the student as it is now, from one call of the engine."""
         samples = [s for micro_batch in micro_batches for s in micro_batch]
+        if self.engine is None:
+            self.engine = self._make_engine()
         started = time.monotonic()
         rollouts = self._generate(samples, self.state.global_step)
         lengths = [len(r.completion_ids) for r in rollouts]

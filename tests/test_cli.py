@@ -1,16 +1,22 @@
 """Recipes and overrides become objects; mistakes become one clear line."""
 
+import contextlib
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import yaml
-from conftest import make_model
+from conftest import make_model, make_vllm_model
 from transformers import AutoModelForCausalLM
 
-from sekd.cli import as_recipe, main, parse_recipe, recipe_folder
+from sekd.cli import main, parse_recipe, recipe_folder
+from sekd.progress import as_recipe
 
 
 @pytest.fixture
@@ -140,6 +146,28 @@ def test_nothing_heavy_is_imported_at_start_up():
 
 
 def test_recipe_folder():
-    import os
-
     assert "demo.yaml" in os.listdir(recipe_folder())
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_everything(recipe, tmp_path):
+    """SIGINT in the middle of an on-policy run through vLLM: status 130, and no process of its group is left."""
+    make_vllm_model(0).save_pretrained(tmp_path / "student")
+    make_vllm_model(1).save_pretrained(tmp_path / "teacher")
+    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    command = [sys.executable, "-m", "sekd.cli", "train", recipe, "--lmbda", "1", "--rollout_engine", engine]
+    process = subprocess.Popen([*command, "--max_steps", "100000", "--save_strategy", "no"], start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        for _ in range(1200):
+            if metrics.exists() and metrics.stat().st_size > 0:
+                break
+            assert process.poll() is None, "it ended before it trained"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,47 @@
+"""Held-out divergences are exact means over all valid rows."""
+
+import pytest
+import torch
+from conftest import make_model
+from test_trainer import make_trainer
+
+from sekd.data import prepare
+
+
+def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        student,
+        teacher,
+        dict(eval_dataset=pairs.select(range(10))),
+        per_device_eval_batch_size=4,
+        max_eval_samples=7,
+    )
+    metrics = trainer.evaluate()
+    forward, reverse, rows = 0.0, 0.0, 0
+    for row in prepare(pairs.select(range(7)), tokenizer, trainer.args):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q = student(input_ids=ids).logits[0].double().log_softmax(-1)
+            p = teacher(input_ids=ids).logits[0].double().log_softmax(-1)
+        where = [t for t in range(len(row["input_ids"]) - 1) if row["supervised"][t + 1]]
+        forward += (p.exp() * (p - q)).sum(-1)[where].sum().item()
+        reverse += (q.exp() * (q - p)).sum(-1)[where].sum().item()
+        rows += len(where)
+    assert metrics["eval_rows"] == rows
+    assert metrics["eval_forward_kl"] == pytest.approx(forward / rows, rel=1e-4)
+    assert metrics["eval_reverse_kl"] == pytest.approx(reverse / rows, rel=1e-4)
+    assert metrics["eval_loss"] == metrics["eval_forward_kl"]
+
+
+def test_an_on_policy_run_evaluates_fresh_rollouts_and_repeats_them(tmp_path, tokenizer, pairs):
+    options = dict(eval_dataset=pairs.select(range(10)))
+    trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, options, lmbda=1.0)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first == second, "the same weights and noise give the same rollouts"
+    assert first["eval_loss"] == first["eval_reverse_kl"] > 0
+    trainer.train()
+    assert trainer.evaluate()["eval_rows"] > 0

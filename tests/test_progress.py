@@ -1,0 +1,51 @@
+"""What a person sees, and atomic files."""
+
+import json
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rollouts import Rollout
+from sekd.progress import ProgressLine, RunFiles, installed_versions, show_completions, write_atomically
+
+
+def state(step, history=()):
+    made = TrainerState(log_history=list(history), is_world_process_zero=True)
+    made.global_step = step
+    return made
+
+
+def test_a_log_is_one_short_line(capsys):
+    logs = {"loss": 0.25, "divergence": 0.5, "selected_fraction": 0.2, "tokens_per_second": 12345.6, "epoch": 1.0}
+    ProgressLine().on_log(TrainingArguments(output_dir="unused"), state(7), TrainerControl(), logs=logs)
+    assert capsys.readouterr().out == "step     7  loss 0.2500  div 0.5000  sel 20%  12,346 tok/s\n"
+
+
+def test_metrics_keep_what_the_checkpoint_knows_only(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lost": true}\n')
+    files = RunFiles(args)
+    files.on_train_begin(args, state(2, [{"step": 1}, {"step": 2}]), TrainerControl())
+    files.on_log(args, state(3, [{"step": 1}, {"step": 2}, {"step": 3}]), TrainerControl())
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert f"output_dir: {tmp_path}" in (tmp_path / "recipe.yaml").read_text()
+    assert json.loads((tmp_path / "versions.json").read_text())["torch"] == installed_versions()["torch"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(str(path), "\ud800")
+    assert path.read_text() == "old"
+    write_atomically(str(path), "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir() if p.name != "file.tmp"] == ["file"]
+
+
+def test_completions_are_shown_as_text(tokenizer, capsys):
+    show_completions(tokenizer, [Rollout([1, 2], [3, 120], 5, "stop")], 5)
+    out = capsys.readouterr().out
+    assert "rollouts at step 5" in out
+    assert "w1 w2" in out
+    assert "w3 <eos>" in out
