@@ -235,28 +235,29 @@ def test_what_a_run_leaves_behind(tmp_path, tokenizer, pairs):
     assert "torch" in json.loads((tmp_path / "versions.json").read_text())
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmbda):
+def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmbda, gradient_checkpointing):
     student = make_model("untied")
     before = {name: p.clone() for name, p in student.named_parameters()}
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj", "lm_head"], lora_dropout=0.1)
-    trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        pairs,
-        student,
-        None,
-        dict(peft_config=config),
-        lmbda=lmbda,
-        max_steps=4,
-        learning_rate=0.01,
-    )
+    options = dict(lmbda=lmbda, max_steps=4, learning_rate=0.01, gradient_checkpointing=gradient_checkpointing)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, None, dict(peft_config=config), **options)
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()}
     assert len(moved) == sum("lora_B" in name for name, _ in trainer.model.named_parameters()) > 0
     for name, p in trainer.model.get_base_model().named_parameters():
         if "lora" not in name:
             assert torch.equal(p, before[name.replace(".base_layer", "")]), name
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
+    found = []
+    for on in (False, True):
+        trainer = make_trainer(tmp_path, tokenizer, pairs, **ONE_SGD_STEP, gradient_checkpointing=on)
+        found.append(trained_weights(trainer))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=1e-6)
 
 
 def test_every_parameter_of_a_full_student_moves(tmp_path, tokenizer, pairs):
