@@ -83,9 +83,10 @@ class SEKDTrainer(Trainer):
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
         if peft_config is not None and peft_config.is_prompt_learning:
             raise ValueError(f"peft_type {peft_config.peft_type} adds virtual tokens, which shift the rows; use LoRA")
-        if init.get("quantization_config") is not None and peft_config is None:
+        quantized = init.get("quantization_config") is not None or getattr(model, "is_quantized", False)
+        if quantized and peft_config is None:
             raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
-        if init.get("quantization_config") is not None and args.lmbda > 0 and args.rollout_engine != "hf":
+        if quantized and args.lmbda > 0 and args.rollout_engine != "hf":
             raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
         if processing_class is None:

@@ -10,7 +10,14 @@ from conftest import EOS, make_model
 from datasets import Dataset
 from peft import LoraConfig
 from test_distill import naive
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
 
 from rollouts import Rollout
 from sekd import SEKDConfig, SEKDTrainer
@@ -249,6 +256,38 @@ def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmb
     for name, p in trainer.model.get_base_model().named_parameters():
         if "lora" not in name:
             assert torch.equal(p, before[name.replace(".base_layer", "")]), name
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_quantized_student_learns_through_its_adapter(tmp_path, tokenizer, pairs, lmbda):
+    """QLoRA trainers elsewhere have had a loss of zero (TRL #2217)."""
+    pytest.importorskip("bitsandbytes")
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, eos_token_id=EOS, pad_token_id=122, bos_token_id=None,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "student")
+    options = dict(
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
+    )
+    student = str(tmp_path / "student")
+    trainer = make_trainer(
+        tmp_path / "run", tokenizer, pairs, student, None, options, lmbda=lmbda, max_steps=4, learning_rate=0.01
+    )
+    trainer.train()
+    assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+    assert all(p.any() for name, p in trainer.model.named_parameters() if "lora_B" in name)
+
+
+def test_quantized_students_need_an_adapter_and_the_hf_engine(tmp_path, tokenizer, pairs):
+    init = dict(model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)))
+    with pytest.raises(ValueError, match="a quantized student cannot be trained in full: set use_peft: true"):
+        make_trainer(tmp_path, tokenizer, pairs, "somewhere", None, init)
+    init["peft_config"] = LoraConfig(task_type="CAUSAL_LM")
+    options = dict(lmbda=1.0, rollout_engine="vllm")
+    with pytest.raises(ValueError, match="rollout_engine 'vllm' cannot take a quantized student; use hf"):
+        make_trainer(tmp_path, tokenizer, pairs, "somewhere", None, init, **options)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
