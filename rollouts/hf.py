@@ -52,8 +52,10 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        was_training = self.model.training
+        # What a call does not set, transformers takes from the model's own file: repetition penalties and the like.
+        was_training, own = self.model.training, self.model.generation_config
         self.model.eval()
+        self.model.generation_config = self.generation
         seeds = request_seeds(self.seed, self.step, self.round, len(prompts))
         self.round += 1
         rollouts: list[Rollout] = []
@@ -62,6 +64,7 @@ class HFEngine:
                 rollouts += self._batch(prompts[start : start + self.batch_size], seeds[start])
         finally:
             self.model.train(was_training)
+            self.model.generation_config = own
         return rollouts
 
     def _batch(self, prompts: Sequence[list[int]], seed: int | None) -> list[Rollout]:
@@ -75,9 +78,7 @@ class HFEngine:
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.generation
-            )
+            output = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         return [self._rollout(p, o) for p, o in zip(prompts, output[:, width:].tolist(), strict=True)]
 
     def _rollout(self, prompt: list[int], output: list[int]) -> Rollout:

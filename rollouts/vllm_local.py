@@ -1,8 +1,12 @@
 """vLLM in this process, on a CPU or a GPU."""
 
 import os
+import random
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+import torch
 
 from rollouts.base import Rollout, Weights, named_weights, request_seeds
 
@@ -46,6 +50,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.llm: Any = LLM(
             model,
             dtype=dtype,
@@ -58,6 +63,10 @@ class VLLMEngine:
             seed=seed or 0,
             disable_log_stats=True,
         )
+        # vLLM seeds every generator of the process; the trainer's draws must not depend on when an engine starts.
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
         self.sampling = dict(
             temperature=temperature,
             top_p=top_p,

@@ -51,7 +51,9 @@ class SEKDConfig(TrainingArguments):
         default="student_entropy", metadata=_help(f"How important a position is: {', '.join(SCORES)}.")
     )
     position_policy: str = field(default="top_k", metadata=_help(f"Which are distilled: {', '.join(POLICIES)}."))
-    position_fraction: float = field(default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]."))
+    position_fraction: float = field(
+        default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]; all ignores it.")
+    )
 
     # Data
     prompt_column: str = field(default="prompt", metadata=_help("Column of prompts: text or chat messages."))
@@ -145,7 +147,11 @@ class SEKDConfig(TrainingArguments):
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{prompt}}, the place of the prompt")
-        if self.lmbda > 0 and self.rollout_engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        if self.torch_compile:
+            raise ValueError("torch_compile: true is not supported: the student's forward is called in parts")
+        if any(name in str(self.optim) for name in ("bnb", "8bit", "4bit")) and not _installed("bitsandbytes"):
+            raise ValueError(f"optim {self.optim} needs bitsandbytes: run `pip install bitsandbytes`")
+        if self.lmbda > 0 and self.rollout_engine == "vllm" and not _installed("vllm"):
             raise ValueError(
                 "rollout_engine 'vllm' needs vLLM, which is not installed: run `bash scripts/setup.sh` "
                 '(or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
@@ -165,6 +171,10 @@ def _one_of(name: str, value: object, known: object) -> None:
 def _within(name: str, value: float, low: float, high: float, hint: str) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} {value} is outside [{low}, {high}]; {hint}")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _has_accelerator() -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.chat_template_utils import get_training_chat_template
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from rollouts import Rollout
@@ -64,9 +64,14 @@ def load_rows(
         raise ValueError(
             f"dataset_name {name!r} mixes kinds of files; name those of one kind, such as 'folder/*.jsonl'"
         )
-    parts = [
-        load_dataset(BUILDERS[os.path.splitext(f)[1]], data_files=f, split="train", streaming=streaming) for f in files
-    ]
+    if empty := [f for f in files if not os.path.getsize(f)]:
+        raise ValueError(f"dataset_name {name!r}: {empty[0]} is empty")
+    try:
+        kind = BUILDERS[os.path.splitext(files[0])[1]]
+        parts = [load_dataset(kind, data_files=f, split="train", streaming=streaming) for f in files]
+    except DatasetsError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"dataset_name {name!r} cannot be read as {kind}: {cause}") from error
     if len(parts) > 1:
         columns = [
             c for c in get_dataset_column_names(parts[0]) if all(c in get_dataset_column_names(p) for p in parts)
@@ -157,7 +162,7 @@ def _encoder(first: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args:
     if args.prompt_column in first:
         if args.completion_column not in first and args.lmbda < 1:
             raise _missing(args, first, ["completion_column"])
-        is_chat = args.use_chat_template or not isinstance(first[args.prompt_column], str)
+        is_chat = args.use_chat_template or isinstance(first[args.prompt_column], list)
         encode = _encode_chat_pair if is_chat else _encode_pair
     elif args.messages_column in first:
         encode = _encode_messages
@@ -165,6 +170,13 @@ def _encoder(first: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args:
         encode = _encode_text
     else:
         raise _missing(args, first, ["prompt_column", "messages_column"] + ["text_column"] * (args.lmbda == 0))
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so no student could learn to stop: set tokenizer.eos_token")
+    if encode is not _encode_text and args.lmbda < 1 and args.max_length <= args.max_prompt_length:
+        raise ValueError(
+            f"max_length {args.max_length} leaves no room for completions behind prompts of max_prompt_length "
+            f"{args.max_prompt_length}; raise the first or lower the second"
+        )
     if encode is not _encode_pair and encode is not _encode_text and tokenizer.chat_template is None:
         raise ValueError(
             "the data is a conversation, but the tokenizer has no chat template: use text prompts, or set one"
@@ -180,6 +192,9 @@ def _missing(args: SEKDConfig, first: Mapping[str, Any], fields: list[str]) -> V
 
 
 def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    for column in (args.prompt_column, args.completion_column):
+        if not isinstance(row.get(column, ""), str):
+            raise ValueError(f"column {column!r} holds {row[column]!r}, which is not text")
     prompt = tokenizer(args.prompt_template.replace("{prompt}", row[args.prompt_column]))["input_ids"]
     completion: list[int] = []
     if args.completion_column in row:
@@ -197,30 +212,21 @@ def _encode_chat_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 
 
 def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    """Everything before the last answer is the prompt. Earlier answers are targets too, unless the template writes
+    them differently once the conversation goes on (Qwen3 drops their thinking): the student never wrote those."""
     messages = _with_system(row[args.messages_column], args)
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None:
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not answers:
         raise ValueError(f"messages_column {args.messages_column!r}: a conversation has no assistant turn: {messages}")
+    *earlier, last = answers
     sample = _chat_turn(messages[:last], [messages[last]], tokenizer, args)
-    if last == 1 or not any(m["role"] == "assistant" for m in messages[:last]):
-        return sample
-    # Several assistant turns: all of them are targets. Their place comes from a template that marks it.
-    variables: dict[str, Any] = args.chat_template_kwargs or {}  # type: ignore[assignment]  # parsed by now
-    template = get_training_chat_template(tokenizer=tokenizer) or tokenizer.chat_template
-    marked = tokenizer.apply_chat_template(
-        messages,
-        chat_template=template,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **variables,
-    )
-    supervised = [1] * len(marked["input_ids"]) if args.supervise_prompt else marked["assistant_masks"]
-    return {
-        "input_ids": marked["input_ids"],
-        "supervised": supervised,
-        # For rollouts the prompt is everything before the last answer, as the tokenizer's own template writes it.
-        "prompt_length": sample["prompt_length"],
-    }
+    ids = sample["input_ids"]
+    for i in earlier:
+        before = _render(messages[:i], tokenizer, args, add_generation_prompt=True)
+        after = _through_eos(_render(messages[: i + 1], tokenizer, args), tokenizer)
+        if ids[: len(after)] == after and after[: len(before)] == before:
+            sample["supervised"][len(before) : len(after)] = [1] * (len(after) - len(before))
+    return sample
 
 
 def _encode_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
@@ -241,21 +247,30 @@ def _chat_turn(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    variables: dict[str, Any] = args.chat_template_kwargs or {}  # type: ignore[assignment]  # parsed by now
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **variables)
+    prompt_ids = _render(prompt, tokenizer, args, add_generation_prompt=True)
     if answer is None:
         return _pair(prompt_ids, [], args)
-    ids = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False, **variables)
+    ids = _render([*prompt, *answer], tokenizer, args)
     if ids[: len(prompt_ids)] != prompt_ids:
         raise ValueError(
             "the chat template writes the prompt differently once the answer follows, so the answer's tokens cannot "
             "be told apart; use text columns, or a template whose prompt is a prefix of the conversation"
         )
-    completion = ids[len(prompt_ids) :]
-    # What a template writes after the end of the turn is never generated.
-    if tokenizer.eos_token_id in completion:
-        completion = completion[: len(completion) - completion[::-1].index(tokenizer.eos_token_id)]
-    return _pair(prompt_ids, completion, args)
+    return _pair(prompt_ids, _through_eos(ids[len(prompt_ids) :], tokenizer), args)
+
+
+def _render(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, **options: bool
+) -> list[int]:
+    variables: dict[str, Any] = args.chat_template_kwargs or {}  # type: ignore[assignment]  # parsed by now
+    return tokenizer.apply_chat_template(messages, return_dict=False, **options, **variables)
+
+
+def _through_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without what a template writes after the last EOS, since that is never generated."""
+    if tokenizer.eos_token_id not in ids:
+        return ids
+    return ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
 
 
 def _pair(prompt: list[int], completion: list[int], args: SEKDConfig) -> dict[str, Any]:
@@ -264,33 +279,43 @@ def _pair(prompt: list[int], completion: list[int], args: SEKDConfig) -> dict[st
 
 
 def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
-    """Over-long prompts are an error or dropped; sequences are cut to ``max_length``; both are counted."""
+    """Over-long prompts are an error or dropped; sequences are cut to ``max_length``; what is lost is counted."""
+    in_memory, limit, dropped = isinstance(dataset, Dataset), args.max_prompt_length, 0
 
     def fits(row: Mapping[str, Any]) -> bool:
+        nonlocal dropped
         length = row["prompt_length"]
-        if length > args.max_prompt_length and args.overlong_prompts == "error" and not isinstance(dataset, Dataset):
+        if length <= limit:
+            return True
+        if args.overlong_prompts == "error":
             raise ValueError(_overlong("a prompt of the stream is", length, args))
-        return length <= args.max_prompt_length
+        dropped += 1
+        if not in_memory and dropped in (1, 10, 100, 1000, 10_000, 100_000):
+            logger.warning(f"dropped {dropped} prompts over max_prompt_length {limit} so far")
+        return False
+
+    if in_memory:
+        longer = [length for length in dataset["prompt_length"] if length > limit]
+        if longer and args.overlong_prompts == "error":
+            raise ValueError(_overlong(f"{len(longer)} of {len(dataset)} prompts are", max(longer), args))
+        if longer:
+            logger.warning(f"dropped {len(longer)} of {len(dataset)} prompts over max_prompt_length {limit}")
+    dataset = dataset.filter(fits)
+    if args.lmbda == 1:  # rollouts bring their own completions
+        return dataset
+    if in_memory:
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        if cut_short := sum(length > args.max_length for length in lengths):
+            logger.warning(f"cut {cut_short} of {len(lengths)} sequences to max_length {args.max_length}")
 
     def cut(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {"input_ids": row["input_ids"][: args.max_length], "supervised": row["supervised"][: args.max_length]}
+        return {name: row[name][: args.max_length] for name in ("input_ids", "supervised")}
 
-    if isinstance(dataset, Dataset):
-        lengths = torch.tensor(dataset["prompt_length"][:])
-        overlong = int((lengths > args.max_prompt_length).sum())
-        if overlong and args.overlong_prompts == "error":
-            raise ValueError(_overlong(f"{overlong} of {len(lengths)} prompts are", int(lengths.max()), args))
-        total = torch.tensor([len(ids) for ids in dataset["input_ids"]])
-        if overlong:
-            logger.warning(
-                f"dropped {overlong} of {len(lengths)} prompts over max_prompt_length {args.max_prompt_length}"
-            )
-        if args.lmbda < 1 and (cut_short := int((total > args.max_length).sum())):
-            logger.warning(f"cut {cut_short} of {len(total)} sequences to max_length {args.max_length}")
-    dataset = dataset.filter(fits)
-    if args.lmbda < 1:  # rollouts bring their own completions
-        dataset = dataset.map(cut).filter(lambda row: any(row["supervised"][1:]) or args.lmbda > 0)
-    return dataset
+    cut_rows = dataset.map(cut)
+    kept = cut_rows.filter(lambda row: any(row["supervised"][1:]) or args.lmbda > 0)
+    if in_memory and len(kept) < len(dataset):
+        logger.warning(f"dropped {len(dataset) - len(kept)} of {len(dataset)} samples that have no token to learn from")
+    return kept
 
 
 def _overlong(who: str, longest: int, args: SEKDConfig) -> str:

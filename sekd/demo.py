@@ -52,7 +52,7 @@ def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
     for label, policy in (("SE-KD 20 %", "top_k"), ("Full KD", "all")):
         begun = time.monotonic()
         print(f"student: {label}, on-policy")
-        overrides = {
+        keys = {
             "model_name_or_path": os.path.join(folder, "student"),
             "teacher_model_name_or_path": os.path.join(folder, "teacher"),
             "dataset_name": data,
@@ -62,7 +62,7 @@ def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
             "rollout_engine": default_engine(),
             **overrides,
         }
-        flags = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+        flags = [part for key, value in keys.items() for part in (f"--{key}", value)]
         trainer, _ = build(os.path.join(recipe_folder(), "demo.yaml"), flags)
         trainer.train()
         trainer.save_model()
@@ -110,11 +110,11 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
-    model.train()
+    model.to(args.device).train()
     for _ in (bar := trange(steps, desc=name)):
         chosen = torch.randint(len(samples), (batch_size,), generator=generator).tolist()
-        batch = collate([samples[i] for i in chosen], tokenizer.pad_token_id)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
+        batch = {k: v.to(args.device) for k, v in collate([samples[i] for i in chosen], tokenizer.pad_token_id).items()}
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE

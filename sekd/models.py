@@ -1,11 +1,14 @@
 """Loading models and reaching into them: the one place that knows about wrappers, adapters and heads."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -138,19 +141,35 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The student's weights under their checkpoint names, one whole tensor at a time: shards gathered, adapters
     merged into copies. The training weights themselves are never touched, so that nothing drifts.
 
-    Under FSDP every rank must consume the whole iterator.
+    Under FSDP2 every rank must consume the whole iterator.
     """
     lm = causal_lm(model)
-    adapters = {
-        name: module for name, module in lm.named_modules() if hasattr(module, "get_delta_weight") and module.lora_A
-    }
+    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in layers.items():
+        merged = copy.deepcopy(layer)  # one layer at a time; merging itself knows DoRA, biases and embeddings
+        merged.merge()
+        for leaf, tensor in merged.get_base_layer().state_dict().items():
+            yield f"{name}.{leaf}", _whole(tensor)
     for name, tensor in lm.state_dict().items():
-        if ".lora_" in name or ".original_module." in name:
+        if ".original_module." in name or any(name.startswith(f"{layer}.") for layer in layers):
             continue
-        owner, _, leaf = name.replace(".base_layer", "").replace(".modules_to_save.default", "").rpartition(".")
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if leaf == "weight" and owner in adapters:
-            layer = adapters[owner]
-            delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-            tensor = (tensor.float() + delta).to(tensor.dtype)
-        yield f"{owner}.{leaf}", tensor.detach()
+        yield name.replace(".modules_to_save.default", ""), _whole(tensor)
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise ValueError for an adapter whose merged weights no checkpoint of the student's architecture can hold."""
+    lm = causal_lm(model)
+    adapted = [n for n, m in lm.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    tied = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapted}
+    if any(name.endswith("token_adapter") for name in adapted):
+        raise ValueError("trainable_token_indices cannot be sent to a rollout engine; use rollout_engine: hf")
+    if tied and lm.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            f"the adapter changes {' and '.join(sorted(tied))}, but this student has one weight for input and output, "
+            "so no engine could take the merged result; leave them out of lora_target_modules and "
+            "lora_modules_to_save, or use rollout_engine: hf"
+        )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

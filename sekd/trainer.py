@@ -5,6 +5,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,17 @@ from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepa
 from sekd.distill import Method, distill
 from sekd.evaluate import held_out_sums
 from sekd.losses import ON_LOG_PROBABILITIES
-from sekd.models import causal_lm, check_head, common_vocab, freeze, full_weights, load_model, run_inside, unwrap
+from sekd.models import (
+    causal_lm,
+    check_head,
+    check_mergeable,
+    common_vocab,
+    freeze,
+    full_weights,
+    load_model,
+    run_inside,
+    unwrap,
+)
 from sekd.policies import make_policy
 from sekd.progress import ProgressLine, RunFiles, show_completions
 from sekd.scores import SCORES
@@ -89,9 +100,16 @@ class SEKDTrainer(Trainer):
         if quantized and args.lmbda > 0 and args.rollout_engine != "hf":
             raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
+        if args.world_size > 1 and args.lmbda > 0 and args.rollout_engine == "vllm" and rollout_engine is None:
+            raise ValueError("rollout_engine 'vllm' works in a single process; use hf with several, or one GPU")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
+
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name)
+            processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
         if isinstance(teacher_model, str):
             revision = args.teacher_model_revision
             check_same_tokenizer(processing_class, AutoTokenizer.from_pretrained(teacher_model, revision=revision))
@@ -133,9 +151,10 @@ class SEKDTrainer(Trainer):
             self.add_callback(ProgressLine())
 
         teacher = freeze(teacher).to(args.device)
-        if not is_deepspeed_zero3_enabled():
-            for either in (self.model, teacher):
-                check_head(either, self.packed)
+        for either in (self.model, teacher):
+            check_head(either, self.packed)
+        if args.lmbda > 0 and args.rollout_engine != "hf":
+            check_mergeable(self.model)
         vocab = common_vocab(self.model, teacher)
         self.teacher = LiveTeacher(teacher, vocab)
         divergence = ON_LOG_PROBABILITIES[str(args.divergence)]
@@ -154,7 +173,10 @@ class SEKDTrainer(Trainer):
 
     def _prepare_data(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Any:
         dataset = prepare(dataset, tokenizer, args)
-        self.packed |= "seq_lengths" in next(iter(dataset))
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError("no sample is left of the data; look at max_prompt_length, max_length and the completions")
+        self.packed |= "seq_lengths" in first
         return dataset
 
     # One optimizer step: all its micro-batches at once, then each through the loss.
@@ -200,8 +222,7 @@ class SEKDTrainer(Trainer):
     def _roll_out(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The same samples with completions by the student as it is now, from one call of the engine."""
         samples = [s for micro_batch in micro_batches for s in micro_batch]
-        if self.engine is None:
-            self.engine = self._make_engine()
+        self.engine = self.engine or self._make_engine()
         started = time.monotonic()
         rollouts = self._generate(samples, self.state.global_step)
         lengths = [len(r.completion_ids) for r in rollouts]
@@ -222,8 +243,7 @@ class SEKDTrainer(Trainer):
         return [[next(new) for _ in micro_batch] for micro_batch in micro_batches]
 
     def _generate(self, samples: list[Sample], step: int) -> list[Rollout]:
-        if self.engine is None:
-            self.engine = self._make_engine()
+        assert self.engine is not None
         shares_the_model = getattr(self.engine, "model", None) is unwrap(self.model)
         self.engine.sync_weights(unwrap(self.model) if shares_the_model else full_weights(self.model_wrapped), step)
         with self.accelerator.autocast():
@@ -284,15 +304,22 @@ class SEKDTrainer(Trainer):
 
         An on-policy run (``lmbda`` 1) evaluates fresh rollouts of the held-out prompts.
         """
-        batches = list(self.get_eval_dataloader(eval_dataset))
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if "input_ids" not in next(iter(data)):
+            data = self._prepare_data(data, self.processing_class, self.args)
+        samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
-            batches = self._evaluation_rollouts(batches)
+            self.engine = self.engine or self._make_engine()
+            # A step of its own for the seeds: the same noise at each evaluation, and none that training used.
+            samples = [*map(from_rollout, samples, self._generate(samples, -1))]
+        samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
+        size = self.args.per_device_eval_batch_size
         model = self.model_wrapped
         was_training = model.training
         model.eval()
         sums: defaultdict[str, Tensor | float] = defaultdict(float)
-        for samples in batches:
-            batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples)))
+        for start in range(0, len(samples), size):
+            batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
                 _add(sums, run_inside(model, lambda b: held_out_sums(model, self.teacher, b, self.method), batch))
         model.train(was_training)
@@ -305,11 +332,11 @@ class SEKDTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluation_rollouts(self, batches: list[list[Sample]]) -> list[list[Sample]]:
-        samples = [s for samples in batches for s in samples]
-        # A step of its own for the seeds: the same sampling noise at each evaluation, and none that training used.
-        new = map(from_rollout, samples, self._generate(samples, -1))
-        return [[next(new) for _ in samples] for samples in batches]
+    def _share(self, samples: list[Sample]) -> list[Sample]:
+        """This process's samples: as many as every other's, filled up with copies (id -1) that do not count."""
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
+        return [*samples, *padding][index::processes]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what was summed since the last log."""

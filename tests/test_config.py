@@ -38,6 +38,7 @@ def config(**kwargs):
         (dict(max_length=0), r"max_length 0 must be at least 1"),
         (dict(max_completion_length=0), r"max_completion_length 0 must be at least 1"),
         (dict(head_chunk_rows=0), r"head_chunk_rows 0 must be at least 1"),
+        (dict(torch_compile=True), r"torch_compile: true is not supported"),
         (dict(prompt_template="Q:"), r"prompt_template 'Q:' lacks \{prompt\}"),
     ],
 )

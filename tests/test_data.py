@@ -1,5 +1,6 @@
 """Rows become samples, samples become batches; what is supervised is exactly what should be."""
 
+import copy
 import json
 import random
 
@@ -57,14 +58,23 @@ def test_all_assistant_turns_of_a_conversation_are_targets(tokenizer):
     row = messages(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4 w5"))
     sample = first([row], tokenizer)
     assert sample.input_ids == [123, 1, 124, 2, EOS, 123, 3, 124, 4, 5, EOS]
-    # The template of this tokenizer puts <assistant> before what it marks as generated.
     assert sample.supervised == [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
     assert sample.prompt_length == 8
 
 
-def test_what_the_template_writes_after_the_end_is_not_supervised(tokenizer):
-    import copy
+def test_answers_that_the_template_rewrites_later_are_no_targets(tokenizer):
+    """As Qwen3 does: the last answer carries a thinking part, which earlier ones lose."""
+    qwen = copy.deepcopy(tokenizer)
+    thinking = "{% if m.role == 'assistant' and loop.last %}w77 {% endif %}{{ m.content }}"
+    qwen.chat_template = tokenizer.chat_template.replace("{{ m.content }} <eos>", thinking + " <eos>")
+    row = messages(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"))
+    sample = first([row], qwen)
+    assert sample.input_ids == [123, 1, 124, 2, EOS, 123, 3, 124, 77, 4, EOS]
+    assert sample.supervised == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+    assert sample.input_ids[: sample.prompt_length] == [123, 1, 124, 2, EOS, 123, 3, 124]
 
+
+def test_what_the_template_writes_after_the_end_is_not_supervised(tokenizer):
     trailing = copy.deepcopy(tokenizer)
     trailing.chat_template = trailing.chat_template.replace("<eos>{% endgeneration %}", "<eos>{% endgeneration %} w99")
     assert first([messages(("user", "w1"), ("assistant", "w2"))], trailing).input_ids == [123, 1, 124, 2, EOS]
@@ -153,16 +163,49 @@ def test_overlong_prompts_stop_or_are_counted(tokenizer, caplog):
     assert "dropped 2 of 3 prompts over max_prompt_length 5" in caplog.text
 
 
-def test_samples_without_targets_do_not_stay(tokenizer):
-    rows = [{"prompt": "w1 w2 w3", "completion": "w2"}, {"prompt": "w1", "completion": "w2"}]
-    assert len(prepare(Dataset.from_list(rows), tokenizer, config(max_length=3))) == 1
-    with pytest.raises(ValueError, match="no sample has a token to learn from; raise max_length"):
-        prepare(Dataset.from_list(rows[:1]), tokenizer, config(max_length=3))
+def test_samples_without_targets_are_counted_and_do_not_stay(tokenizer, caplog):
+    silent = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    mute = copy.deepcopy(tokenizer)
+    mute.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    with pytest.raises(ValueError, match="no sample has a token to learn from"):
+        prepare(Dataset.from_list([silent]), mute, config())
+    assert "dropped 1 of 1 samples that have no token to learn from" in caplog.text
+
+
+def test_prompts_are_never_cut(tokenizer, pairs):
+    for lmbda in (0.0, 0.5):
+        with pytest.raises(ValueError, match="max_length 6 leaves no room for completions behind prompts"):
+            prepare(pairs, tokenizer, config(lmbda=lmbda, max_length=6, max_prompt_length=8))
+    kept = prepare(pairs, tokenizer, config(lmbda=0.5, max_length=9, max_prompt_length=8))
+    for row, pair in zip(kept, pairs, strict=True):
+        assert row["prompt_length"] == len(pair["prompt"].split()) < len(row["input_ids"]) <= 9
+
+
+def test_cells_that_are_not_text(tokenizer):
+    for row in ({"prompt": 3, "completion": "w1"}, {"prompt": "w1", "completion": None}):
+        with pytest.raises(ValueError, match=r"column '(prompt|completion)' holds (3|None), which is not text"):
+            first([row], tokenizer)
+
+
+def test_a_tokenizer_without_eos(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
+        first([{"text": "w1"}], endless)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty.jsonl is empty"):
+        load_rows(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "w1"\n{{{')
+    with pytest.raises(ValueError, match=r"broken.jsonl' cannot be read as json"):
+        load_rows(str(tmp_path / "broken.jsonl"))
 
 
 def test_a_conversation_needs_a_chat_template_and_an_answer(tokenizer):
-    import copy
-
     with pytest.raises(ValueError, match="has no assistant turn"):
         first([messages(("user", "w1"))], tokenizer)
     bare = copy.deepcopy(tokenizer)
@@ -172,8 +215,6 @@ def test_a_conversation_needs_a_chat_template_and_an_answer(tokenizer):
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
-    import copy
-
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = "{% if add_generation_prompt %}w1 {% else %}w2 {% endif %}" + tokenizer.chat_template
     with pytest.raises(ValueError, match="writes the prompt differently once the answer follows"):
@@ -209,8 +250,6 @@ def test_a_missing_file_is_named(name):
 
 
 def test_tokenizers_that_differ(tokenizer):
-    import copy
-
     check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer))
     other = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer))
     other.add_tokens(["new"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 import sekd.demo
@@ -50,6 +51,8 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     found = sekd.demo.demo(str(tmp_path), seed=0, max_steps="3")
     assert [*found] == ["teacher", "student before", "student after SE-KD 20 %", "student after Full KD"]
+    for folder, policy in (("sekd", "top_k"), ("full_kd", "all")):
+        assert yaml.safe_load((tmp_path / folder / "recipe.yaml").read_text())["position_policy"] == policy
     out = capsys.readouterr().out
     assert "exact match on 20 held-out problems" in out
     for label in found:

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_model
 from peft import LoraConfig, get_peft_model
 
-from sekd.models import causal_lm, check_head, full_weights, hidden_states, run_inside
+from sekd.models import causal_lm, check_head, check_mergeable, full_weights, hidden_states, run_inside
 from sekd.types import Batch
 
 
@@ -63,29 +63,53 @@ def test_run_inside_goes_through_the_wrapper_and_leaves_no_trace():
     assert "forward" not in vars(inner)
 
 
-def lora(model, **kwargs):
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"], **kwargs)
-    adapted = get_peft_model(model, config)
+def lora(model, **options):
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **options}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+            if "lora_B" in name or "lora_embedding_B" in name or "magnitude" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
     return adapted.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
-def test_full_weights_merges_copies_of_an_adapter(options):
-    adapted = lora(make_model("untied"), **options)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("untied", {}),
+        ("tied", {}),
+        ("untied", {"modules_to_save": ["lm_head"]}),
+        ("untied", {"use_rslora": True}),
+        ("untied", {"use_dora": True}),
+        ("untied", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+        ("bias", {"target_modules": ["q_proj", "fc1"], "lora_bias": True}),
+    ],
+)
+def test_full_weights_merges_copies_of_an_adapter(kind, options):
+    adapted = lora(make_model(kind), **options)
+    check_mergeable(adapted)
     before = copy.deepcopy(adapted.state_dict())
-    plain = make_model("untied", seed=5)
-    missing = plain.load_state_dict(dict(full_weights(adapted)), strict=True)
-    assert not missing.missing_keys
+    plain = make_model(kind, seed=5)
+    plain.load_state_dict(dict(full_weights(adapted)), strict=True)
     ids = torch.arange(10)[None]
     torch.testing.assert_close(plain(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     for _ in range(100):
-        for _name, _tensor in full_weights(adapted):
-            pass
+        assert sum(1 for _ in full_weights(adapted)) == len(plain.state_dict())
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items()), "merging drifted"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["embed_tokens"]}, "the adapter changes embed_tokens, but this student has one weight"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the adapter changes lm_head"),
+        ({"modules_to_save": ["embed_tokens"]}, "the adapter changes embed_tokens"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices cannot be sent"),
+    ],
+)
+def test_adapters_that_no_checkpoint_can_hold_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_mergeable(lora(make_model("tied"), **options))
 
 
 def test_a_lora_model_gives_its_own_hidden_states():

@@ -1,12 +1,13 @@
 """Engines, with real models and a real vLLM."""
 
+import copy
 import importlib.util
 
 import pytest
 import torch
 from conftest import EOS, make_vllm_model
 from test_trainer import make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rollouts import HFEngine, RolloutEngine, VLLMEngine
 from rollouts.base import named_weights, request_seeds
@@ -149,17 +150,44 @@ def test_on_policy_steps_through_vllm(tmp_path, tokenizer, pairs, vllm):
     """The trainer builds its own engine from the configuration alone, beside the one that runs already."""
     student, teacher = make_vllm_model(), make_vllm_model(1)
     options = dict(lmbda=1.0, rollout_engine="vllm", max_steps=3, max_completion_length=12, max_prompt_length=16)
-    trainer = make_trainer(tmp_path, tokenizer, pairs, student, teacher, **options)
+    last_synced = {}
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            last_synced.update(copy.deepcopy(model.state_dict()))
+
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, teacher, dict(callbacks=[Keep()]), **options)
     trainer.train()
     engine = trainer.engine
-    engine.sync_weights(trainer.model, 3)
     rollouts = engine.generate([[1, 2], [3, 4]])
     ids = rollouts[0].prompt_ids + rollouts[0].completion_ids
-    assert (vllm_logps(engine, ids) - model_logps(trainer.model, ids)).abs().max() < 0.01  # float32
+    served = vllm_logps(engine, ids)
+    behind = (served - model_logps(trainer.model, ids)).abs().max()
+    trainer.model.load_state_dict(last_synced)
+    now = (served - model_logps(trainer.model, ids)).abs().max()
+    assert now < 1e-3 < behind, "the engine must have the weights of the last round: not older, not newer"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert all(log["completion_length"] > 0 and log["loss"] > 0 for log in logs)
     trainer.close()
     assert trainer.engine is None
+
+
+def test_the_models_own_generation_file_does_not_bend_the_samples(folder):
+    plain = HFEngine(make_vllm_model(), temperature=0.0, max_completion_length=8).generate(PROMPTS)
+    bent = make_vllm_model()
+    bent.generation_config.repetition_penalty = 5.0
+    bent.generation_config.suppress_tokens = [r.completion_ids[0] for r in plain]
+    assert HFEngine(bent, temperature=0.0, max_completion_length=8).generate(PROMPTS) == plain
+    assert bent.generation_config.repetition_penalty == 5.0, "the student's own file stays"
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_starting_vllm_leaves_the_random_state_alone(folder):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    VLLMEngine(folder, max_completion_length=4, max_prompt_length=8).close()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_padding_of_a_batch_does_not_change_a_completion(folder):

@@ -9,7 +9,7 @@ import torch
 from conftest import EOS, make_model
 from datasets import Dataset
 from peft import LoraConfig
-from test_distill import naive
+from test_distill import LargestTensor, naive
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -363,3 +363,19 @@ def test_a_teacher_is_needed(tmp_path, tokenizer, pairs):
         SEKDTrainer(
             make_model(), args=SEKDConfig(output_dir=str(tmp_path)), train_dataset=pairs, processing_class=tokenizer
         )
+
+
+def test_a_stream_needs_max_steps(no_models, tmp_path, tokenizer, folder, pairs):
+    with pytest.raises(ValueError, match="a stream has no length: set max_steps"):
+        make_trainer(tmp_path, tokenizer, pairs.to_iterable_dataset(), folder, folder, max_steps=-1)
+
+
+@pytest.mark.parametrize("policy", ["top_k", "all"])
+def test_no_tensor_of_size_batch_tokens_vocabulary_in_a_training_step(tmp_path, tokenizer, texts, policy):
+    """Through the Trainer, optimizer included: 4 packed sequences of 64 tokens, 128 classes."""
+    options = dict(max_length=64, head_chunk_rows=16, position_policy=policy, max_steps=1)
+    trainer = make_trainer(tmp_path, tokenizer, texts, **options)
+    with LargestTensor() as largest:
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert largest.elements < 4 * 64 * 128
