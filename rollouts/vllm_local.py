@@ -50,18 +50,23 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        context, options = max_prompt_length + max_completion_length, {}
+        if seed is not None and not torch.cuda.is_available():
+            # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
+            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.llm: Any = LLM(
             model,
             dtype=dtype,
             load_format=load_format,
-            max_model_len=max_prompt_length + max_completion_length,
+            max_model_len=context,
             enforce_eager=True,
             distributed_executor_backend="uni",
             skip_tokenizer_init=True,
             gpu_memory_utilization=gpu_memory_utilization,
             seed=seed or 0,
             disable_log_stats=True,
+            **options,
         )
         # vLLM seeds every generator of the process; the trainer's draws must not depend on when an engine starts.
         random.setstate(states[0])

@@ -88,6 +88,16 @@ def test_the_same_prompt_draws_different_completions(vllm):
     assert len(completions) > 4
 
 
+@needs_vllm
+@pytest.mark.slow
+def test_more_prompt_tokens_than_one_pass_takes(vllm):
+    """On a CPU, seeded requests whose prompts vLLM cut in two ended in an error."""
+    vllm.sync_weights(make_vllm_model(), 0)
+    prompts = [[(i + j) % 110 for j in range(20 + i % 12)] for i in range(400)]
+    assert sum(map(len, prompts)) > 8192
+    assert len(vllm.generate(prompts)) == 400
+
+
 def vllm_logps(engine, ids):
     """vLLM's log-probability of each token but the first."""
     from vllm import SamplingParams
