@@ -16,7 +16,7 @@ from sekd.scores import entropy
 class Head:
     """What a causal language model does between its last hidden state and its logits, as a function of rows.
 
-    ``projection`` is called as a module, never by its weight, so that the hooks of LoRA, FSDP and ZeRO-3 run.
+    ``projection`` is called as a module, never by its weight, so that the hooks of LoRA and FSDP run.
     ``scale`` multiplies (Cohere; Granite divides), ``softcap`` bounds by cap * tanh(z / cap) (Gemma 2), and ``vocab``
     keeps the classes that teacher and student share.
     """

@@ -23,7 +23,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP, FSDP, DeepSpeed and torch.compile; a PEFT model stays one."""
+    """The module inside DDP, FSDP and DeepSpeed; a PEFT model stays one."""
     return extract_model_from_parallel(model, keep_fp32_wrapper=True)
 
 
@@ -36,7 +36,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` as if it were the forward of the wrapped ``model``.
 
-    DDP, FSDP and ZeRO-3 gather and hook in the wrapper's own forward, so everything that touches parameters must
+    DDP and FSDP gather and hook in the wrapper's own forward, so everything that touches parameters must
     happen there. Only tensors (in tuples and dicts) may be returned, or FSDP misses their gradients.
     """
     inner = unwrap(model)

@@ -62,12 +62,18 @@ def fsdp2(path: str) -> None:
 def ddp(path: str, policy: str) -> None:
     """One optimizer step of the Trainer: 2 processes x 2 micro-batches x 2 sequences."""
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, position_policy=policy)
-    trainer = make_trainer(path + ".run", make_tokenizer(), make_pairs().select(range(8)), **ONE_SGD_STEP, **options)
+    pairs = make_pairs()
+    evaluation = dict(eval_dataset=pairs.select(range(5)))  # an odd number: one process has more
+    trainer = make_trainer(
+        path + ".run", make_tokenizer(), pairs.select(range(8)), None, None, evaluation, **ONE_SGD_STEP, **options
+    )
     assert trainer.args.world_size == 2
+    metrics = trainer.evaluate()
     weights = trained_weights(trainer)
     weights = {name.removeprefix("module."): p for name, p in weights.items()}
     if trainer.is_world_process_zero():
-        torch.save({"loss": trainer.state.log_history[0]["loss"], "weights": weights}, path)
+        loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
+        torch.save({"loss": loss, "weights": weights, "metrics": metrics}, path)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -40,7 +40,11 @@ def test_ddp_through_the_trainer_gives_the_single_process_step(tmp_path, tokeniz
     run_two_processes("ddp", str(tmp_path / "found.pt"), policy)
     found = torch.load(tmp_path / "found.pt")
     options = dict(per_device_train_batch_size=8, position_policy=policy)
-    trainer = make_trainer(tmp_path, tokenizer, pairs.select(range(8)), **ONE_SGD_STEP, **options)
+    evaluation = dict(eval_dataset=pairs.select(range(5)))
+    trainer = make_trainer(
+        tmp_path, tokenizer, pairs.select(range(8)), None, None, evaluation, **ONE_SGD_STEP, **options
+    )
+    assert found["metrics"] == pytest.approx(trainer.evaluate(), rel=1e-5)
     for name, weight in trained_weights(trainer).items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-6)
     assert found["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
