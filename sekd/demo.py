@@ -5,11 +5,13 @@ import os
 import time
 from collections.abc import Sequence
 
+import datasets
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers.utils import logging
 
 from rollouts import HFEngine
 from sekd.cli import build, recipe_folder
@@ -30,6 +32,9 @@ def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
     ``overrides`` beat ``recipes/demo.yaml``, by key.
     """
     started = time.monotonic()
+    # Files of a few megabytes need no bars of their own.
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
     set_seed(seed)
     problems = make_problems(TRAIN + HELD_OUT, seed)
     tokenizer = build_tokenizer(problems)

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sekd.scores import entropy
 
+CACHED_ROWS = 64
+"""Rows whose logits about fit a CPU's caches: such chunks take about 0.6 of the time of 256 rows."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -46,8 +49,11 @@ def in_chunks(
     into one chunk are kept, since that is as bounded and saves the second computation. No rows make one empty chunk,
     so that every parameter takes part in the graph (DDP waits for each).
     """
-    if torch.is_grad_enabled() and len(rows[0]) > chunk_rows:
+    keep = torch.is_grad_enabled() and len(rows[0]) <= chunk_rows
+    if torch.is_grad_enabled() and not keep:
         function = partial(checkpoint, function, use_reentrant=False)
+    if rows[0].device.type == "cpu" and not keep:
+        chunk_rows = min(chunk_rows, CACHED_ROWS)
     with _autocast_without_cache(rows[0].device.type):
         chunks = [function(*chunk) for chunk in zip(*(r.split(chunk_rows) for r in rows), strict=True)]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
