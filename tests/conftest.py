@@ -2,7 +2,6 @@
 
 import os
 import random
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -30,8 +29,6 @@ from transformers import (
 VOCAB = 128
 WORDS = 120
 EOS = 120
-SHARED = Path(__file__).parents[2] / "shared"
-"""Data beside the checkout, which CI has; tests that need it skip where it is absent."""
 
 _SMALL = dict(
     vocab_size=VOCAB,
