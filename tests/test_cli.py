@@ -156,7 +156,12 @@ def test_ctrl_c_ends_everything(recipe, tmp_path):
     make_vllm_model(1).save_pretrained(tmp_path / "teacher")
     engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
     command = [sys.executable, "-m", "sekd.cli", "train", recipe, "--lmbda", "1", "--rollout_engine", engine]
-    process = subprocess.Popen([*command, "--max_steps", "100000", "--save_strategy", "no"], start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--max_steps", "100000", "--save_strategy", "no"],
+        start_new_session=True,
+        # A job in the background inherits an ignored SIGINT, which Python would leave ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     try:
         for _ in range(1200):
