@@ -1,6 +1,7 @@
 """SEKDConfig: every choice of a run beyond the models and the data, checked before anything is loaded."""
 
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -163,9 +164,9 @@ class SEKDConfig(TrainingArguments):
         return self.position_policy in NEEDS_SCORES and self.position_fraction < 1
 
 
-def _one_of(name: str, value: object, known: object) -> None:
-    if value not in known:  # type: ignore[operator]
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")  # type: ignore[arg-type]
+def _one_of(name: str, value: object, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def _within(name: str, value: float, low: float, high: float, hint: str) -> None:
