@@ -1,17 +1,35 @@
 """SEKDConfig: every choice of a run beyond the models and the data, checked before anything is loaded."""
 
 import importlib.util
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
+from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
-from sekd.policies import NEEDS_SCORES, POLICIES, make_policy
-from sekd.scores import SCORES
+from sekd.policies import NEEDS_POSITIVE, POLICIES, READS, check_option, make_policy, options_of
+from sekd.scores import NORMALIZATIONS, SCORES, Scoring, make_scoring
 
 ENGINES = ("vllm", "hf")
+SAMPLE_SCORES = (*SCORES, "random")
+POLICY_OPTIONS = {
+    "steps": "curriculum_steps",
+    "queue_size": "gls_queue_size",
+    "exponent": "pos_rs_exponent",
+    "coverage": "pos_rs_coverage",
+    "alpha": "bandit_alpha",
+    "ridge": "bandit_ridge",
+}
+"""Options of the policies, and the fields that set them."""
+DIVERGENCE_OPTIONS = {
+    "jsd": {"beta": "jsd_beta"},
+    "skew_kl": {"alpha": "skew_alpha"},
+    "decoupled_kl": {"alpha": "decoupled_alpha", "beta": "decoupled_beta"},
+}
+"""Options of the divergences, and the fields that set them."""
 
 
 def _help(text: str) -> dict:
@@ -26,7 +44,7 @@ class SEKDConfig(TrainingArguments):
         ValueError: a value that cannot work, with the field, the value and the remedy.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "position_score"]  # noqa: RUF012
 
     # The teacher
     teacher_model_name_or_path: str | None = field(default=None, metadata=_help("Folder or hub id of the teacher."))
@@ -43,17 +61,67 @@ class SEKDConfig(TrainingArguments):
     )
     divergence: str | None = field(
         default=None,
-        metadata=_help(f"One of {', '.join(DIVERGENCES)}; reverse_kl if lmbda > 0 and else forward_kl, if not given."),
+        metadata=_help(
+            f"One of {', '.join(DIVERGENCES)}. If not given: reverse_kl if lmbda > 0 and class_selection is full, else "
+            "forward_kl."
+        ),
     )
     jsd_beta: float = field(default=0.5, metadata=_help("beta of divergence jsd, inside (0, 1)."))
+    skew_alpha: float = field(default=0.1, metadata=_help("alpha of divergence skew_kl, inside (0, 1)."))
+    decoupled_alpha: float = field(default=1.0, metadata=_help("Weight of decoupled_kl's target part."))
+    decoupled_beta: float = field(default=8.0, metadata=_help("Weight of decoupled_kl's non-target part."))
     kd_weight: float = field(default=1.0, metadata=_help("Weight of the divergence; the rest is cross-entropy."))
     kd_temperature: float = field(default=1.0, metadata=_help("Temperature of both distributions in the divergence."))
-    position_score: str = field(
-        default="student_entropy", metadata=_help(f"How important a position is: {', '.join(SCORES)}.")
+    position_score: dict | str | None = field(
+        default="student_entropy",
+        metadata=_help(
+            f"How important a position is: {', '.join(SCORES)}; or weights of several, such as "
+            '{"student_entropy": 1.0, "kl": 0.5}.'
+        ),
+    )
+    score_normalization: str = field(
+        default="none",
+        metadata=_help(f"Each score within its sequence, before weights apply: {', '.join(NORMALIZATIONS)}."),
     )
     position_policy: str = field(default="top_k", metadata=_help(f"Which are distilled: {', '.join(POLICIES)}."))
     position_fraction: float = field(
-        default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]; all ignores it.")
+        default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]; all and weighted ignore it.")
+    )
+    position_skip: int = field(default=0, metadata=_help("Never distil the first so many positions of a sequence."))
+    curriculum_steps: int = field(default=4000, metadata=_help("Steps in which curriculum reaches the hardest."))
+    gls_queue_size: int = field(default=30_000, metadata=_help("Scores that gls takes its threshold from."))
+    pos_rs_exponent: float = field(default=1.0, metadata=_help("pos_rs draws from score^this; below 1 is flatter."))
+    pos_rs_coverage: float = field(default=0.0, metadata=_help("Part of pos_rs's budget that top_k gets, in [0, 1)."))
+    bandit_alpha: float = field(default=1.0, metadata=_help("How much bandit explores."))
+    bandit_ridge: float = field(default=1.0, metadata=_help("Ridge penalty of bandit's regression."))
+
+    # Classes
+    class_selection: str = field(
+        default="full",
+        metadata=_help(
+            f"The classes of a position: {', '.join(CLASS_SELECTIONS)}. rs_kd draws class_samples from the teacher "
+            "(unbiased); top_k_classes keeps the likeliest class_samples (biased)."
+        ),
+    )
+    class_samples: int = field(default=64, metadata=_help("U: draws of rs_kd, or classes of top_k_classes."))
+    sampled_softmax: int = field(
+        default=0,
+        metadata=_help("Normalise the student over the kept classes and so many random others; 0 is all classes."),
+    )
+
+    # Samples
+    sample_fraction: float = field(
+        default=1.0, metadata=_help("Share l of the samples to train on, chosen once with the initial models.")
+    )
+    sample_score: str = field(
+        default="student_entropy",
+        metadata=_help(f"Mean over a sample's positions that ranks it: {', '.join(SAMPLE_SCORES)}."),
+    )
+    samples_file: str | None = field(
+        default=None, metadata=_help("Where scores and choice are kept; samples.json in output_dir if not given.")
+    )
+    sample_pool: int | None = field(
+        default=None, metadata=_help("Choose samples from the first so many of a stream, which has no length.")
     )
 
     # Data
@@ -111,7 +179,9 @@ class SEKDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.divergence is None:
-            self.divergence = "reverse_kl" if self.lmbda > 0 else "forward_kl"
+            self.divergence = "reverse_kl" if self.lmbda > 0 and self.class_selection == "full" else "forward_kl"
+        if isinstance(self.position_score, str) and self.position_score.lstrip().startswith("{"):
+            self.position_score = _mapping("position_score", self.position_score)
         self._check()
         if not _has_accelerator():
             self.use_cpu = True
@@ -123,17 +193,12 @@ class SEKDConfig(TrainingArguments):
 
     def _check(self) -> None:
         _one_of("divergence", self.divergence, DIVERGENCES)
-        _one_of("position_score", self.position_score, SCORES)
-        make_policy(self.position_policy, self.position_fraction)
+        self._check_selection()
         _one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
         _one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
         _one_of("rollout_engine", self.rollout_engine, ENGINES)
         _within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
         _within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
-        if not 0 < self.jsd_beta < 1:
-            raise ValueError(
-                f"jsd_beta {self.jsd_beta} is outside (0, 1); its limits are divergence: forward_kl and reverse_kl"
-            )
         if self.kd_temperature <= 0:
             raise ValueError(f"kd_temperature {self.kd_temperature} must be above 0; 1 leaves the distributions alone")
         if self.temperature < 0:
@@ -158,10 +223,96 @@ class SEKDConfig(TrainingArguments):
                 '(or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
             )
 
+    def _check_selection(self) -> None:
+        make_policy(self.position_policy, self.position_fraction)
+        for option, name in POLICY_OPTIONS.items():
+            check_option(option, getattr(self, name), name)
+        scoring = make_scoring(self.position_score or "", self.score_normalization)
+        if self.position_policy in NEEDS_POSITIVE:
+            if self.score_normalization == "zscore":
+                raise ValueError(
+                    f"score_normalization 'zscore' makes negative scores, which position_policy "
+                    f"{self.position_policy!r} cannot take for proportions; use minmax or none"
+                )
+            if min(scoring.weights or (0,)) < 0:
+                raise ValueError(
+                    f"position_score has a negative weight, and position_policy {self.position_policy!r} takes scores "
+                    "for proportions; use weights of 0 or more, or position_policy: top_k"
+                )
+        if self.position_skip < 0:
+            raise ValueError(f"position_skip {self.position_skip} must not be negative; 0 skips no position")
+        limits = {"jsd_beta": "divergence: forward_kl and reverse_kl", "skew_alpha": "forward_kl and no loss at all"}
+        for name, meaning in limits.items():
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside (0, 1); its limits are {meaning}")
+        for name in ("decoupled_alpha", "decoupled_beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative; 0 leaves that part out")
+        self._check_classes()
+        _one_of("sample_score", self.sample_score, SAMPLE_SCORES)
+        if not 0 < self.sample_fraction <= 1:
+            raise ValueError(f"sample_fraction {self.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
+        if self.sample_pool is not None and self.sample_pool < 1:
+            raise ValueError(f"sample_pool {self.sample_pool} must be at least 1; it counts samples")
+
+    def _check_classes(self) -> None:
+        _one_of("class_selection", self.class_selection, CLASS_SELECTIONS)
+        if self.class_samples < 1:
+            raise ValueError(f"class_samples {self.class_samples} must be at least 1; the paper draws 64")
+        if self.sampled_softmax < 0:
+            raise ValueError(f"sampled_softmax {self.sampled_softmax} must not be negative; 0 uses all classes")
+        if self.class_selection == "full":
+            if self.sampled_softmax:
+                raise ValueError(
+                    f"sampled_softmax {self.sampled_softmax} compares the student on kept classes only; set "
+                    "class_selection: rs_kd, or sampled_softmax: 0"
+                )
+            return
+        if self.divergence != "forward_kl":
+            raise ValueError(
+                f"class_selection {self.class_selection!r} estimates forward KL only; set divergence: forward_kl, or "
+                f"class_selection: full for {self.divergence}"
+            )
+        if self.sampled_softmax and self.kd_weight < 1:
+            raise ValueError(
+                f"kd_weight {self.kd_weight} mixes in a cross-entropy, which needs the student's whole softmax; set "
+                "kd_weight: 1 or sampled_softmax: 0"
+            )
+        if self.sampled_softmax and self.sampled_softmax <= self.class_samples:
+            raise ValueError(
+                f"sampled_softmax {self.sampled_softmax} must be above class_samples {self.class_samples}: with fewer "
+                "random classes than kept ones the normaliser would be mostly noise; a few thousand are usual"
+            )
+
     @property
-    def needs_scores(self) -> bool:
-        """Whether the position policy looks at scores; who takes all positions does not."""
-        return self.position_policy in NEEDS_SCORES and self.position_fraction < 1
+    def scoring(self) -> Scoring | None:
+        """The scores that the position policy reads; None where it reads none, or takes all positions anyway."""
+        names = READS.get(self.position_policy)
+        if names is not None:
+            return Scoring(names) if names else None
+        if self.position_policy == "top_k" and self.position_fraction == 1:
+            return None
+        return make_scoring(self.position_score or "", self.score_normalization)
+
+    @property
+    def policy_options(self) -> dict[str, float]:
+        """The options of the position policy, from their fields."""
+        has = options_of(self.position_policy)
+        return {option: getattr(self, name) for option, name in POLICY_OPTIONS.items() if option in has}
+
+    @property
+    def divergence_options(self) -> dict[str, float]:
+        """The options of the divergence, from their fields."""
+        fields = DIVERGENCE_OPTIONS.get(str(self.divergence), {})
+        return {option: getattr(self, name) for option, name in fields.items()}
+
+
+def _mapping(name: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{name} {text!r} is no JSON ({error}); write {{"student_entropy": 1.0}}') from error
+    return value
 
 
 def _one_of(name: str, value: object, known: Collection[str]) -> None:

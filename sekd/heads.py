@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,9 +30,19 @@ class Head:
     softcap: float | None = None
     vocab: int | None = None
 
+    @property
+    def classes(self) -> int:
+        """V: how many logits it gives."""
+        projection: Any = self.projection
+        return self.vocab or projection.out_features
+
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in float32."""
-        logits = self.projection(hidden)[:, : self.vocab].float()
+        return self.finish(self.projection(hidden)[:, : self.vocab])
+
+    def finish(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        """What comes after the projection, which is the same for each class: float32, scale and soft cap."""
+        logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -1,6 +1,7 @@
 """Loading models and reaching into them: the one place that knows about wrappers, adapters and heads."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sekd.config import SEKDConfig
 from sekd.heads import Head
 from sekd.types import Batch
 
@@ -121,6 +123,27 @@ def check_head(model: nn.Module, packed: bool) -> None:
             "use attn_implementation: sdpa, or packing: false"
         )
     lm.train(was_training)
+
+
+def check_head_columns(model: nn.Module, args: SEKDConfig) -> None:
+    """Raise ValueError if a sampled softmax could not read single columns of the student's head."""
+    projection = head_of(model).projection
+    if args.sampled_softmax and type(projection) is not nn.Linear:
+        raise ValueError(
+            f"sampled_softmax reads single classes of the student's head, which is a {type(projection).__name__}: "
+            "leave lm_head out of lora_target_modules, or set sampled_softmax: 0"
+        )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of every weight's name, shape and up to 1,024 of its values, in float32: tells models apart quickly."""
+    digest = hashlib.sha256()
+    for name, tensor in causal_lm(model).state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // 1024)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _probe(ids: Tensor, positions: Tensor) -> Batch:

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -117,6 +117,27 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """What is logged of the sums over the steps since the last log."""
+    selected = max(sums["selected_rows"], 1)
+    found = {
+        "divergence": sums["divergence"] / selected,
+        "selected_fraction": sums["selected_rows"] / max(sums["rows"], 1),
+        "tokens_per_second": sums["tokens"] / seconds,
+    }
+    if "entropy" in sums:  # a sampled softmax without scores never knows it
+        found["entropy"] = sums["entropy"] / max(sums["entropy_rows"], 1)
+        found["entropy_selected"] = sums["selected_entropy"] / selected
+    if rollouts := sums.get("rollouts"):
+        found |= {
+            "completion_length": sums["rollout_tokens"] / rollouts,
+            "cut_fraction": sums["cut_rollouts"] / rollouts,
+            "empty_completions": sums["empty_rollouts"],
+            "rollout_tokens_per_second": sums["rollout_tokens"] / sums["rollout_seconds"],
+        }
+    return found
 
 
 def write_atomically(path: str, text: str) -> None:

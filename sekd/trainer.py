@@ -6,10 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from jaxtyping import Float
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
@@ -23,16 +23,17 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from rollouts import HFEngine, Rollout, RolloutEngine, VLLMEngine
+from rollouts import Rollout, RolloutEngine
 from sekd.config import SEKDConfig
 from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
-from sekd.distill import Method, distill
-from sekd.evaluate import held_out_sums
-from sekd.losses import ON_LOG_PROBABILITIES
+from sekd.distill import Method, distill, kl_of_chosen
+from sekd.evaluate import held_out_sums, metrics_of
+from sekd.generation import make_engine
 from sekd.models import (
-    causal_lm,
     check_head,
+    check_head_columns,
     check_mergeable,
     common_vocab,
     freeze,
@@ -41,11 +42,14 @@ from sekd.models import (
     run_inside,
     unwrap,
 )
-from sekd.policies import make_policy
-from sekd.progress import ProgressLine, RunFiles, show_completions
-from sekd.scores import SCORES
+from sekd.policies import STATEFUL
+from sekd.progress import ProgressLine, RunFiles, means, show_completions
+from sekd.samples import keep_samples, pool_of
+from sekd.stateful import Bandit, Gls
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
+
+POLICY_STATE = "position_policy.pt"
 
 
 class SEKDTrainer(Trainer):
@@ -102,6 +106,11 @@ class SEKDTrainer(Trainer):
 
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
+        if isinstance(train_dataset, IterableDataset) and args.sample_fraction < 1 and args.sample_pool is None:
+            raise ValueError(
+                f"sample_fraction {args.sample_fraction} of a stream is unknown, since it has no length; set "
+                "sample_pool to the number of its first samples to choose from, or dataset_streaming: false"
+            )
         if args.world_size > 1 and args.lmbda > 0 and args.rollout_engine == "vllm" and rollout_engine is None:
             raise ValueError("rollout_engine 'vllm' works in a single process; use hf with several, or one GPU")
         if is_deepspeed_zero3_enabled():
@@ -115,6 +124,8 @@ class SEKDTrainer(Trainer):
             check_same_tokenizer(processing_class, AutoTokenizer.from_pretrained(teacher_model, revision=revision))
         self.packed = False
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
+        if isinstance(train_dataset, IterableDataset) and args.sample_fraction < 1:
+            train_dataset = pool_of(train_dataset, args.sample_pool or 0)
         if eval_dataset is not None:
             eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
             if args.max_eval_samples is not None:
@@ -122,16 +133,18 @@ class SEKDTrainer(Trainer):
 
         if isinstance(model, str):
             model = load_model(model, **init)
-        if peft_config is not None:
-            if getattr(model, "is_quantized", False):
-                model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
-            model = get_peft_model(model, peft_config)
         teacher: Any = teacher_model
         if isinstance(teacher_model, str):
             attention = init.get("attn_implementation")
             teacher = load_model(
                 teacher_model, revision=revision, dtype=args.teacher_dtype, attn_implementation=attention
             )
+        if args.sample_fraction < 1:
+            train_dataset = keep_samples(train_dataset, model, teacher, processing_class, args)
+        if peft_config is not None:
+            if getattr(model, "is_quantized", False):
+                model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
+            model = get_peft_model(model, peft_config)
 
         self.run_files = RunFiles(args)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`; DataParallel would split the loss
@@ -157,16 +170,15 @@ class SEKDTrainer(Trainer):
             check_mergeable(self.model)
         vocab = common_vocab(self.model, teacher)
         self.teacher = LiveTeacher(teacher, vocab)
-        divergence = ON_LOG_PROBABILITIES[str(args.divergence)]
-        self.method = Method(
-            score=SCORES[args.position_score] if args.needs_scores else None,
-            policy=make_policy(args.position_policy, args.position_fraction),
-            divergence=partial(divergence, beta=args.jsd_beta) if args.divergence == "jsd" else divergence,
-            kd_weight=args.kd_weight,
-            temperature=args.kd_temperature,
-            vocab=vocab,
-            chunk_rows=args.head_chunk_rows,
-        )
+        self.method = Method.of(args, vocab)
+        check_head_columns(self.model, args)
+        if isinstance(self.method.policy, Gls) and self.is_deepspeed_enabled:
+            raise ValueError(
+                "position_policy 'gls' divides each step's gradient by its selected rows, and DeepSpeed keeps the "
+                "gradient to itself; use DDP or FSDP2, or position_policy: top_k"
+            )
+        self.add_callback(_EndOfStep(self))
+        self._step_loss: Tensor | float = 0.0
         self.engine = rollout_engine
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
@@ -214,6 +226,36 @@ class SEKDTrainer(Trainer):
         # Wrappers average gradients over processes; the sum is wanted.
         return total / num_items_in_batch * self.accelerator.num_processes
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer's; where a threshold chose the rows, the step's mean over them is taken with its last part."""
+        loss, policy = super().training_step(model, inputs, num_items_in_batch), self.method.policy
+        if not isinstance(policy, Gls) or policy.threshold is None:
+            return loss
+        self._step_loss += loss
+        if not self.accelerator.sync_gradients:
+            return loss
+        selected = self.accelerator.reduce(torch.tensor(policy.selected, device=loss.device), "sum")
+        factor = (num_items_in_batch / selected.clamp(min=1)).item()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        total, self._step_loss = self._step_loss, 0.0
+        return total * factor - (total - loss)  # the Trainer adds up what its parts returned
+
+    def end_step(self) -> None:
+        """After the optimizer: policies that learn from a step do so."""
+        policy, model = self.method.policy, self.model_wrapped
+        if isinstance(policy, Gls):
+            policy.end_step(gather_object)
+        elif isinstance(policy, Bandit):
+            after = []
+            for batch, chosen, teacher_rows in policy.chosen:
+                args = (model, self.teacher, batch, chosen, teacher_rows, self.method)
+                with self.accelerator.autocast(), torch.no_grad():
+                    after.append(run_inside(model, lambda _, args=args: kl_of_chosen(*args), batch))
+            device = self.args.device
+            policy.end_step(after, lambda update: self.accelerator.reduce(update.to(device), "sum").cpu())
+
     # Rollouts
 
     def _is_on_policy(self, step: int) -> bool:
@@ -222,7 +264,7 @@ class SEKDTrainer(Trainer):
     def _roll_out(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The same samples with completions by the student as it is now, from one call of the engine."""
         samples = [s for micro_batch in micro_batches for s in micro_batch]
-        self.engine = self.engine or self._make_engine()
+        self.engine = self.engine or make_engine(self.model, self.processing_class, self.args)
         started = time.monotonic()
         rollouts = self._generate(samples, self.state.global_step)
         lengths = [len(r.completion_ids) for r in rollouts]
@@ -249,46 +291,31 @@ class SEKDTrainer(Trainer):
         with self.accelerator.autocast():
             return self.engine.generate([s.input_ids[: s.prompt_length] for s in samples])
 
-    def _make_engine(self) -> RolloutEngine:
-        args, lm = self.args, causal_lm(self.model)
-        own_stops = lm.generation_config.eos_token_id
-        stops = {self.processing_class.eos_token_id, *(own_stops if isinstance(own_stops, list) else [own_stops])}
-        sampling = dict(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            max_completion_length=args.max_completion_length,
-            stop_token_ids=sorted(stops - {None}),
-            seed=args.seed + 1_000_000 * args.process_index,
-        )
-        if args.rollout_engine == "hf":
-            return HFEngine(unwrap(self.model), **sampling)
-        # The weights arrive before each round, so vLLM needs the architecture only.
-        folder = os.path.join(args.output_dir, "rollout_config")
-        if self.is_world_process_zero():
-            lm.config.architectures = [type(lm).__name__]  # a model that was never saved does not say
-            lm.config.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
-        return VLLMEngine(
-            folder,
-            **sampling,
-            load_format="dummy",
-            max_prompt_length=args.max_prompt_length,
-            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            kv_cache_gib=args.vllm_kv_cache_gib,
-        )
-
     # Around the steps
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; the rollout engine's processes end with it, however it ends."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; the rollout engine's processes end with it, however it ends.
+
+        Raises:
+            ValueError: a checkpoint without the state of a policy that learns.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        if isinstance(resume_from_checkpoint, str) and isinstance(self.method.policy, STATEFUL):
+            self.method.policy.load_state_dict(read_policy(resume_from_checkpoint, self.args.position_policy))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             self.close()
             raise
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if isinstance(self.method.policy, STATEFUL) and self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            os.makedirs(folder, exist_ok=True)
+            # First: a checkpoint counts as whole once the Trainer has written its own state, which comes last.
+            torch.save({self.args.position_policy: self.method.policy.state_dict()}, os.path.join(folder, POLICY_STATE))
+        super()._save_checkpoint(model, trial)
 
     def close(self) -> None:
         """End the rollout engine."""
@@ -309,7 +336,7 @@ class SEKDTrainer(Trainer):
             data = self._prepare_data(data, self.processing_class, self.args)
         samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
-            self.engine = self.engine or self._make_engine()
+            self.engine = self.engine or make_engine(self.model, self.processing_class, self.args)
             # A step of its own for the seeds: the same noise at each evaluation, and none that training used.
             samples = [*map(from_rollout, samples, self._generate(samples, -1))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
@@ -323,10 +350,7 @@ class SEKDTrainer(Trainer):
             with self.accelerator.autocast():
                 _add(sums, run_inside(model, lambda b: held_out_sums(model, self.teacher, b, self.method), batch))
         model.train(was_training)
-        totals = self._over_processes(sums)
-        rows = max(totals.pop("rows"), 1)
-        metrics = {f"{metric_key_prefix}_{name}": value / rows for name, value in totals.items()}
-        metrics[f"{metric_key_prefix}_rows"] = rows
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics_of(self._over_processes(sums)).items()}
         metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{_evaluated(str(self.args.divergence))}"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -341,37 +365,40 @@ class SEKDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what was summed since the last log."""
         if "loss" in logs and self._sums:
-            logs |= self._means(self._over_processes(self._sums), time.monotonic() - self._last_log)
+            logs |= means(self._over_processes(self._sums), time.monotonic() - self._last_log)
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)
 
-    @staticmethod
-    def _means(sums: dict[str, float], seconds: float) -> dict[str, float]:
-        means = {
-            "divergence": sums["divergence"] / max(sums["selected_rows"], 1),
-            "entropy": sums["entropy"] / max(sums["entropy_rows"], 1),
-            "entropy_selected": sums["selected_entropy"] / max(sums["selected_rows"], 1),
-            "selected_fraction": sums["selected_rows"] / max(sums["rows"], 1),
-            "tokens_per_second": sums["tokens"] / seconds,
-        }
-        if rollouts := sums.get("rollouts"):
-            means |= {
-                "completion_length": sums["rollout_tokens"] / rollouts,
-                "cut_fraction": sums["cut_rollouts"] / rollouts,
-                "empty_completions": sums["empty_rollouts"],
-                "rollout_tokens_per_second": sums["rollout_tokens"] / sums["rollout_seconds"],
-            }
-        return means
-
-    def _over_processes(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
-        names = sorted(sums)
-        totals = torch.tensor([float(sums[n]) for n in names], dtype=torch.float64).to(self.args.device, torch.float32)
-        return dict(zip(names, self.accelerator.reduce(totals, "sum").tolist(), strict=True))
+    def _over_processes(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
+        """Numbers, and nested lists for tensors of several."""
+        device = self.args.device
+        tensors = {name: torch.as_tensor(sums[name], dtype=torch.float32, device=device) for name in sorted(sums)}
+        return {name: self.accelerator.reduce(tensor, "sum").tolist() for name, tensor in tensors.items()}
 
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         pad = self.processing_class.pad_token_id
         return collate(samples, pad if pad is not None else self.processing_class.eos_token_id or 0)
+
+
+class _EndOfStep(TrainerCallback):
+    def __init__(self, trainer: SEKDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.end_step()
+
+
+def read_policy(folder: str, name: str) -> dict[str, Any]:
+    """The state of a position policy in a checkpoint (ValueError if there is none)."""
+    path = os.path.join(folder, POLICY_STATE)
+    states = torch.load(path, weights_only=True) if os.path.exists(path) else {}
+    if name not in states:
+        raise ValueError(
+            f"checkpoint {folder!r} has no state of position_policy {name!r}: it was made with "
+            f"{', '.join(states) or 'another policy'}; resume with that one, or start anew"
+        )
+    return states[name]
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[Sample]:

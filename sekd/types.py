@@ -1,14 +1,14 @@
 """The records that travel between modules, and the letters of their shapes.
 
-B sequences, T tokens, V vocabulary, D hidden size, N rows. Row (b, t) holds the two next-token distributions after
-token t: the teacher's p and the student's q; its target y is token t + 1. A row is *valid* if its target is supervised.
-All logs are natural.
+B sequences, T tokens, V vocabulary, D hidden size, N rows, K classes kept in a row, U class draws. Row (b, t) holds the
+two next-token distributions after token t: the teacher's p and the student's q; its target y is token t + 1. A row is
+*valid* if its target is supervised. All logs are natural.
 """
 
 from dataclasses import dataclass, fields
 from typing import Any
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORE = -100
@@ -38,3 +38,11 @@ class Batch:
     def from_inputs(cls, inputs: dict[str, Any]) -> "Batch":
         """The batch in a Trainer's ``inputs``, which must be a dict to be moved between devices."""
         return cls(**{f.name: inputs[f.name] for f in fields(cls) if f.name in inputs})
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A teacher distribution on K of the V classes in each row; unused slots have probability 0 (and any id)."""
+
+    ids: Int[Tensor, "N K"]
+    probs: Float[Tensor, "N K"]

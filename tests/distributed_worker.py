@@ -17,9 +17,11 @@ from sekd.distill import Method, distill
 from sekd.losses import ON_LOG_PROBABILITIES
 from sekd.models import freeze, full_weights, run_inside
 from sekd.policies import make_policy
-from sekd.scores import student_entropy
+from sekd.scores import Scoring
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
+
+ENTROPY = Scoring(("student_entropy",), (1.0,))
 
 
 def samples() -> list[Sample]:
@@ -33,7 +35,7 @@ def samples() -> list[Sample]:
 
 def gradients(student, rows, sequences, processes):
     """Loss and gradients of this process's share of a step."""
-    method = Method(student_entropy, make_policy("top_k", 0.3), ON_LOG_PROBABILITIES["reverse_kl"], chunk_rows=4)
+    method = Method(ENTROPY, make_policy("top_k", 0.3), ON_LOG_PROBABILITIES["reverse_kl"], chunk_rows=4)
     teacher = LiveTeacher(freeze(make_model("untied", 1)))
     batch = Batch(**collate(rows, 122))
     total, _ = run_inside(student, lambda b: distill(student, teacher, b, method), batch)

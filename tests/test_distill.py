@@ -14,9 +14,11 @@ from sekd.distill import Method, distill
 from sekd.losses import ON_LOG_PROBABILITIES
 from sekd.models import freeze, run_inside
 from sekd.policies import make_policy
-from sekd.scores import student_entropy
+from sekd.scores import Scoring
 from sekd.teachers import LiveTeacher
 from sekd.types import IGNORE, Batch
+
+ENTROPY = Scoring(("student_entropy",), (1.0,))
 
 
 def naive(student, teacher, documents, fraction, divergence="reverse_kl", kd_weight=1.0, temperature=1.0):
@@ -59,9 +61,9 @@ def check(
 ):
     """Compare :func:`distill` with :func:`naive`, value and gradient."""
     reference = copy.deepcopy(student)
-    score = None if policy == "all" else student_entropy
+    scoring = None if policy == "all" else ENTROPY
     method = Method(
-        score, make_policy(policy, fraction), ON_LOG_PROBABILITIES[divergence], chunk_rows=chunk_rows, **options
+        scoring, make_policy(policy, fraction), ON_LOG_PROBABILITIES[divergence], chunk_rows=chunk_rows, **options
     )
     live = LiveTeacher(freeze(copy.deepcopy(teacher)))
     loss, sums = run_inside(student, lambda b: distill(student, live, b, method), batch)
@@ -154,7 +156,7 @@ def test_select_everything_is_full_kd():
 def test_a_sequence_without_targets_adds_nothing_but_keeps_every_gradient():
     sample = Sample([1, 2, 3], [0, 0, 0], 0, 3)
     student = make_model("untied")
-    method = Method(student_entropy, make_policy("top_k"), ON_LOG_PROBABILITIES["reverse_kl"])
+    method = Method(ENTROPY, make_policy("top_k"), ON_LOG_PROBABILITIES["reverse_kl"])
     loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), Batch(**collate([sample], 122)), method)
     loss.backward()
     assert loss == 0
@@ -178,7 +180,7 @@ def test_vocabularies_padded_differently_use_the_common_rows():
         )
     losses = []
     for model in (teacher, wide):
-        method = Method(student_entropy, make_policy("top_k"), ON_LOG_PROBABILITIES["reverse_kl"], vocab=VOCAB)
+        method = Method(ENTROPY, make_policy("top_k"), ON_LOG_PROBABILITIES["reverse_kl"], vocab=VOCAB)
         losses.append(distill(student, LiveTeacher(model, VOCAB), batch, method)[0])
     torch.testing.assert_close(*losses)
 
@@ -202,8 +204,8 @@ def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
     samples = [Sample([i % VOCAB for i in range(b, b + length)], [1] * length, b) for b in range(batch_size)]
     batch = Batch(**collate(samples, pad_token_id=122))
     student, teacher = make_model("untied"), LiveTeacher(freeze(make_model("untied", 1)))
-    score = student_entropy if policy == "top_k" else None
-    method = Method(score, make_policy(policy, 0.2), ON_LOG_PROBABILITIES["reverse_kl"], chunk_rows=16)
+    scoring = ENTROPY if policy == "top_k" else None
+    method = Method(scoring, make_policy(policy, 0.2), ON_LOG_PROBABILITIES["reverse_kl"], chunk_rows=16)
     with LargestTensor() as largest:
         loss, _ = distill(student, teacher, batch, method)
         loss.backward()

@@ -1,9 +1,14 @@
 """Scores equal their float64 formulas, value and gradient."""
 
+import math
+
 import pytest
 import torch
 
-from sekd.scores import SCORES, Rows
+from sekd.losses import split_kl
+from sekd.scores import NORMALIZATIONS, SCORES, Rows, Scoring, make_scoring
+
+KINDS = ["random", "peaked", "flat", "single", "empty"]
 
 
 def logits(kind: str) -> torch.Tensor:
@@ -18,43 +23,138 @@ def logits(kind: str) -> torch.Tensor:
     }[kind]
 
 
-def oracle(name, logits, targets):
-    """Row by row, class by class."""
+def teacher_logits(rows: int) -> torch.Tensor:
+    return logits("random")[:rows].flip(-1) * 2
+
+
+def log_softmax(row):
+    """The definition, shifted by the largest so that float64 does not overflow."""
+    shifted = row - row.max()
+    return shifted - shifted.exp().sum().log()
+
+
+def oracle(name, student, teacher, targets):
+    """Row by row and class by class, as in the paper's table 1."""
     values = []
-    for row, target in zip(logits.double(), targets.tolist(), strict=True):
-        q = torch.exp(row - row.max())
-        q = q / q.sum()
-        if name == "student_ce":
-            values.append(-torch.log(q[target]))
-        else:
-            values.append(-sum(p * torch.log(p) for p in q if p > 0))
-    return torch.stack(values) if values else logits.new_zeros(0).double()
+    for z_q, z_p, y in zip(student.double(), teacher.double(), targets.tolist(), strict=True):
+        q, p = log_softmax(z_q), log_softmax(z_p)
+        H_q = -sum(a.exp() * a for a in q)
+        H_p = -sum(a.exp() * a for a in p)
+        ratio = -q[y] / (-p[y] + 1e-6)
+        forward = sum(b.exp() * (b - a) for a, b in zip(q, p, strict=True))
+        values.append(
+            {
+                "student_entropy": H_q,
+                "teacher_entropy": H_p,
+                "student_ce": -q[y],
+                "teacher_ce": -p[y],
+                "kl": forward,
+                "reverse_kl": sum(a.exp() * (a - b) for a, b in zip(q, p, strict=True)),
+                "kl_plus_student_entropy": forward + H_q,
+                "ce_ratio": ratio,
+                "ce_ratio_plus_student_entropy": ratio + H_q,
+            }[name]
+        )
+    return torch.stack(values) if values else student.new_zeros(0).double()
 
 
-@pytest.mark.parametrize("kind", ["random", "peaked", "flat", "single", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCORES)
-def test_equals_the_formula(name, kind):
-    z = logits(kind)
-    targets = torch.arange(len(z)) * 7 % 50
-    if name == "student_ce" and kind == "peaked":
-        targets = z.argmax(-1)  # elsewhere float64's own q underflows
-    ours = z.clone().requires_grad_()
-    theirs = z.clone().requires_grad_()
-    value = SCORES[name](Rows(ours.log_softmax(-1), targets))
-    expected = oracle(name, theirs, targets)
-    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+def test_equals_the_formula(name, kind, dtype):
+    student, teacher = logits(kind).to(dtype), teacher_logits(len(logits(kind))).to(dtype)
+    targets = torch.arange(len(student)) * 7 % 50
+    ours, theirs = student.clone().requires_grad_(), student.double().requires_grad_()
+    value = SCORES[name](Rows(ours.float().log_softmax(-1), targets, teacher.float().log_softmax(-1)))
+    expected = oracle(name, theirs, teacher, targets)
     assert value.dtype == torch.float32
-    value.sum().backward()
-    if len(z):
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-5)
+    if len(student) and expected.requires_grad:
+        value.sum().backward()
         expected.sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        # A bf16 gradient is the exact one, rounded.
+        tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, **tolerance)
 
 
-def test_entropy_is_in_nats():
-    assert SCORES["student_entropy"](
-        Rows(torch.zeros(1, 50).log_softmax(-1), torch.tensor([0]))
-    ).item() == pytest.approx(3.912023, abs=1e-5)
+def test_entropies_are_in_nats():
+    flat = torch.zeros(1, 50).log_softmax(-1)
+    for name in ("student_entropy", "teacher_entropy"):
+        assert SCORES[name](Rows(flat, torch.tensor([0]), flat)).item() == pytest.approx(math.log(50), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "flat", "single"])
+def test_kl_is_the_target_part_and_the_rest(kind):
+    """KL = TCKD + (1 - p(y)) NCKD (Zhao et al., 2022; cited in the paper's section 2)."""
+    q, p = logits(kind).log_softmax(-1), teacher_logits(len(logits(kind))).log_softmax(-1)
+    targets = torch.arange(len(q)) * 7 % 50
+    target, others = split_kl(q, p, targets)
+    rest = 1 - p.gather(1, targets[:, None])[:, 0].exp()
+    torch.testing.assert_close(SCORES["kl"](Rows(q, targets, p)), target + rest * others, rtol=1e-5, atol=1e-5)
 
 
 def test_every_score_says_whether_it_needs_the_teacher():
-    assert not any(score.needs_teacher for score in SCORES.values())
+    rows = Rows(logits("random").log_softmax(-1), torch.arange(6))
+    for name, score in SCORES.items():
+        assert score.needs_teacher == (name not in ("student_entropy", "student_ce"))
+        if score.needs_teacher:
+            with pytest.raises(ValueError, match="needs the teacher"):
+                score(rows)
+        else:
+            score(rows)
+
+
+SEQUENCES = torch.tensor([[9.0, 1, 3, 4, 2, 9], [1, 1, 1, 1, 1, 1], [5, -5, 9, 9, 9, 7], [2, 2, 2, 2, 2, 2]])
+VALID = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1], [1, 0, 1, 0, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize("name", ["zscore", "minmax"])
+def test_normalisation_is_over_the_valid_rows_of_a_sequence(name):
+    found = NORMALIZATIONS[name](SEQUENCES, VALID)
+    for scores, valid, mine in zip(SEQUENCES.double(), VALID, found, strict=True):
+        s = scores[valid]
+        if len(s) and s.min() < s.max():
+            expected = {"zscore": (s - s.mean()) / s.std(correction=0), "minmax": (s - s.min()) / (s.max() - s.min())}
+            torch.testing.assert_close(mine[valid].double(), expected[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert not mine[valid].any(), "equal scores are 0, not nan"
+    assert found.isfinite().all()
+
+
+def test_a_combination_is_the_weighted_sum_of_normalised_scores():
+    scoring = make_scoring({"student_entropy": 1.0, "student_ce": 0.5, "kl": -2}, "minmax")
+    assert scoring.needs_teacher
+    grid = torch.stack([SEQUENCES, SEQUENCES * 3 + 1, SEQUENCES.flip(1)], dim=-1)
+    minmax = NORMALIZATIONS["minmax"]
+    expected = minmax(SEQUENCES, VALID) * 1.5 - 2 * minmax(SEQUENCES.flip(1), VALID)
+    torch.testing.assert_close(scoring.combine(grid, VALID), expected)
+
+
+def test_one_score_is_itself():
+    assert torch.equal(make_scoring("student_ce").combine(SEQUENCES[..., None], VALID), SEQUENCES)
+    assert not make_scoring("student_ce").needs_teacher
+
+
+def test_rows_give_one_column_a_score():
+    q, p = logits("random").log_softmax(-1), teacher_logits(6).log_softmax(-1)
+    rows = Rows(q, torch.arange(6), p)
+    columns = Scoring(("kl", "student_ce")).of(rows)
+    assert torch.equal(columns[:, 0], SCORES["kl"](rows))
+    assert torch.equal(columns[:, 1], SCORES["student_ce"](rows))
+
+
+@pytest.mark.parametrize(
+    ("score", "normalization", "message"),
+    [
+        ("entropy", "none", "position_score 'entropy' is unknown; choose from student_entropy, teacher_entropy"),
+        ({"student_entropy": 1, "klx": 1}, "none", "position_score 'klx' is unknown"),
+        ({"student_entropy": "much"}, "none", "the weight of student_entropy is 'much'; write a number"),
+        ({"student_entropy": float("nan")}, "none", "the weight of student_entropy is nan; write a number"),
+        ({"student_entropy": 0}, "none", "has no weight above 0"),
+        ({}, "none", "has no weight above 0"),
+        ("kl", "softmax", "score_normalization 'softmax' is unknown; choose one of none, zscore, minmax"),
+    ],
+)
+def test_what_cannot_be_combined(score, normalization, message):
+    with pytest.raises(ValueError, match=message):
+        make_scoring(score, normalization)

@@ -1,0 +1,45 @@
+"""Which rollout engine, with which student: the one place where a configuration becomes an engine."""
+
+import os
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rollouts import HFEngine, RolloutEngine, VLLMEngine
+from sekd.config import SEKDConfig
+from sekd.models import causal_lm, unwrap
+
+
+def make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> RolloutEngine:
+    """The engine that ``args`` name, for ``model``, whose weights it gets before each round.
+
+    Every process of a run must call it.
+    """
+    lm = causal_lm(model)
+    own_stops = lm.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(own_stops if isinstance(own_stops, list) else [own_stops])}
+    sampling = dict(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        max_completion_length=args.max_completion_length,
+        stop_token_ids=sorted(stops - {None}),
+        seed=args.seed + 1_000_000 * args.process_index,
+    )
+    if args.rollout_engine == "hf":
+        return HFEngine(unwrap(model), **sampling)
+    # The weights arrive before each round, so vLLM needs the architecture only.
+    folder = os.path.join(str(args.output_dir), "rollout_config")
+    with args.main_process_first(desc="writing the rollout engine's config"):
+        if args.process_index == 0:
+            lm.config.architectures = [type(lm).__name__]  # a model that was never saved does not say
+            lm.config.save_pretrained(folder)
+    return VLLMEngine(
+        folder,
+        **sampling,
+        load_format="dummy",
+        max_prompt_length=args.max_prompt_length,
+        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        kv_cache_gib=args.vllm_kv_cache_gib,
+    )

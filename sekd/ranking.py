@@ -1,0 +1,55 @@
+"""Ranks and budgets: the arithmetic that every choice of rows shares."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, or one a sequence: then the draws do not depend on how sequences are batched."""
+
+Scores = Float[Tensor, "B T"]
+Valid = Bool[Tensor, "B T"]
+Weights = Float[Tensor, "B T"]
+
+
+def budgets(valid: Bool[Tensor, "B T"], fraction: float) -> Int[Tensor, " B"]:
+    """K of each sequence: the exact ceiling of the decimal that the user wrote, so that 7 % of 100 is 7, not 8."""
+    exact = Fraction(str(fraction))
+    counts = [max(1, -(-n * exact.numerator // exact.denominator)) if n else 0 for n in valid.sum(1).tolist()]
+    return torch.tensor(counts, device=valid.device)
+
+
+def ranks(scores: Scores, valid: Valid, descending: bool = True) -> Int[Tensor, "B T"]:
+    """The place of each valid row in its sequence's order of scores, from 0; ties to the lower index.
+
+    Invalid rows come after all valid ones.
+    """
+    largest = torch.finfo(scores.dtype).max
+    # A valid row must come before every invalid one, whatever its score.
+    keys = torch.where(valid, scores.clamp(-largest, largest), -torch.inf if descending else torch.inf)
+    order = keys.argsort(dim=1, descending=descending, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def top_k(scores: Scores, valid: Valid, fraction: float = 0.2, step: int = 0, generator: Generators = None) -> Weights:
+    """1/K on the K highest scores of each sequence, ties to the lower index (arXiv 2602.01395, equation 6)."""
+    k = budgets(valid, fraction)[:, None]
+    return (ranks(scores, valid) < k) / k.clamp(min=1)
+
+
+def eligible(valid: Valid, skip_first: int) -> Valid:
+    """Valid rows less the first ``skip_first`` of each sequence, unless it has no others (appendix D)."""
+    after = valid.cumsum(1) > skip_first
+    return valid & (after | (valid.sum(1, keepdim=True) <= skip_first))
+
+
+def uniform(counts: Int[Tensor, " B"], generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
+    """As many numbers in [0, 1) as each sequence is due, one sequence after the other."""
+    due = counts.tolist()
+    if not isinstance(generator, Sequence):
+        return torch.rand(sum(due), generator=generator, dtype=dtype)
+    return torch.cat([torch.rand(n, generator=g, dtype=dtype) for n, g in zip(due, generator, strict=True)])

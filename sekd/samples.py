@@ -1,0 +1,215 @@
+"""Which samples? Scores under the frozen initial models, made once and kept in a file.
+
+A sample's score is the mean of a row score over its valid rows (TopSmp, arXiv 2602.01395, section 4; Xu et al., 2023).
+What is kept is a real subset of the data: batches are as large as without selection.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from datasets import Dataset, IterableDataset
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sekd.config import SEKDConfig
+from sekd.data import Sample, collate
+from sekd.distill import Method, score_rows
+from sekd.models import common_vocab, freeze, head_of, hidden_states, weights_fingerprint
+from sekd.progress import write_atomically
+from sekd.scores import SCORES, Scoring
+from sekd.teachers import LiveTeacher
+from sekd.types import Batch
+
+FORMAT = 1
+FIELDS = {
+    "sample_score": "sample_score",
+    "seed": "seed",
+    "tokenizer": "the tokenizer",
+    "data": "the data (dataset_name, dataset_train_split, max_length, packing or the template)",
+    "student": "the student's weights (model_name_or_path)",
+    "teacher": "the teacher's weights (teacher_model_name_or_path)",
+}
+
+
+def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[int]:
+    """The ceil(fraction * n) highest scores as sorted indices; ties to the lower index, the ceiling exact.
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"sample_fraction {fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
+    values = torch.as_tensor(scores if isinstance(scores, Tensor) else list(scores), dtype=torch.float64)
+    exact = Fraction(str(fraction)) * len(values)
+    count = -(-exact.numerator // exact.denominator)
+    return sorted(values.argsort(descending=True, stable=True)[:count].tolist())
+
+
+def pool_of(dataset: IterableDataset, size: int) -> Dataset:
+    """The first ``size`` samples of a prepared stream, in memory: what its best samples are chosen from."""
+    rows = tqdm(dataset.take(size), total=size, desc="Reading the sample pool")
+    return Dataset.from_list(list(rows))
+
+
+def keep_samples(
+    dataset: Dataset,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SEKDConfig,
+) -> Dataset:
+    """The chosen subset of the prepared data; by the scores of ``samples_file``, which is written if it is not there.
+
+    Raises:
+        ValueError: a file that was made from other data, models or settings; it says which.
+    """
+    return dataset.select(choose_samples(dataset, student, teacher, tokenizer, args)["kept"])
+
+
+def samples_path(args: SEKDConfig) -> str:
+    """Where the scores are kept."""
+    return args.samples_file or os.path.join(str(args.output_dir), "samples.json")
+
+
+def choose_samples(
+    dataset: Dataset,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SEKDConfig,
+) -> dict[str, Any]:
+    """What ``samples_file`` holds: ``kept`` (sorted ids), ``scores`` (of each sample), ``fingerprint``.
+
+    ``teacher`` may be None where the score does not need it. The scores serve any ``sample_fraction``.
+    """
+    path = samples_path(args)
+    fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
+    if os.path.exists(path):
+        scores = _read(path, fingerprint)["scores"]
+    else:
+        scores = score_samples(dataset, student, teacher, args).tolist()
+    found = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "sample_fraction": args.sample_fraction,
+        "kept": select_samples(scores, args.sample_fraction),
+        "scores": scores,
+    }
+    if args.process_index == 0:
+        write_atomically(path, json.dumps(found) + "\n")
+    return found
+
+
+@torch.no_grad()
+def score_samples(
+    dataset: Dataset, student: nn.Module, teacher: nn.Module | None, args: SEKDConfig
+) -> Float[Tensor, " n"]:
+    """The mean of ``args.sample_score`` over the valid rows of each sample, in one pass of the frozen models.
+
+    A prompt without completion is scored on its own tokens; a sample without any row scores 0. Processes share the
+    work.
+
+    Raises:
+        FloatingPointError: a score that is not finite, with the sample.
+    """
+    if args.sample_score == "random":
+        return torch.rand(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+    scoring = Scoring((args.sample_score,))
+    vocab = None
+    if scoring.needs_teacher:
+        assert teacher is not None
+        vocab = common_vocab(student, teacher)
+        teacher = freeze(teacher).to(args.device)  # type: ignore[arg-type]
+    source = LiveTeacher(teacher, vocab) if scoring.needs_teacher and teacher is not None else None
+    method = Method(scoring, torch.nn.Identity(), torch.nn.Identity(), vocab=vocab, chunk_rows=args.head_chunk_rows)
+    was_training = student.training
+    student.eval()
+    student.to(args.device)
+    head, scores = head_of(student, vocab), torch.zeros(len(dataset), device=args.device)
+    size = args.per_device_eval_batch_size
+    shares = range(args.process_index * size, len(dataset), args.world_size * size)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    bar = tqdm(total=len(shares) * size, desc="Scoring samples", disable=args.disable_tqdm or args.process_index > 0)
+    for start in shares:
+        ids = range(start, min(start + size, len(dataset)))
+        samples = [_scorable(Sample(**row)) for row in dataset.select(ids)]
+        inputs = {name: tensor.to(args.device) for name, tensor in collate(samples, 0).items()}
+        batch = Batch(**inputs)
+        with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
+            rows, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
+            teacher_rows = source.rows(batch) if source else ()
+            found, _ = score_rows(head, source, rows, targets, teacher_rows, method)
+        grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, found)
+        scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
+        bar.update(size)
+    bar.close()
+    student.train(was_training)
+    scores = reduce(scores, "sum").cpu()  # type: ignore[union-attr]
+    if not scores.isfinite().all():
+        bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
+        raise FloatingPointError(f"{args.sample_score} of samples {bad[:8]} is not finite; look at these samples")
+    return scores
+
+
+def _scorable(sample: Sample) -> Sample:
+    if not any(sample.supervised[1:]):
+        sample.supervised = [1] * len(sample.supervised)
+    return sample
+
+
+def _fingerprint(
+    dataset: Dataset,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SEKDConfig,
+) -> dict[str, Any]:
+    vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
+    found = {
+        "sample_score": args.sample_score,
+        "tokenizer": hashlib.sha256(vocab.encode()).hexdigest(),
+        "data": data_fingerprint(dataset),
+    }
+    if args.sample_score == "random":
+        return found | {"seed": args.seed}
+    found["student"] = weights_fingerprint(student)
+    if SCORES[args.sample_score].needs_teacher:  # type: ignore[attr-defined]
+        assert teacher is not None
+        found["teacher"] = weights_fingerprint(teacher)
+    return found
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """A hash of every sample's tokens and targets, in their order."""
+    digest = hashlib.sha256()
+    for part in dataset.iter(1000):
+        for column in ("input_ids", "supervised"):
+            lengths = np.array([len(row) for row in part[column]])
+            digest.update(lengths.tobytes())
+            digest.update(np.concatenate(part[column]).astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    remedy = "delete it to score again, or name another samples_file"
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"samples_file {path!r} cannot be read ({error}); {remedy}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"samples_file {path!r} has not the format of this version of sekd; {remedy}")
+    theirs = found["fingerprint"]
+    for name, meaning in FIELDS.items():
+        if theirs.get(name) != fingerprint.get(name):
+            raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {remedy}")
+    return found
