@@ -1,5 +1,6 @@
-"""Budgets are exact, ties deterministic, and draws do not depend on how sequences are batched."""
+"""Budgets are exact, ties deterministic, weights those of the formulas, and draws do not depend on batching."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -7,10 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekd.policies import POLICIES, budgets, make_policy
+from sekd.policies import POLICIES, READS, budgets, make_policy, options_of
+from sekd.ranking import eligible
+from sekd.stateful import FEATURES
 
 VALID = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1]]).bool()
 SCORES = torch.tensor([[9.0, 1, 3, 3, 2, 9], [1, 1, 1, 1, 1, 1], [0, -5, 9, 9, 9, 0]])
+POSITIVE = SCORES.abs() + 0.5
+
+
+def scores_for(name, shape=(3, 6), seed=0):
+    """Random positive scores in the shape that the policy reads."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = len(READS.get(name, ("one",)))
+    scores = torch.rand(*shape, max(columns, 1), generator=generator) * 4
+    return scores if columns > 1 else scores[..., 0]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +85,105 @@ def test_top_k_equals_sorting_row_by_row(seed, fraction):
         torch.testing.assert_close(w, expected)
 
 
+def test_prefix_takes_the_first_rows():
+    weights = make_policy("prefix", 0.5)(SCORES, VALID)
+    assert weights.tolist() == [[0, 0.5, 0.5, 0, 0, 0], [0] * 6, [0.5, 0.5, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("step", "start"), [(0, 0), (2000, 4), (4000, 8), (9999, 8), (499, 0), (500, 1)])
+def test_curriculum_hits_its_window(step, start):
+    """10 rows, K = 2: the window starts at floor(8 * phase) of the ascending order."""
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    scores = torch.empty(1, 10).scatter_(1, order[None], torch.arange(10.0)[None])  # order[i] has score i
+    weights = make_policy("curriculum", 0.2)(scores, torch.ones(1, 10).bool(), step=step)
+    assert weights[0, order[start : start + 2]].tolist() == [0.5, 0.5]
+    assert weights.sum() == 1
+
+
+@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0.07, 0.2, 0.5, 1.0]))
+@settings(deadline=None, max_examples=50)
+def test_curriculum_equals_sorting_row_by_row(seed, step, fraction):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 5, (3, 20), generator=generator).float()
+    valid = torch.rand(3, 20, generator=generator) < 0.6
+    weights = make_policy("curriculum", fraction, steps=10)(scores, valid, step=step)
+    for s, v, w, k in zip(scores.tolist(), valid.tolist(), weights, budgets(valid, fraction).tolist(), strict=True):
+        order = sorted((i for i in range(20) if v[i]), key=lambda i: (s[i], i))
+        start = math.floor((len(order) - k) * min(Fraction(1), Fraction(step, 10)))
+        expected = torch.zeros(20)
+        if k:
+            expected[order[start : start + k]] = 1 / k
+        torch.testing.assert_close(w, expected)
+
+
+def test_weighted_is_proportional_to_the_score():
+    weights = make_policy("weighted")(POSITIVE, VALID)
+    for s, v, w in zip(POSITIVE.double(), VALID, weights, strict=True):
+        expected = torch.where(v, s, 0) / max(float(s[v].sum()), 1e-9)
+        torch.testing.assert_close(w.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["weighted", "pos_rs", "pos_rs_corrected"])
+def test_scores_that_are_all_zero_are_uniform(name):
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(3, 6)
+    policy = make_policy(name, 0.5)
+    for _ in range(3000):
+        total += policy(torch.zeros(3, 6), VALID, generator=generator) / 3000
+    torch.testing.assert_close(total, make_policy("all")(SCORES, VALID), rtol=0, atol=0.03)
+
+
+# Estimators: the mean of many draws lies within five standard errors of what it estimates
+
+
+def mean_of_draws(name, draws=20_000, fraction=0.5, **options):
+    policy, generator = make_policy(name, fraction, **options), torch.Generator().manual_seed(7)
+    many = POSITIVE.repeat(draws, 1), VALID.repeat(draws, 1)
+    weights = policy(*many, generator=generator).double().view(draws, 3, 6)
+    return weights.mean(0), 5 * weights.std(0) / draws**0.5 + 1e-7
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5, 2.0, 0.0])
+def test_pos_rs_is_unbiased_for_weighted_kd(exponent):
+    mean, error = mean_of_draws("pos_rs", exponent=exponent)
+    expected = make_policy("weighted")(POSITIVE**exponent, VALID).double()
+    assert ((mean - expected).abs() <= error).all()
+    assert (mean - make_policy("all")(POSITIVE, VALID)).abs().max() > 0.05 or exponent == 0, "not for Full KD"
+
+
+@pytest.mark.parametrize("coverage", [0.0, 0.5])
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_pos_rs_corrected_is_unbiased_for_full_kd(exponent, coverage):
+    mean, error = mean_of_draws("pos_rs_corrected", exponent=exponent, coverage=coverage)
+    expected = make_policy("all")(POSITIVE, VALID).double()
+    assert ((mean - expected).abs() <= error).all()
+
+
+def test_pos_rs_weights_are_counts_over_the_budget():
+    weights = make_policy("pos_rs", 0.5)(POSITIVE, VALID, generator=torch.Generator().manual_seed(0))
+    counts = weights * 2
+    assert torch.equal(counts, counts.round())
+    assert counts.sum(1).tolist() == [2, 0, 2]
+
+
+def test_coverage_spends_part_of_the_budget_on_the_highest():
+    """Half of K = 2 rows: the highest always weighs 1/2, the other half is drawn among the rest."""
+    policy, generator = make_policy("pos_rs", 0.5, coverage=0.5), torch.Generator().manual_seed(0)
+    scores, valid, total = torch.tensor([[1.0, 9, 3, 2]]), torch.ones(1, 4).bool(), torch.zeros(1, 4)
+    for _ in range(4000):
+        weights = policy(scores, valid, generator=generator)
+        assert weights[0, 1] == 0.5
+        total += weights / 4000
+    torch.testing.assert_close(total, torch.tensor([[1 / 12, 1 / 2, 3 / 12, 2 / 12]]), rtol=0, atol=0.03)
+
+
+def test_tip_takes_uncertain_rows_and_confident_ones_that_the_teacher_contradicts():
+    entropy = torch.tensor([[4.0, 0.1, 0.1, 0.2, 2.0]])
+    divergence = torch.tensor([[0.1, 6.0, 0.2, 0.0, 0.1]])
+    weights = make_policy("tip", 0.4)(torch.stack([entropy, divergence], -1), torch.ones(1, 5).bool())
+    assert weights.tolist() == [[0.5, 0.5, 0, 0, 0]]
+    assert make_policy("top_k", 0.4)(entropy, torch.ones(1, 5).bool()).tolist() == [[0.5, 0, 0, 0, 0.5]]
+
+
 def test_random_keeps_the_budget_and_draws_uniformly():
     policy, generator = make_policy("random", 0.5), torch.Generator().manual_seed(0)
     draws = 4000
@@ -84,28 +195,67 @@ def test_random_keeps_the_budget_and_draws_uniformly():
         assert (counts[row][VALID[row]] - expected).abs().max() < 5 * (expected * (1 - expected / draws)) ** 0.5
 
 
-def test_random_does_not_depend_on_batching_or_padding():
-    policy = make_policy("random", 0.4)
+@pytest.mark.parametrize("name", ["random", "pos_rs", "pos_rs_corrected"])
+def test_draws_do_not_depend_on_batching_or_padding(name):
+    policy = make_policy(name, 0.4)
     seeds = [11, 12, 13]
     valid = torch.zeros(3, 12).bool()
     for row, n in enumerate((5, 12, 9)):
         valid[row, :n] = True
-    together = policy(torch.zeros(3, 12), valid, generator=[torch.Generator().manual_seed(s) for s in seeds])
+    scores = scores_for(name, (3, 12))
+    together = policy(scores, valid, generator=[torch.Generator().manual_seed(s) for s in seeds])
     for row, seed in enumerate(seeds):
         n = int(valid[row].sum())
-        alone = policy(torch.zeros(1, n), torch.ones(1, n).bool(), generator=[torch.Generator().manual_seed(seed)])
-        assert together[row, :n].tolist() == alone[0].tolist()
+        generator = [torch.Generator().manual_seed(seed)]
+        alone = policy(scores[row : row + 1, :n], torch.ones(1, n).bool(), generator=generator)
+        torch.testing.assert_close(together[row, :n], alone[0])
+        assert not together[row, n:].any()
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_weights_of_a_sequence_sum_to_one(name):
-    weights = make_policy(name, 0.3)(SCORES, VALID)
-    torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 0.0, 1.0]))
+def test_weights_of_a_sequence_sum_to_one_and_the_same_seed_draws_the_same(name):
+    found = [
+        make_policy(name, 0.3)(scores_for(name), VALID, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+    ]
+    assert torch.equal(*found)
+    assert found[0].dtype == torch.float32
+    if name != "pos_rs_corrected":  # its weights sum to 1 in expectation
+        torch.testing.assert_close(found[0].sum(1), torch.tensor([1.0, 0.0, 1.0]))
 
 
-def test_unknown_names_and_fractions_say_what_to_write():
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_valid_gives_nothing(name):
+    weights = make_policy(name, 0.3)(scores_for(name), torch.zeros(3, 6).bool(), generator=torch.Generator())
+    assert not weights.any()
+
+
+@pytest.mark.parametrize("name", [*POLICIES])
+def test_one_valid_row_gets_everything(name):
+    valid = torch.zeros(3, 6).bool()
+    valid[:, 2] = True
+    weights = make_policy(name, 0.3)(scores_for(name), valid, generator=torch.Generator())
+    torch.testing.assert_close(weights, valid.float())
+
+
+def test_skipping_the_first_rows():
+    assert eligible(VALID, 0).tolist() == VALID.tolist()
+    assert eligible(VALID, 2).int().tolist() == [[0, 0, 0, 1, 1, 0], [0] * 6, [0, 0, 0, 0, 0, 1]]
+    assert eligible(VALID, 3).int().tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [1, 1, 0, 0, 0, 1]], "unless none is left"
+
+
+def test_unknown_names_fractions_and_options_say_what_to_write():
     with pytest.raises(ValueError, match=r"'topk' is unknown; choose one of all, top_k, random"):
         make_policy("topk")
     for fraction in (0, -0.1, 1.5, 20):
         with pytest.raises(ValueError, match=r"position_fraction .* outside \(0, 1\]; write 0.2 for 20 %"):
             make_policy("top_k", fraction)
+    with pytest.raises(ValueError, match="position_policy 'top_k' has no option 'exponent'; it has none"):
+        make_policy("top_k", exponent=2.0)
+    with pytest.raises(ValueError, match="exponent -1 must not be negative"):
+        make_policy("pos_rs", exponent=-1)
+    with pytest.raises(ValueError, match=r"coverage 1 is outside \[0, 1\)"):
+        make_policy("pos_rs", coverage=1)
+    with pytest.raises(ValueError, match="steps 0 must be at least 1"):
+        make_policy("curriculum", steps=0)
+    assert options_of("pos_rs") == ["exponent", "coverage"]
+    assert len(FEATURES) == 5
