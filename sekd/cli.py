@@ -24,6 +24,16 @@ example:
 The output folder gets the student, its tokenizer, recipe.yaml (as run), versions.json and metrics.jsonl.
 --resume_from_checkpoint true goes on from the last checkpoint there.
 """
+SAMPLES_HELP = """\
+Score every sample of a recipe once, with the models as they are before training, and keep the best.
+
+Writes samples_file (samples.json in output_dir): the ids that sample_fraction keeps, all scores, and a fingerprint of
+data, tokenizer and models. `sekd train` with the same recipe uses it, or makes it if it is not there. Only the student
+is loaded where sample_score does not need the teacher.
+
+example:
+  sekd samples recipes/fineweb_edu_sekd.yaml --sample_fraction 0.2 --sample_pool 50000
+"""
 DEMO_HELP = """\
 Run the main job on an embedded default, without any download: write arithmetic word problems, train a tiny teacher,
 and distil it on-policy through vLLM into a smaller student, once at 20 % of the positions and once at all.
@@ -39,19 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     train = commands.add_parser("train", help="distil as a recipe says", description=TRAIN_HELP, formatter_class=raw)
-    train.add_argument("recipe", help="a YAML file, for example one of recipes/")
-    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="beats the recipe")
+    samples = commands.add_parser(
+        "samples", help="choose the samples to train on", description=SAMPLES_HELP, formatter_class=raw
+    )
+    for command in (train, samples):
+        command.add_argument("recipe", help="a YAML file, for example one of recipes/")
+        command.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="beats the recipe")
     demo = commands.add_parser("demo", help="the main job in 5 minutes", description=DEMO_HELP, formatter_class=raw)
     demo.add_argument("--output_dir", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)
     if argv is None:
         argv = sys.argv[1:]
-    if [*argv][:1] == ["train"] and {"-h", "--help"} & {*argv}:
-        train.epilog = _field_help()
+    if [*argv][:1] in (["train"], ["samples"]) and {"-h", "--help"} & {*argv}:
+        train.epilog = samples.epilog = _field_help()
     options = parser.parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels at every import
     try:
-        return run_train(options.recipe, options.overrides) if options.command == "train" else run_demo(options)
+        return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("sekd: stopped", file=sys.stderr)
         return 130
@@ -60,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run_train(recipe: str, overrides: Sequence[str]) -> int:
+def run_train(options: argparse.Namespace) -> int:
     """``sekd train``."""
     try:
-        trainer, resume = build(recipe, overrides)
+        trainer, resume = build(options.recipe, options.overrides)
     except (ValueError, OSError) as error:
         print(f"sekd: {error}", file=sys.stderr)
         return 2
@@ -74,6 +88,21 @@ def run_train(recipe: str, overrides: Sequence[str]) -> int:
         trainer.close()
     if trainer.is_world_process_zero():
         print(f"the student is in {trainer.args.output_dir}")
+    return 0
+
+
+def run_samples(options: argparse.Namespace) -> int:
+    """``sekd samples``."""
+    try:
+        args, found = score(options.recipe, options.overrides)
+    except (ValueError, OSError) as error:
+        print(f"sekd: {error}", file=sys.stderr)
+        return 2
+    if args.process_index == 0:
+        from sekd.samples import samples_path, show_samples
+
+        show_samples(found, args.sample_score)
+        print(f"the choice is in {samples_path(args)}")
     return 0
 
 
@@ -91,13 +120,9 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
     Raises:
         ValueError: what a recipe or its data has wrong; models are loaded last.
     """
-    script, args, model = parse_recipe(recipe, overrides)
-    if model.model_name_or_path is None:
-        raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
-    if script.dataset_name is None:
-        raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
+    script, args, model = _parse_run(recipe, overrides)
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     from sekd.data import is_local, load_rows
     from sekd.trainer import SEKDTrainer
@@ -124,15 +149,48 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
         train_dataset=train,
         eval_dataset=held_out,
         peft_config=get_peft_config(model),
-        model_init_kwargs={
-            "revision": model.model_revision,
-            "dtype": model.dtype,
-            "attn_implementation": model.attn_implementation,
-            "quantization_config": get_quantization_config(model),
-        },
+        model_init_kwargs=_model_options(model),
     )
     trainer.run_files.records = (script, args, model)
     return trainer, resume
+
+
+def score(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and the sample choice that a recipe describes: made, or read if it was made before.
+
+    Raises:
+        ValueError: what a recipe, its data or an existing file has wrong; models are loaded last.
+    """
+    script, args, model = _parse_run(recipe, overrides)
+    if args.sample_fraction == 1:
+        raise ValueError("sample_fraction is 1, which keeps every sample; set it, for example --sample_fraction 0.2")
+    from sekd.data import load_rows
+    from sekd.samples import choose_of
+
+    rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
+    return args, choose_of(rows, model.model_name_or_path, args, _model_options(model))
+
+
+def _parse_run(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any, Any]:
+    script, args, model = parse_recipe(recipe, overrides)
+    if model.model_name_or_path is None:
+        raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
+    if script.dataset_name is None:
+        raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
+    if script.dataset_streaming:
+        args.check_stream()
+    return script, args, model
+
+
+def _model_options(model: Any) -> dict[str, Any]:
+    from trl import get_quantization_config
+
+    return {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "quantization_config": get_quantization_config(model),
+    }
 
 
 def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
@@ -190,6 +248,8 @@ def _field_help() -> str:
     ]
     return "fields:\n" + "\n".join(lines)
 
+
+COMMANDS = {"train": run_train, "samples": run_samples, "demo": run_demo}
 
 if __name__ == "__main__":
     sys.exit(main())

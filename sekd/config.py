@@ -284,6 +284,14 @@ class SEKDConfig(TrainingArguments):
                 "random classes than kept ones the normaliser would be mostly noise; a few thousand are usual"
             )
 
+    def check_stream(self) -> None:
+        """Raise ValueError where the data is a stream and samples are to be chosen from all of it."""
+        if self.sample_fraction < 1 and self.sample_pool is None:
+            raise ValueError(
+                f"sample_fraction {self.sample_fraction} of a stream is unknown, since it has no length; set "
+                "sample_pool to the number of its first samples to choose from, or dataset_streaming: false"
+            )
+
     @property
     def scoring(self) -> Scoring | None:
         """The scores that the position policy reads; None where it reads none, or takes all positions anyway."""

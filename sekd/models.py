@@ -24,6 +24,12 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 
+def load_teacher(name: str, args: SEKDConfig, attention: str | None = None) -> PreTrainedModel:
+    """A teacher from a folder or hub id, with the revision and dtype that ``args`` give."""
+    dtype, revision = args.teacher_dtype, args.teacher_model_revision
+    return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DDP, FSDP and DeepSpeed; a PEFT model stays one."""
     return extract_model_from_parallel(model, keep_fp32_wrapper=True)

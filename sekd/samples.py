@@ -16,14 +16,24 @@ import torch
 from accelerate.utils import reduce
 from datasets import Dataset, IterableDataset
 from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate
+from sekd.data import Sample, collate, prepare
 from sekd.distill import Method, score_rows
-from sekd.models import common_vocab, freeze, head_of, hidden_states, weights_fingerprint
+from sekd.models import (
+    common_vocab,
+    freeze,
+    head_of,
+    hidden_states,
+    load_model,
+    load_teacher,
+    weights_fingerprint,
+)
 from sekd.progress import write_atomically
 from sekd.scores import SCORES, Scoring
 from sekd.teachers import LiveTeacher
@@ -73,6 +83,40 @@ def keep_samples(
         ValueError: a file that was made from other data, models or settings; it says which.
     """
     return dataset.select(choose_samples(dataset, student, teacher, tokenizer, args)["kept"])
+
+
+def choose_of(
+    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """:func:`choose_samples` for raw rows and models by name; the teacher is loaded only where the score needs it."""
+    needs_teacher = args.sample_score != "random" and SCORES[args.sample_score].needs_teacher  # type: ignore[attr-defined]
+    if needs_teacher and args.teacher_model_name_or_path is None:
+        raise ValueError(f"sample_score {args.sample_score!r} needs a teacher: set teacher_model_name_or_path")
+    if isinstance(rows, IterableDataset):
+        args.check_stream()
+    tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
+    dataset = prepare(rows, tokenizer, args)
+    if isinstance(dataset, IterableDataset):
+        dataset = pool_of(dataset, args.sample_pool or 0)
+    model, teacher = load_model(student, **{"dtype": torch.float32, **model_init_kwargs}), None
+    if needs_teacher:
+        name = str(args.teacher_model_name_or_path)
+        teacher = load_teacher(name, args, model_init_kwargs.get("attn_implementation"))
+    return choose_samples(dataset, model, teacher, tokenizer, args)
+
+
+def show_samples(found: dict[str, Any], score: str) -> None:
+    """Print how many samples were kept, and where their scores lie."""
+    scores = torch.tensor(found["scores"], dtype=torch.float64)
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[found["kept"]] = True
+    table = Table(title=f"samples by {score.replace('_', ' ')}", title_justify="left")
+    for column in ("", "samples", "lowest", "median", "highest"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, part in (("all", scores), ("kept", scores[kept]), ("left out", scores[~kept])):
+        numbers = [part.min(), part.median(), part.max()] if len(part) else []
+        table.add_row(name, f"{len(part):,}", *(f"{float(v):.4g}" for v in numbers))
+    Console().print(table)
 
 
 def samples_path(args: SEKDConfig) -> str:

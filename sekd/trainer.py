@@ -39,6 +39,7 @@ from sekd.models import (
     freeze,
     full_weights,
     load_model,
+    load_teacher,
     run_inside,
     unwrap,
 )
@@ -104,13 +105,10 @@ class SEKDTrainer(Trainer):
         if quantized and args.lmbda > 0 and args.rollout_engine != "hf":
             raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
-        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-            raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
-        if isinstance(train_dataset, IterableDataset) and args.sample_fraction < 1 and args.sample_pool is None:
-            raise ValueError(
-                f"sample_fraction {args.sample_fraction} of a stream is unknown, since it has no length; set "
-                "sample_pool to the number of its first samples to choose from, or dataset_streaming: false"
-            )
+        if isinstance(train_dataset, IterableDataset):
+            if args.max_steps <= 0:
+                raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
+            args.check_stream()
         if args.world_size > 1 and args.lmbda > 0 and args.rollout_engine == "vllm" and rollout_engine is None:
             raise ValueError("rollout_engine 'vllm' works in a single process; use hf with several, or one GPU")
         if is_deepspeed_zero3_enabled():
@@ -120,8 +118,8 @@ class SEKDTrainer(Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
         if isinstance(teacher_model, str):
-            revision = args.teacher_model_revision
-            check_same_tokenizer(processing_class, AutoTokenizer.from_pretrained(teacher_model, revision=revision))
+            theirs = AutoTokenizer.from_pretrained(teacher_model, revision=args.teacher_model_revision)
+            check_same_tokenizer(processing_class, theirs)
         self.packed = False
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
         if isinstance(train_dataset, IterableDataset) and args.sample_fraction < 1:
@@ -135,10 +133,7 @@ class SEKDTrainer(Trainer):
             model = load_model(model, **init)
         teacher: Any = teacher_model
         if isinstance(teacher_model, str):
-            attention = init.get("attn_implementation")
-            teacher = load_model(
-                teacher_model, revision=revision, dtype=args.teacher_dtype, attn_implementation=attention
-            )
+            teacher = load_teacher(teacher_model, args, init.get("attn_implementation"))
         if args.sample_fraction < 1:
             train_dataset = keep_samples(train_dataset, model, teacher, processing_class, args)
         if peft_config is not None:

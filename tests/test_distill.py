@@ -7,14 +7,17 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, make_model
+from test_losses import oracle as loss_oracle
+from test_scores import oracle as score_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sekd.config import SEKDConfig
 from sekd.data import Sample, collate
 from sekd.distill import Method, distill
-from sekd.losses import ON_LOG_PROBABILITIES
+from sekd.losses import DIVERGENCES, ON_LOG_PROBABILITIES
 from sekd.models import freeze, run_inside
-from sekd.policies import make_policy
-from sekd.scores import Scoring
+from sekd.policies import POLICIES, make_policy
+from sekd.scores import SCORES, Scoring
 from sekd.teachers import LiveTeacher
 from sekd.types import IGNORE, Batch
 
@@ -215,3 +218,176 @@ def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
     with LargestTensor() as dense:
         student(input_ids=batch.input_ids)
     assert dense.elements >= batch_size * length * VOCAB, "the probe must see a dense step"
+
+
+# Every axis against dense float64 rows, whose scores and losses are the oracles of test_scores and test_losses
+
+
+def dense_rows(student, teacher, batch):
+    """Logits of both models and targets of the valid rows of each sequence, in float64."""
+    for b in range(len(batch.input_ids)):
+        valid = batch.valid[b]
+        ids = batch.input_ids[b : b + 1]
+        yield (
+            student(input_ids=ids).logits[0][valid],
+            teacher(input_ids=ids).logits[0][valid].detach(),
+            batch.targets[b][valid],
+        )
+
+
+def seeded(batch):
+    return [torch.Generator().manual_seed(100 + b) for b in range(len(batch.input_ids))]
+
+
+def check_method(args, losses_of, weights_of, step=3, kind="untied"):
+    """Compare :func:`distill`, loss and gradients, with sum_b sum_t w_t l_t over dense rows."""
+    samples, _ = prompts_and_completions()
+    batch = Batch(**collate(samples, pad_token_id=122))
+    student, teacher = make_model(kind), make_model(kind, 1)
+    reference, dense_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    method = Method.of(args, VOCAB)
+    live = LiveTeacher(freeze(teacher))
+    loss, _ = run_inside(student, lambda b: distill(student, live, b, method, step, seeded(batch)), batch)
+    loss.backward()
+
+    parts = list(dense_rows(reference, dense_teacher, batch))
+    q, p, targets = (torch.cat(column) for column in zip(*parts, strict=True))
+    lengths = [len(part[0]) for part in parts]
+    weights = weights_of(q.detach(), p, targets, lengths, batch, step)
+    expected = (weights * losses_of(q, p, targets, weights, batch)).sum()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=5e-5, atol=1e-6)
+    wanted = gradients(reference)
+    for name, gradient in gradients(student).items():
+        scale = wanted[name].abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(
+            gradient / scale, wanted[name] / scale, rtol=0, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def weights_by(args):
+    """Weights of the rows, from the float64 oracle's scores."""
+
+    def weights_of(q, p, targets, lengths, batch, step):
+        names = args.scoring.names if args.scoring else ("student_entropy",)
+        grid = torch.zeros(*batch.valid.shape, len(names), dtype=torch.float64)
+        for c, name in enumerate(names):
+            grid[..., c][batch.valid] = score_oracle(name, q, p, targets)
+        scores = args.scoring.combine(grid, batch.valid) if args.scoring else grid[..., 0]
+        policy = make_policy(args.position_policy, args.position_fraction, **args.policy_options)
+        return policy(scores.float(), batch.valid, step=step, generator=seeded(batch))[batch.valid].double()
+
+    return weights_of
+
+
+def losses_by(name, **options):
+    def losses_of(q, p, targets, weights, batch):
+        chosen = weights > 0
+        rows = torch.zeros(len(q), dtype=torch.float64)
+        return rows.masked_scatter(chosen, loss_oracle(name, q[chosen], p[chosen], targets[chosen], **options))
+
+    return losses_of
+
+
+def config(tmp_path, **choices):
+    settings = dict(output_dir=str(tmp_path), bf16=False, head_chunk_rows=5, position_fraction=0.4)
+    return SEKDConfig(**settings | choices)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_chooses_what_the_dense_formula_does(tmp_path, score):
+    args = config(tmp_path, position_score=score)
+    check_method(args, losses_by("forward_kl"), weights_by(args))
+
+
+@pytest.mark.parametrize("normalization", ["none", "zscore", "minmax"])
+def test_combined_scores(tmp_path, normalization):
+    mixture = {"student_entropy": 1.0, "student_ce": 0.5, "kl": 1.0}
+    args = config(tmp_path, position_score=mixture, score_normalization=normalization)
+    check_method(args, losses_by("forward_kl"), weights_by(args))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("gls", "bandit")])
+def test_every_policy_weighs_as_on_dense_scores(tmp_path, policy):
+    args = config(tmp_path, position_policy=policy, curriculum_steps=5)
+    check_method(args, losses_by("forward_kl"), weights_by(args))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("policy", ["all", "top_k"])
+def test_every_divergence_in_chunks_equals_the_dense_formula(tmp_path, divergence, policy):
+    args = config(tmp_path, divergence=divergence, position_policy=policy)
+    check_method(args, losses_by(divergence), weights_by(args))
+
+
+def sparse_rows(args):
+    """The naive loss on sampled or truncated classes, with the draws that the generators give."""
+
+    def losses_of(q, p, targets, weights, batch):
+        generators, rows = seeded(batch), []
+        for b, n in enumerate(batch.valid.sum(1).tolist()):
+            chosen = weights[len(rows) : len(rows) + n] > 0
+            if args.position_policy == "random":
+                torch.rand(n, generator=generators[b])  # the policy drew first
+            draws = torch.rand(int(chosen.sum()) * args.class_samples, generator=generators[b], dtype=torch.float64)
+            draws = iter(draws.view(-1, args.class_samples))
+            for t in range(n):
+                row = len(rows)
+                if not chosen[t]:
+                    rows.append(q.new_zeros(()))
+                    continue
+                probs, log_q = p[row].softmax(-1), q[row].log_softmax(-1)
+                numbers = next(draws)
+                if args.class_selection == "rs_kd":
+                    cumulative = probs.cumsum(-1)
+                    target = torch.zeros(VOCAB, dtype=torch.float64)
+                    for u in numbers.tolist():
+                        target[int((cumulative <= u * cumulative[-1]).sum())] += 1 / args.class_samples
+                else:
+                    kept = probs.topk(args.class_samples).indices
+                    target = torch.zeros_like(probs)
+                    target[kept] = probs[kept] / probs[kept].sum()
+                used = target > 0
+                rows.append((target[used] * (target[used].log() - log_q[used])).sum())
+        return torch.stack(rows)
+
+    return losses_of
+
+
+@pytest.mark.parametrize("policy", ["all", "top_k", "random"])
+@pytest.mark.parametrize("classes", ["rs_kd", "top_k_classes"])
+def test_class_selection_with_the_same_draws_equals_the_dense_formula(tmp_path, classes, policy):
+    args = config(tmp_path, class_selection=classes, class_samples=9, position_policy=policy)
+    check_method(args, sparse_rows(args), weights_by(args))
+
+
+def test_sampled_softmax_over_the_whole_vocabulary_changes_nothing(tmp_path):
+    args = config(tmp_path, class_selection="rs_kd", class_samples=9, sampled_softmax=VOCAB)
+    check_method(args, sparse_rows(args), weights_by(args))
+
+
+def test_skipped_positions_are_never_chosen(tmp_path):
+    samples, _ = prompts_and_completions()
+    batch = Batch(**collate(samples, pad_token_id=122))
+    seen = []
+
+    def policy(scores, valid, **kwargs):
+        seen.append(valid)
+        return make_policy("top_k", 0.4)(scores, valid)
+
+    method = Method(ENTROPY, policy, ON_LOG_PROBABILITIES["forward_kl"], skip_first=2)
+    distill(make_model(), LiveTeacher(make_model(seed=1)), batch, method)
+    assert (batch.valid.sum(1) - seen[0].sum(1)).tolist() == [2, 2, 2, 0], "the last one has a single row"
+
+
+@pytest.mark.parametrize("choices", [{"position_score": "kl"}, {"class_selection": "rs_kd", "sampled_softmax": 70}])
+def test_no_large_tensor_with_teacher_scores_or_sampled_classes(tmp_path, choices):
+    samples = [Sample([i % VOCAB for i in range(b, b + 64)], [1] * 64, b) for b in range(4)]
+    batch = Batch(**collate(samples, pad_token_id=122))
+    args = config(tmp_path, head_chunk_rows=16, position_fraction=0.2, **choices)
+    with LargestTensor() as largest:
+        loss, _ = distill(
+            make_model("untied"), LiveTeacher(freeze(make_model("untied", 1))), batch, Method.of(args, VOCAB)
+        )
+        loss.backward()
+    assert largest.elements < 4 * 64 * VOCAB / 2
