@@ -239,8 +239,8 @@ def kl_of_chosen(
     chosen: Bool[Tensor, " N"],
     teacher_rows: tuple[Tensor, ...],
     method: Method,
-) -> Float[Tensor, " N"]:
-    """KL(p || q) of the rows that a step chose, with the student as it is now: what the bandit is rewarded by."""
+) -> Float[Tensor, " K"]:
+    """KL(p || q) of the K rows that a step chose, with the student as it is now: what the bandit is rewarded by."""
     head = head_of(student, method.vocab)
 
     def of_chunk(rows: Tensor, *teacher_rows: Tensor) -> tuple[Tensor]:
