@@ -26,7 +26,43 @@ def config(**kwargs):
             r"jsd_beta 1.0 is outside \(0, 1\]?\)?; its limits are divergence: forward_kl and reverse_kl",
         ),
         (dict(divergence="kl"), r"divergence 'kl' is unknown; choose one of forward_kl, reverse_kl, jsd"),
-        (dict(position_score="entropy"), r"position_score 'entropy' is unknown; choose one of student_entropy"),
+        (dict(position_score="entropy"), r"position_score 'entropy' is unknown; choose from student_entropy"),
+        (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is no JSON"),
+        (dict(position_score={"kl": 1.0, "hk": 1.0}), r"position_score 'hk' is unknown; choose from student_entropy"),
+        (dict(score_normalization="log"), r"score_normalization 'log' is unknown; choose one of none, zscore, minmax"),
+        (
+            dict(position_policy="pos_rs", score_normalization="zscore"),
+            "makes negative scores, which position_policy 'pos_rs' cannot take for proportions; use minmax or none",
+        ),
+        (
+            dict(position_policy="weighted", position_score={"kl": 1.0, "student_ce": -1.0}),
+            "position_score has a negative weight, and position_policy 'weighted' takes scores for proportions",
+        ),
+        (dict(position_skip=-1), "position_skip -1 must not be negative; 0 skips no position"),
+        (dict(curriculum_steps=0), "curriculum_steps 0 must be at least 1"),
+        (dict(gls_queue_size=0), "gls_queue_size 0 must be at least 1"),
+        (dict(pos_rs_exponent=-0.5), "pos_rs_exponent -0.5 must not be negative"),
+        (dict(pos_rs_coverage=1.0), r"pos_rs_coverage 1.0 is outside \[0, 1\); at 1 choose position_policy: top_k"),
+        (dict(bandit_alpha=-1.0), "bandit_alpha -1.0 must not be negative; 0 never explores"),
+        (dict(bandit_ridge=0.0), "bandit_ridge 0.0 must be above 0"),
+        (dict(skew_alpha=0.0), r"skew_alpha 0.0 is outside \(0, 1\)"),
+        (dict(decoupled_beta=-8.0), "decoupled_beta -8.0 must not be negative; 0 leaves that part out"),
+        (dict(class_selection="rskd"), "class_selection 'rskd' is unknown; choose one of full, rs_kd, top_k_classes"),
+        (dict(class_samples=0), "class_samples 0 must be at least 1"),
+        (dict(sampled_softmax=-1), "sampled_softmax -1 must not be negative; 0 uses all classes"),
+        (dict(sampled_softmax=4096), "compares the student on kept classes only; set class_selection: rs_kd"),
+        (
+            dict(class_selection="rs_kd", divergence="reverse_kl"),
+            "class_selection 'rs_kd' estimates forward KL only; set divergence: forward_kl",
+        ),
+        (
+            dict(class_selection="rs_kd", sampled_softmax=4096, kd_weight=0.5),
+            "kd_weight 0.5 mixes in a cross-entropy, which needs the student's whole softmax",
+        ),
+        (dict(class_selection="rs_kd", sampled_softmax=64), "sampled_softmax 64 must be above class_samples 64"),
+        (dict(sample_fraction=0.0), r"sample_fraction 0.0 is outside \(0, 1\]; 0.2 keeps 20 %"),
+        (dict(sample_score="loss"), "sample_score 'loss' is unknown; choose one of student_entropy"),
+        (dict(sample_pool=0), "sample_pool 0 must be at least 1"),
         (dict(position_policy="top"), r"position_policy 'top' is unknown; choose one of all, top_k, random"),
         (dict(rollout_engine="tgi"), r"rollout_engine 'tgi' is unknown; choose one of vllm, hf"),
         (dict(overlong_prompts="cut"), r"overlong_prompts 'cut' is unknown; choose one of error, drop"),
@@ -59,6 +95,23 @@ def test_the_divergence_follows_the_mode():
     assert config(lmbda=0.0).divergence == "forward_kl"
     assert config(lmbda=0.5).divergence == "reverse_kl"
     assert config(lmbda=1.0, divergence="jsd").divergence == "jsd"
+    assert config(lmbda=1.0, class_selection="rs_kd").divergence == "forward_kl"
+
+
+def test_scores_are_read_only_where_the_policy_looks_at_them():
+    assert config().scoring.names == ("student_entropy",)
+    assert config(position_fraction=1.0).scoring is None
+    assert config(position_policy="random").scoring is None
+    assert config(position_policy="tip").scoring.names == ("student_entropy", "reverse_kl")
+    mixed = config(position_score='{"kl": 0.5, "student_ce": 2}', score_normalization="minmax").scoring
+    assert (mixed.names, mixed.weights, mixed.normalization) == (("kl", "student_ce"), (0.5, 2.0), "minmax")
+
+
+def test_options_reach_their_policy_and_divergence():
+    assert config(position_policy="pos_rs", pos_rs_exponent=0.5).policy_options == {"exponent": 0.5, "coverage": 0.0}
+    assert config(position_policy="bandit").policy_options == {"alpha": 1.0, "ridge": 1.0}
+    assert config(position_policy="top_k").policy_options == {}
+    assert config(divergence="decoupled_kl").divergence_options == {"alpha": 1.0, "beta": 8.0}
 
 
 def test_bf16_where_the_hardware_has_it():

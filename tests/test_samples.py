@@ -1,0 +1,207 @@
+"""A real subset, of exactly the size asked for, chosen by the frozen models, kept in a file that knows its origin."""
+
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scores import oracle
+from test_trainer import make_trainer
+
+from sekd import SEKDConfig
+from sekd.data import prepare
+from sekd.models import weights_fingerprint
+from sekd.samples import choose_samples, data_fingerprint, pool_of, score_samples, select_samples
+from sekd.scores import SCORES
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.decimals("0.001", "1", places=3))
+@settings(deadline=None, max_examples=100)
+def test_exactly_the_ceiling_is_kept_and_ties_go_to_the_lower_index(scores, fraction):
+    kept = select_samples(torch.tensor(scores).float(), float(fraction))
+    count = math.ceil(Fraction(str(fraction)) * len(scores))
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+    assert kept == sorted(best)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, 20])
+def test_fractions_outside(fraction):
+    with pytest.raises(ValueError, match=r"sample_fraction .* is outside \(0, 1\]; 0.2 keeps 20 %"):
+        select_samples([1.0, 2.0], fraction)
+
+
+def config(tmp_path, **choices):
+    settings = dict(output_dir=str(tmp_path), bf16=False, disable_tqdm=True, per_device_eval_batch_size=3)
+    return SEKDConfig(**settings | choices)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_a_sample_scores_the_mean_over_its_rows(tmp_path, tokenizer, request, score, kind):
+    args = config(tmp_path, sample_score=score, max_length=40, max_prompt_length=20)
+    data = prepare(request.getfixturevalue(kind).select(range(10)), tokenizer, args)
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    scores = score_samples(data, student, teacher, args)
+    for row, found in zip(data, scores.tolist(), strict=True):
+        expected, start = [], 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            ids = torch.tensor([row["input_ids"][start : start + length]])
+            where = [t for t in range(length - 1) if row["supervised"][start + t + 1]]
+            with torch.no_grad():
+                q, p = (model(input_ids=ids).logits[0][where] for model in (student, teacher))
+            expected += oracle(score, q, p, ids[0, 1:][where]).tolist()
+            start += length
+        assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_a_prompt_without_completion_is_scored_on_its_own_tokens(tmp_path, tokenizer, pairs):
+    args = config(tmp_path, lmbda=1.0, rollout_engine="hf")
+    data = prepare(pairs.remove_columns("completion").select(range(4)), tokenizer, args)
+    student = make_model("untied")
+    scores = score_samples(data, student, None, args)
+    ids = torch.tensor([data[2]["input_ids"]])
+    with torch.no_grad():
+        logits = student(input_ids=ids).logits[0, :-1]
+    expected = oracle("student_entropy", logits, logits, ids[0, 1:]).mean()
+    assert scores[2].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch_size(tmp_path, tokenizer, pairs):
+    found = []
+    for size in (1, 5, 64):
+        args = config(tmp_path, per_device_eval_batch_size=size)
+        found.append(score_samples(prepare(pairs, tokenizer, args), make_model("untied"), None, args))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-6)
+
+
+def test_random_needs_no_model_and_follows_the_seed(tmp_path, tokenizer, pairs):
+    args = config(tmp_path, sample_score="random", sample_fraction=0.3)
+    data = prepare(pairs, tokenizer, args)
+    first = score_samples(data, make_model("untied"), None, args)
+    assert torch.equal(first, score_samples(data, make_model("tied"), None, args))
+    args = config(tmp_path, sample_score="random", seed=5)
+    assert not torch.equal(first, score_samples(data, make_model("untied"), None, args))
+
+
+def test_a_score_that_is_not_finite_names_the_sample(tmp_path, tokenizer, pairs):
+    student = make_model("untied")
+    args = config(tmp_path)
+    data = prepare(Dataset.from_list([{"prompt": "w1", "completion": f"w{i} w2"} for i in (5, 7, 9)]), tokenizer, args)
+    with torch.no_grad():
+        student.model.embed_tokens.weight[7] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"student_entropy of samples \[1\] is not finite"):
+        score_samples(data, student, None, args)
+
+
+# In training
+
+
+def seen_samples(trainer):
+    """The ids that the steps train on."""
+    seen: list[list[int]] = []
+    collate = trainer._collate
+    trainer._collate = lambda samples: seen.append([s.sample_id for s in samples]) or collate(samples)
+    trainer.train()
+    return seen
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_training_sees_the_kept_samples_only_and_whole_batches(tmp_path, tokenizer, pairs, lmbda):
+    options = dict(sample_fraction=0.2, per_device_train_batch_size=4, max_steps=9, lmbda=lmbda)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, **options)
+    found = json.loads((tmp_path / "samples.json").read_text())
+    assert len(found["kept"]) == math.ceil(0.2 * 64) == len(trainer.train_dataset)
+    assert len(found["scores"]) == 64
+    seen = seen_samples(trainer)
+    assert {i for batch in seen for i in batch} == set(found["kept"])
+    assert all(len(batch) == 4 for batch in seen[:3])
+
+
+def test_the_file_is_used_again_for_any_fraction(tmp_path, tokenizer, pairs, monkeypatch):
+    make_trainer(tmp_path, tokenizer, pairs, sample_fraction=0.2)
+    first = json.loads((tmp_path / "samples.json").read_text())
+
+    def refuse(*args):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("sekd.samples.score_samples", refuse)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, sample_fraction=0.5)
+    assert len(trainer.train_dataset) == 32
+    assert set(first["kept"]) <= set(trainer.train_dataset["sample_id"])
+
+
+def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):
+    """A resumed run loads its initial student first, and so accepts the file again."""
+    options = dict(sample_fraction=0.3, save_strategy="steps", save_steps=2, max_steps=4)
+    whole = make_trainer(tmp_path / "run", tokenizer, pairs, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "run", tokenizer, pairs, **options)
+    assert resumed.train_dataset["sample_id"] == whole.train_dataset["sample_id"]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data", r"another value of the data \(dataset_name"),
+        ("tokenizer", "another value of the tokenizer"),
+        ("student", r"another value of the student's weights \(model_name_or_path\)"),
+        ("teacher", r"another value of the teacher's weights \(teacher_model_name_or_path\)"),
+        ("score", "another value of sample_score"),
+        ("format", "has not the format of this version"),
+        ("cut", "cannot be read"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change, message):
+    args = config(tmp_path, sample_fraction=0.5, sample_score="kl")
+    models = {"student": make_model("untied"), "teacher": make_model("untied", 1)}
+    choose_samples(prepare(pairs, tokenizer, args), models["student"], models["teacher"], tokenizer, args)
+    path = tmp_path / "samples.json"
+    if change == "data":
+        pairs = pairs.select(range(63, -1, -1))
+    elif change == "tokenizer":
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(["new"])
+    elif change in models:
+        with torch.no_grad():
+            models[change].lm_head.weight[5, 3] += 1e-3
+            models[change].model.norm.weight += 1e-4
+    elif change == "score":
+        args = config(tmp_path, sample_fraction=0.5, sample_score="ce_ratio")
+    elif change == "format":
+        path.write_text(json.dumps({"format": 0}))
+    else:
+        path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=message):
+        choose_samples(prepare(pairs, tokenizer, args), models["student"], models["teacher"], tokenizer, args)
+
+
+def test_fingerprints(tokenizer, pairs, tmp_path):
+    data = prepare(pairs, tokenizer, config(tmp_path))
+    assert data_fingerprint(data) == data_fingerprint(prepare(pairs, tokenizer, config(tmp_path)))
+    assert data_fingerprint(data) != data_fingerprint(data.select(range(63)))
+    assert weights_fingerprint(make_model("untied")) == weights_fingerprint(make_model("untied"))
+    assert weights_fingerprint(make_model("untied")) != weights_fingerprint(make_model("untied", 1))
+
+
+def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
+    stream = pairs.to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"sample_fraction 0.5 of a stream is unknown, .* set sample_pool"):
+        make_trainer(tmp_path, tokenizer, stream, sample_fraction=0.5)
+    trainer = make_trainer(tmp_path, tokenizer, stream, sample_fraction=0.25, sample_pool=20)
+    assert len(trainer.train_dataset) == 5
+    assert max(trainer.train_dataset["sample_id"]) < 20
+    trainer.train()
+
+
+def test_a_pool_larger_than_the_stream_is_the_stream(tmp_path, tokenizer, texts):
+    args = config(tmp_path, max_length=40, max_prompt_length=20)
+    assert len(pool_of(prepare(texts.to_iterable_dataset(), tokenizer, args), 10_000)) < 10_000
