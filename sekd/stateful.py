@@ -104,9 +104,7 @@ class Bandit:
         """What the reward needs of a part of the step: which of its N valid rows were chosen, and the teacher's."""
         self.chosen.append((batch, chosen, teacher_rows))
 
-    def end_step(
-        self, kl_after: list[Float[Tensor, " N"]], reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> None:
+    def end_step(self, kl_after: list[Tensor], reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Learn from the KL of the chosen rows after the step, one tensor a part; ``reduce`` sums over processes."""
         update = torch.zeros(len(self.b), len(self.b) + 1, dtype=torch.float64)
         for x, after in zip(self._features, kl_after, strict=True):

@@ -1,5 +1,6 @@
 """Run under torchrun by test_distributed.py; writes what rank 0 found to a file."""
 
+import json
 import os
 import sys
 
@@ -61,23 +62,31 @@ def fsdp2(path: str) -> None:
     dist.destroy_process_group()
 
 
-def ddp(path: str, policy: str) -> None:
-    """One optimizer step of the Trainer: 2 processes x 2 micro-batches x 2 sequences."""
-    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, position_policy=policy)
+TWO_STEPS = ONE_SGD_STEP | dict(max_steps=2, learning_rate=0.1)
+
+
+def ddp(folder: str, choices: str) -> None:
+    for name, options in json.loads(choices).items():
+        two_steps(f"{folder}/{name}", options)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def two_steps(path: str, choices: dict) -> None:
+    """Two optimizer steps of the Trainer: 2 processes x 2 micro-batches x 2 sequences."""
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2) | choices
     pairs = make_pairs()
     evaluation = dict(eval_dataset=pairs.select(range(5)))  # an odd number: one process has more
     trainer = make_trainer(
-        path + ".run", make_tokenizer(), pairs.select(range(8)), None, None, evaluation, **ONE_SGD_STEP, **options
+        path, make_tokenizer(), pairs.select(range(32)), None, None, evaluation, **TWO_STEPS, **options
     )
     assert trainer.args.world_size == 2
     metrics = trainer.evaluate()
     weights = trained_weights(trainer)
     weights = {name.removeprefix("module."): p for name, p in weights.items()}
     if trainer.is_world_process_zero():
-        loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
-        torch.save({"loss": loss, "weights": weights, "metrics": metrics}, path)
-    dist.barrier()
-    dist.destroy_process_group()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        torch.save({"losses": losses, "weights": weights, "metrics": metrics}, f"{path}.pt")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def class_table():
         cells = [mark(divergence=name, **choices) for choices in kinds.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     cells = [mark(divergence="forward_kl", kd_weight=0.5, **choices) for choices in kinds.values()]
-    lines.append(f"| any of these, with `kd_weight` < 1 | {' | '.join(cells)} |")
+    lines.append(f"| `forward_kl`, `kd_weight` < 1 | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Two processes give the single process's loss and gradient."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from distributed_worker import gradients, samples
-from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
+from distributed_worker import TWO_STEPS, gradients, samples
+from test_trainer import make_trainer, trained_weights
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -35,16 +36,35 @@ def test_fsdp2_gives_the_single_process_loss_and_gradient(tmp_path):
         assert torch.equal(found["weights"][name], tensor)
 
 
-@pytest.mark.parametrize("policy", ["top_k", "random"])
-def test_ddp_through_the_trainer_gives_the_single_process_step(tmp_path, tokenizer, pairs, policy):
-    run_two_processes("ddp", str(tmp_path / "found.pt"), policy)
-    found = torch.load(tmp_path / "found.pt")
-    options = dict(per_device_train_batch_size=8, position_policy=policy)
+CHOICES = {
+    "top_k": {},
+    "random": {"position_policy": "random"},
+    "gls": {"position_policy": "gls"},
+    "bandit": {"position_policy": "bandit"},
+    "pos_rs": {"position_policy": "pos_rs"},
+    "rs_kd": {"class_selection": "rs_kd", "class_samples": 8, "sampled_softmax": 40},
+    "samples": {"sample_fraction": 0.5, "sample_score": "kl"},
+}
+
+
+@pytest.fixture(scope="module")
+def found_by_ddp(tmp_path_factory):
+    """All runs of two processes in one start."""
+    folder = tmp_path_factory.mktemp("ddp")
+    run_two_processes("ddp", str(folder), json.dumps(CHOICES))
+    return {choice: torch.load(folder / f"{choice}.pt") for choice in CHOICES}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_ddp_through_the_trainer_gives_the_single_process_steps(tmp_path, tokenizer, pairs, found_by_ddp, choice):
+    """Two steps: the second depends on what a policy learned from all processes in the first."""
+    found = found_by_ddp[choice]
+    options = dict(per_device_train_batch_size=8) | CHOICES[choice]
     evaluation = dict(eval_dataset=pairs.select(range(5)))
-    trainer = make_trainer(
-        tmp_path, tokenizer, pairs.select(range(8)), None, None, evaluation, **ONE_SGD_STEP, **options
-    )
+    trainer = make_trainer(tmp_path, tokenizer, pairs.select(range(32)), None, None, evaluation, **TWO_STEPS, **options)
     assert found["metrics"] == pytest.approx(trainer.evaluate(), rel=1e-5)
     for name, weight in trained_weights(trainer).items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-6)
-    assert found["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert found["losses"] == pytest.approx(losses, rel=1e-5)
+    assert len(losses) == 2

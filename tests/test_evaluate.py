@@ -1,5 +1,7 @@
 """Held-out divergences are exact means over all valid rows."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_model
@@ -35,6 +37,28 @@ def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
     assert metrics["eval_forward_kl"] == pytest.approx(forward / rows, rel=1e-4)
     assert metrics["eval_reverse_kl"] == pytest.approx(reverse / rows, rel=1e-4)
     assert metrics["eval_loss"] == metrics["eval_forward_kl"]
+
+
+def test_calibration_error_equals_binning_by_hand(tmp_path, tokenizer, pairs):
+    student = make_model("untied")
+    options = dict(eval_dataset=pairs.select(range(40)))
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, None, options, head_chunk_rows=7)
+    metrics = trainer.evaluate()
+    bins, ce = [[] for _ in range(15)], []
+    for row in prepare(pairs.select(range(40)), tokenizer, trainer.args):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q = student(input_ids=ids).logits[0].double().softmax(-1)
+        for t in range(len(row["input_ids"]) - 1):
+            if row["supervised"][t + 1]:
+                confidence, guess = q[t].max(0)
+                y = row["input_ids"][t + 1]
+                bins[min(int(confidence * 15), 14)].append((confidence.item(), float(guess == y)))
+                ce.append(-q[t, y].log().item())
+    n = len(ce)
+    expected = sum(abs(sum(c for c, _ in b) / len(b) - sum(h for _, h in b) / len(b)) * len(b) / n for b in bins if b)
+    assert metrics["eval_ece"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(sum(ce) / n), rel=1e-4)
 
 
 def test_an_on_policy_run_evaluates_fresh_rollouts_and_repeats_them(tmp_path, tokenizer, pairs):
