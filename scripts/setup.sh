@@ -23,7 +23,7 @@ home="$platform $PWD"
 want="$home
 $(cat pyproject.toml scripts/setup.sh | cksum)"
 
-modules=(torch transformers trl accelerate peft datasets bitsandbytes pytest ruff mypy sekd rollouts)
+modules=(torch transformers trl accelerate peft datasets bitsandbytes matplotlib pytest ruff mypy sekd rollouts)
 if [[ $platform != other ]]; then modules+=(vllm); fi
 # Finding, not importing, keeps this well under a second; -P keeps the checkout itself from standing in for the package.
 complete() {
