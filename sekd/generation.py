@@ -2,14 +2,15 @@
 
 import os
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from rollouts import HFEngine, RolloutEngine, VLLMEngine
 from sekd.config import SEKDConfig
 from sekd.models import causal_lm, unwrap
 
 
-def make_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> RolloutEngine:
+def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> RolloutEngine:
     """The engine that ``args`` name, for ``model``, whose weights it gets before each round.
 
     Every process of a run must call it.

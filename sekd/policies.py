@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sekd.ranking import Generators, Scores, Valid, Weights, budgets, ranks, top_k, uniform
 from sekd.scores import rescale
-from sekd.stateful import FEATURES, Bandit, Gls
+from sekd.stateful import FEATURES, STATEFUL
 
 
 def all_rows(
@@ -125,13 +125,12 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "top_k": top_k,
     "random": random,
     "prefix": prefix,
-    "gls": Gls,
     "curriculum": curriculum,
     "pos_rs": pos_rs,
     "pos_rs_corrected": pos_rs_corrected,
     "weighted": weighted,
     "tip": tip,
-    "bandit": Bandit,
+    **STATEFUL,
 }
 
 READS: dict[str, tuple[str, ...]] = {
@@ -155,10 +154,6 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 NEEDS_POSITIVE = frozenset({"pos_rs", "pos_rs_corrected", "weighted"})
 """The policies that take scores for proportions, which must not be negative."""
-
-
-STATEFUL = (Gls, Bandit)
-"""The policies that learn from one step to the next: their ``state_dict`` belongs into checkpoints."""
 
 
 def make_policy(name: str, fraction: float = 0.2, **options: Any) -> Callable[..., Weights]:

@@ -3,6 +3,7 @@
 Both choose every part of a step (micro-batch, process) with the state from before it, and change it in ``end_step``.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -119,3 +120,34 @@ class Bandit:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.A, self.b = state["A"], state["b"]
+
+
+STATEFUL: dict[str, type] = {"gls": Gls, "bandit": Bandit}
+STATE_FILE = "position_policy.pt"
+
+
+def save_state(policy: Any, folder: str) -> None:
+    """Put the state of a policy that has one into a checkpoint folder, which is made if it is not there."""
+    for name, kind in STATEFUL.items():
+        if isinstance(policy, kind):
+            os.makedirs(folder, exist_ok=True)
+            torch.save({name: policy.state_dict()}, os.path.join(folder, STATE_FILE))
+
+
+def load_state(policy: Any, folder: str) -> None:
+    """Give a policy that has a state the one in a checkpoint folder.
+
+    Raises:
+        ValueError: the checkpoint has none, or that of another policy.
+    """
+    path = os.path.join(folder, STATE_FILE)
+    for name, kind in STATEFUL.items():
+        if not isinstance(policy, kind):
+            continue
+        states = torch.load(path, weights_only=True) if os.path.exists(path) else {}
+        if name not in states:
+            raise ValueError(
+                f"checkpoint {folder!r} has no state of position_policy {name!r}: it was made with "
+                f"{', '.join(states) or 'another policy'}; resume with that one, or start anew"
+            )
+        policy.load_state_dict(states[name])

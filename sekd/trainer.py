@@ -43,14 +43,11 @@ from sekd.models import (
     run_inside,
     unwrap,
 )
-from sekd.policies import STATEFUL
 from sekd.progress import ProgressLine, RunFiles, means, show_completions
 from sekd.samples import keep_samples, pool_of
-from sekd.stateful import Bandit, Gls
+from sekd.stateful import Bandit, Gls, load_state, save_state
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
-
-POLICY_STATE = "position_policy.pt"
 
 
 class SEKDTrainer(Trainer):
@@ -296,8 +293,8 @@ class SEKDTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        if isinstance(resume_from_checkpoint, str) and isinstance(self.method.policy, STATEFUL):
-            self.method.policy.load_state_dict(read_policy(resume_from_checkpoint, self.args.position_policy))
+        if isinstance(resume_from_checkpoint, str):
+            load_state(self.method.policy, resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
@@ -305,11 +302,10 @@ class SEKDTrainer(Trainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if isinstance(self.method.policy, STATEFUL) and self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            os.makedirs(folder, exist_ok=True)
+        if self.args.should_save:
             # First: a checkpoint counts as whole once the Trainer has written its own state, which comes last.
-            torch.save({self.args.position_policy: self.method.policy.state_dict()}, os.path.join(folder, POLICY_STATE))
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_state(self.method.policy, os.path.join(self._get_output_dir(trial), name))
         super()._save_checkpoint(model, trial)
 
     def close(self) -> None:
@@ -382,18 +378,6 @@ class _EndOfStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.end_step()
-
-
-def read_policy(folder: str, name: str) -> dict[str, Any]:
-    """The state of a position policy in a checkpoint (ValueError if there is none)."""
-    path = os.path.join(folder, POLICY_STATE)
-    states = torch.load(path, weights_only=True) if os.path.exists(path) else {}
-    if name not in states:
-        raise ValueError(
-            f"checkpoint {folder!r} has no state of position_policy {name!r}: it was made with "
-            f"{', '.join(states) or 'another policy'}; resume with that one, or start anew"
-        )
-    return states[name]
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[Sample]:

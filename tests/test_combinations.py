@@ -8,8 +8,9 @@ from test_trainer import make_trainer
 from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.losses import DIVERGENCES
-from sekd.policies import NEEDS_POSITIVE, POLICIES, READS, STATEFUL
+from sekd.policies import NEEDS_POSITIVE, POLICIES, READS
 from sekd.scores import SCORES, Scoring
+from sekd.stateful import STATEFUL
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SEVERAL = {"student_entropy": 1.0, "kl": 0.5}
@@ -30,7 +31,7 @@ def mark(**choices):
 def policy_table():
     lines = ["| `position_policy` | reads | teacher's head | several scores | `zscore` | draws | state |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for name, policy in POLICIES.items():
+    for name in POLICIES:
         own = READS.get(name)
         reads = "`position_score`" if own is None else ", ".join(f"`{n}`" for n in own) or "nothing"
         head = "as the score" if own is None else "all rows" if Scoring(own).needs_teacher else "chosen rows"
@@ -39,7 +40,7 @@ def policy_table():
             several = mark(position_policy=name, position_score=SEVERAL)
             zscore = mark(position_policy=name, position_score=SEVERAL, score_normalization="zscore")
         draws = "✓" if name in ("random", "pos_rs", "pos_rs_corrected") else ""
-        state = "✓" if policy in STATEFUL else ""
+        state = "✓" if name in STATEFUL else ""
         lines.append(f"| `{name}` | {reads} | {head} | {several} | {zscore} | {draws} | {state} |")
     return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
 
