@@ -122,7 +122,7 @@ class Bandit:
         self.A, self.b = state["A"], state["b"]
 
 
-STATEFUL: dict[str, type] = {"gls": Gls, "bandit": Bandit}
+STATEFUL: dict[str, Any] = {"gls": Gls, "bandit": Bandit}
 STATE_FILE = "position_policy.pt"
 
 
