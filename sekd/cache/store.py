@@ -1,0 +1,188 @@
+"""Shards of encoded samples, memory-mapped, and the manifest that says what they are.
+
+A folder holds ``manifest.json`` and ``shard-00000.arrow`` and so on. A shard is an Arrow file of one record batch: a
+key, the number of rows and classes, and the encoded rows of each sample; reading one sample touches its own bytes only.
+A shard gets its name when it is whole and synced, so one that is there is complete, whenever the process died.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sekd.cache.codec import decode
+from sekd.progress import write_atomically
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
+
+
+def sample_key(input_ids: Sequence[int], supervised: Sequence[int], seq_lengths: Sequence[int] | None = None) -> bytes:
+    """16 bytes that name a sample by its tokens, targets and packed documents: whatever its place, batch or process."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part, kind in ((input_ids, np.int64), (supervised, np.int8), (seq_lengths or [len(input_ids)], np.int64)):
+        array = np.asarray(part, dtype=kind)
+        digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return digest.digest()
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.arrow"
+
+
+def write_shard(path: str, samples: Sequence[tuple[bytes, int, int, bytes]]) -> None:
+    """Write (key, rows, classes, data) of each sample: to another name, synced, then renamed.
+
+    Raises:
+        OSError: a full disk, for one; nothing is left behind.
+    """
+    batch = pa.record_batch([pa.array(column, kind) for column, kind in zip(zip(*samples, strict=True), SCHEMA.types)],
+                            schema=SCHEMA)  # fmt: skip
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            with pa.ipc.new_file(file, SCHEMA) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_shard(path: str) -> pa.RecordBatch:
+    """The memory-mapped record batch of a shard.
+
+    Raises:
+        ValueError: a missing or damaged file, by its name.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(path))
+        batch = reader.get_batch(0)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"cache shard {path!r} cannot be read ({error}); delete it and build again") from error
+    if batch.schema != SCHEMA:
+        raise ValueError(f"cache shard {path!r} has not the columns of this version; delete it and build again")
+    return batch
+
+
+def sha256(path: str) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Exclusive use of a folder by one builder; the lock dies with its process (ValueError if another has it)."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".lock")
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process builds the cache in {folder!r}; wait for it, or name another folder"
+            ) from error
+        yield
+        os.remove(path)
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """What a cache says of itself.
+
+    Raises:
+        ValueError: no cache there, or one of another format.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(path):
+        raise ValueError(f"teacher_cache {folder!r} holds no {MANIFEST}; build it with `sekd cache build RECIPE`")
+    try:
+        with open(path) as file:
+            manifest = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path!r} cannot be read ({error}); delete it and build again") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"teacher_cache {folder!r} has format {manifest.get('format')}, and this version of sekd reads {FORMAT}; "
+            "install the version that wrote it, or build it again"
+        )
+    return manifest
+
+
+def write_manifest(folder: str, fingerprint: dict[str, Any], shards: list[dict[str, Any]] | None) -> None:
+    """Write what the cache is; ``shards`` is None as long as it is not complete."""
+    found = {"format": FORMAT, "complete": shards is not None, "fingerprint": fingerprint, "shards": shards or []}
+    write_atomically(os.path.join(folder, MANIFEST), json.dumps(found, indent=2) + "\n")
+
+
+class Store:
+    """A complete cache, read by key: only the samples that are asked for are read."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        if not self.manifest["complete"]:
+            raise ValueError(f"teacher_cache {folder!r} is not complete; run its `sekd cache build` again, it goes on")
+        self.fingerprint: dict[str, Any] = self.manifest["fingerprint"]
+        self.shards = []
+        self.places: dict[bytes, tuple[int, int]] = {}
+        for number, shard in enumerate(self.manifest["shards"]):
+            path = os.path.join(folder, shard["file"])
+            if not os.path.exists(path):
+                raise ValueError(f"cache shard {path!r} is missing; build the cache again, the others stay")
+            if os.path.getsize(path) != shard["bytes"]:
+                raise ValueError(
+                    f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; delete it "
+                    "and build again"
+                )
+            batch = read_shard(path)
+            self.shards.append(batch)
+            self.places |= {key: (number, i) for i, key in enumerate(batch.column("key").to_pylist())}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.places
+
+    def read(self, key: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and counts [N K] of the rows of a sample.
+
+        Raises:
+            ValueError: a damaged sample, with its shard.
+        """
+        number, place = self.places[key]
+        try:
+            data = self.shards[number].column("data")[place].as_buffer()
+            ids, counts = decode(data, self.fingerprint["vocab"], self.fingerprint["form"])
+            if len(ids) and (counts.sum(1, dtype=np.int64) != self.fingerprint["class_samples"]).any():
+                raise ValueError("counts do not add up to the draws")
+        except ValueError as error:
+            name = self.manifest["shards"][number]["file"]
+            raise ValueError(f"cache shard {name!r}, sample {place}: {error}; delete it and build again") from error
+        return ids, counts
+
+    def verify(self) -> list[str]:
+        """What is wrong with each broken shard: checksums, and every sample decoded."""
+        problems = []
+        for number, shard in enumerate(self.manifest["shards"]):
+            if sha256(os.path.join(self.folder, shard["file"])) != shard["sha256"]:
+                problems.append(f"{shard['file']}: the checksum differs; delete it and build again")
+                continue
+            try:
+                for key in self.shards[number].column("key").to_pylist():
+                    self.read(key)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
