@@ -34,6 +34,17 @@ is loaded where sample_score does not need the teacher.
 example:
   sekd samples recipes/fineweb_edu_sekd.yaml --sample_fraction 0.2 --sample_pool 50000
 """
+CACHE_HELP = """\
+Pay for the teacher once: keep a few sampled classes of each position, and train students from them without a teacher.
+
+  build RECIPE --output DIR   the teacher reads every kept sample; stop it anywhere, the same command goes on
+  info DIR                    samples, rows, bytes a row, what it was built from
+  verify DIR                  checksums, and decodes everything
+
+example:
+  sekd cache build recipes/fineweb_edu_sekd.yaml --output caches/fineweb --sample_pool 50000 --sample_fraction 0.2
+  sekd train recipes/fineweb_edu_sekd.yaml --teacher_cache caches/fineweb --sample_pool 50000 --sample_fraction 0.2
+"""
 DEMO_HELP = """\
 Run the main job on an embedded default, without any download: write arithmetic word problems, train a tiny teacher,
 and distil it on-policy through vLLM into a smaller student, once at 20 % of the positions and once at all.
@@ -55,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (train, samples):
         command.add_argument("recipe", help="a YAML file, for example one of recipes/")
         command.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="beats the recipe")
+    cache = commands.add_parser(
+        "cache", help="an offline cache of a teacher", description=CACHE_HELP, formatter_class=raw
+    )
+    cache.add_argument("action", choices=["build", "info", "verify"])
+    cache.add_argument("what", metavar="RECIPE|DIR")
+    cache.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="beats the recipe")
     demo = commands.add_parser("demo", help="the main job in 5 minutes", description=DEMO_HELP, formatter_class=raw)
     demo.add_argument("--output_dir", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)
@@ -104,6 +121,29 @@ def run_samples(options: argparse.Namespace) -> int:
         show_samples(found, args.sample_score)
         print(f"the choice is in {samples_path(args)}")
     return 0
+
+
+def run_cache(options: argparse.Namespace) -> int:
+    """``sekd cache``."""
+    from sekd.cache.info import show_cache
+    from sekd.cache.store import Store
+
+    try:
+        if options.action == "build":
+            show_cache(build_cache_of(options.what, options.overrides))
+            return 0
+        store = Store(options.what)
+    except (ValueError, OSError) as error:
+        print(f"sekd: {error}", file=sys.stderr)
+        return 2
+    if options.action == "info":
+        show_cache(store)
+        return 0
+    problems = store.verify()
+    for problem in problems:
+        print(f"sekd: {problem}", file=sys.stderr)
+    print(f"{options.what}: {len(store.shards)} shards, {len(store.places):,} samples, {len(problems)} broken")
+    return 2 if problems else 0
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -169,6 +209,25 @@ def score(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, An
 
     rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
     return args, choose_of(rows, model.model_name_or_path, args, _model_options(model))
+
+
+def build_cache_of(recipe: str, overrides: Sequence[str] = ()) -> Any:
+    """The cache that a recipe describes, in its ``teacher_cache`` (``--output``): built, or gone on with.
+
+    Raises:
+        ValueError: what a recipe or its data has wrong, or a folder with another cache.
+    """
+    flags = [f"--teacher_cache{o[8:]}" if o == "--output" or o.startswith("--output=") else o for o in overrides]
+    script, args, model = _parse_run(recipe, flags)
+    if args.teacher_cache is None:
+        raise ValueError("there is no folder for the cache: add --output DIR")
+    if args.teacher_model_name_or_path is None:
+        raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
+    from sekd.cache.build import build_of
+    from sekd.data import load_rows
+
+    rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
+    return build_of(rows, model.model_name_or_path, args, _model_options(model))
 
 
 def _parse_run(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any, Any]:
@@ -249,7 +308,7 @@ def _field_help() -> str:
     return "fields:\n" + "\n".join(lines)
 
 
-COMMANDS = {"train": run_train, "samples": run_samples, "demo": run_demo}
+COMMANDS = {"train": run_train, "samples": run_samples, "cache": run_cache, "demo": run_demo}
 
 if __name__ == "__main__":
     sys.exit(main())

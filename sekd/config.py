@@ -54,6 +54,13 @@ class SEKDConfig(TrainingArguments):
         metadata=_help("The teacher's weights: auto, bfloat16, float16, float32."),
     )
 
+    teacher_cache: str | None = field(
+        default=None,
+        metadata=_help(
+            "Folder of `sekd cache build`: its rs_kd targets stand in for the teacher, which is not loaded."
+        ),
+    )
+
     # What is distilled, and where
     lmbda: float = field(
         default=0.0,
@@ -178,6 +185,8 @@ class SEKDConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata=_help("Unused: a non-finite loss stops the run."))
 
     def __post_init__(self) -> None:
+        if self.teacher_cache is not None and self.class_selection == "full":
+            self.class_selection = "rs_kd"  # what a cache holds
         if self.divergence is None:
             self.divergence = "reverse_kl" if self.lmbda > 0 and self.class_selection == "full" else "forward_kl"
         if isinstance(self.position_score, str) and self.position_score.lstrip().startswith("{"):
@@ -249,6 +258,8 @@ class SEKDConfig(TrainingArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative; 0 leaves that part out")
         self._check_classes()
+        if self.teacher_cache is not None:
+            self._check_cache()
         _one_of("sample_score", self.sample_score, SAMPLE_SCORES)
         if not 0 < self.sample_fraction <= 1:
             raise ValueError(f"sample_fraction {self.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
@@ -282,6 +293,32 @@ class SEKDConfig(TrainingArguments):
             raise ValueError(
                 f"sampled_softmax {self.sampled_softmax} must be above class_samples {self.class_samples}: with fewer "
                 "random classes than kept ones the normaliser would be mostly noise; a few thousand are usual"
+            )
+
+    def _check_cache(self) -> None:
+        if self.lmbda > 0:
+            raise ValueError(
+                f"lmbda {self.lmbda} with teacher_cache: a cache knows the data's rows, and rollouts are new text; set "
+                "lmbda: 0, or leave teacher_cache out"
+            )
+        if self.class_selection != "rs_kd":
+            raise ValueError(
+                f"teacher_cache holds rs_kd targets; class_selection {self.class_selection!r} needs a teacher"
+            )
+        if self.class_samples > 64:
+            raise ValueError(
+                f"class_samples {self.class_samples} with teacher_cache: counts have 6 bits; use at most 64"
+            )
+        if (scoring := self.scoring) is not None and scoring.needs_teacher:
+            needy = [name for name in scoring.names if SCORES[name].needs_teacher]  # type: ignore[attr-defined]
+            raise ValueError(
+                f"teacher_cache lacks what {', '.join(needy)} of position_policy {self.position_policy!r} needs: the "
+                "teacher's whole distribution; use position_score: student_entropy or student_ce, or leave it out"
+            )
+        if self.sample_fraction < 1 and self.sample_score not in ("student_entropy", "student_ce", "random"):
+            raise ValueError(
+                f"sample_score {self.sample_score!r} needs a teacher, and teacher_cache stands in for it; choose "
+                "student_entropy, student_ce or random"
             )
 
     def check_stream(self) -> None:

@@ -5,6 +5,8 @@ plain ``text``. Each becomes a :class:`Sample`, and samples become a batch in :f
 """
 
 import glob
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,6 +142,12 @@ def from_rollout(sample: Sample, rollout: Rollout) -> Sample:
     ids = [*rollout.prompt_ids, *rollout.completion_ids]
     supervised = [0] * len(rollout.prompt_ids) + [1] * len(rollout.completion_ids)
     return Sample(ids, supervised, sample.sample_id, len(rollout.prompt_ids))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary and the chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

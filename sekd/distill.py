@@ -23,7 +23,7 @@ from sekd.policies import make_policy
 from sekd.ranking import Generators, eligible, uniform
 from sekd.scores import Rows, Scoring, cross_entropy, entropy
 from sekd.stateful import Bandit
-from sekd.teachers import Teacher
+from sekd.teachers import CachedTeacher, Teacher
 from sekd.types import Batch, SparseTargets
 
 
@@ -101,8 +101,11 @@ def distill(
     if method.class_selection == "full":
         losses, divergences, found = dense_losses(head, teacher, rows, targets, teacher_rows, method)
     else:
-        draws = uniform((weights > 0).sum(1) * method.class_samples, generator, torch.float64)
-        target = sparse_targets(teacher, teacher_rows, draws.view(-1, method.class_samples).to(rows.device), method)
+        if isinstance(teacher, CachedTeacher):
+            target = trim(SparseTargets(*teacher_rows))
+        else:
+            draws = uniform((weights > 0).sum(1) * method.class_samples, generator, torch.float64)
+            target = sparse_targets(teacher, teacher_rows, draws.view(-1, method.class_samples).to(rows.device), method)
         losses, divergences, found = sparse_losses(head, rows, targets, target, method, step)
 
     sums = {

@@ -14,13 +14,15 @@ from sekd.scores import entropy
 from sekd.teachers import Teacher
 from sekd.types import Batch
 
+MEANS = ("student_ce", "student_entropy", "forward_kl", "reverse_kl")
 BINS = 15
 """Bins of confidence in the expected calibration error."""
 
 
 @torch.no_grad()
-def held_out_sums(student: nn.Module, teacher: Teacher, batch: Batch, method: Method) -> dict[str, Tensor]:
-    """Sums over all valid rows, in nats: ``forward_kl``, ``reverse_kl``, ``student_ce``, ``student_entropy``; ``rows``;
+def held_out_sums(student: nn.Module, teacher: Teacher | None, batch: Batch, method: Method) -> dict[str, Tensor]:
+    """Sums over all valid rows, in nats: ``student_ce``, ``student_entropy``, and with a teacher ``forward_kl`` and
+    ``reverse_kl``; ``rows``;
     and ``calibration`` [BINS 3]: rows, confidence and hits of the likeliest next token, by confidence.
 
     Divide by ``rows`` for the mean a token. Temperature 1, whatever the training used.
@@ -28,15 +30,17 @@ def held_out_sums(student: nn.Module, teacher: Teacher, batch: Batch, method: Me
     head = head_of(student, method.vocab)
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, ...]:
-        q, p = head(rows).log_softmax(-1), teacher.logits(*teacher_rows).log_softmax(-1)
+        q = head(rows).log_softmax(-1)
         confidence, guess = q.max(-1)
-        divergences = forward_kl(q, p), reverse_kl(q, p)
-        return *divergences, cross_entropy(q, targets), entropy(q), confidence.exp(), guess == targets
+        columns = confidence.exp(), guess == targets, cross_entropy(q, targets), entropy(q)
+        if teacher is None:
+            return columns
+        p = teacher.logits(*teacher_rows).log_softmax(-1)
+        return *columns, forward_kl(q, p), reverse_kl(q, p)
 
-    rows = (hidden_states(student, batch)[batch.valid], batch.targets[batch.valid], *teacher.rows(batch))
-    *columns, confidence, hit = in_chunks(of_chunk, rows, method.chunk_rows)
-    names = ("forward_kl", "reverse_kl", "student_ce", "student_entropy")
-    sums = {name: column.sum() for name, column in zip(names, columns, strict=True)}
+    rows = (hidden_states(student, batch)[batch.valid], batch.targets[batch.valid])
+    confidence, hit, *columns = in_chunks(of_chunk, rows + (teacher.rows(batch) if teacher else ()), method.chunk_rows)
+    sums = {name: column.sum() for name, column in zip(MEANS, columns, strict=False)}
     in_bin = (confidence * BINS).long().clamp(max=BINS - 1)
     table = torch.stack([torch.ones_like(confidence), confidence, hit.float()], dim=1)
     calibration = torch.zeros(BINS, 3, device=table.device).index_add_(0, in_bin, table)
@@ -47,7 +51,7 @@ def metrics_of(sums: dict[str, Any]) -> dict[str, float]:
     """Means a row, ``perplexity`` = exp(student_ce), and ``ece``: sum over bins of |hits - confidence| / rows (Guo et
     al., 2017)."""
     rows = max(sums["rows"], 1)
-    found = {name: sums[name] / rows for name in ("forward_kl", "reverse_kl", "student_ce", "student_entropy")}
+    found = {name: sums[name] / rows for name in MEANS if name in sums}
     found["perplexity"] = math.exp(min(found["student_ce"], 700))
     found["ece"] = sum(abs(hits - confidence) for _, confidence, hits in sums["calibration"]) / rows
     return {**found, "rows": rows}

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate, prepare
+from sekd.data import Sample, collate, prepare, tokenizer_fingerprint
 from sekd.distill import Method, score_rows
 from sekd.models import (
     common_vocab,
@@ -85,6 +85,19 @@ def keep_samples(
     return dataset.select(choose_samples(dataset, student, teacher, tokenizer, args)["kept"])
 
 
+def prepare_all(
+    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, Dataset]:
+    """The student's tokenizer, and the prepared samples; those of a stream are its first ``sample_pool``."""
+    if isinstance(rows, IterableDataset) and args.sample_pool is None:
+        raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
+    tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
+    dataset = prepare(rows, tokenizer, args)
+    if isinstance(dataset, IterableDataset):
+        dataset = pool_of(dataset, args.sample_pool or 0)
+    return tokenizer, dataset
+
+
 def choose_of(
     rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
@@ -92,12 +105,7 @@ def choose_of(
     needs_teacher = args.sample_score != "random" and SCORES[args.sample_score].needs_teacher  # type: ignore[attr-defined]
     if needs_teacher and args.teacher_model_name_or_path is None:
         raise ValueError(f"sample_score {args.sample_score!r} needs a teacher: set teacher_model_name_or_path")
-    if isinstance(rows, IterableDataset):
-        args.check_stream()
-    tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
-    dataset = prepare(rows, tokenizer, args)
-    if isinstance(dataset, IterableDataset):
-        dataset = pool_of(dataset, args.sample_pool or 0)
+    tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
     model, teacher = load_model(student, **{"dtype": torch.float32, **model_init_kwargs}), None
     if needs_teacher:
         name = str(args.teacher_model_name_or_path)
@@ -217,10 +225,9 @@ def _fingerprint(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    vocab = json.dumps(sorted(tokenizer.get_vocab().items()))
     found = {
         "sample_score": args.sample_score,
-        "tokenizer": hashlib.sha256(vocab.encode()).hexdigest(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data_fingerprint(dataset),
     }
     if args.sample_score == "random":

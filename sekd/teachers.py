@@ -1,11 +1,18 @@
 """Where the teacher's distributions come from."""
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from datasets import Dataset
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from sekd.cache.store import Store, key_of
+from sekd.config import SEKDConfig
+from sekd.data import tokenizer_fingerprint
 from sekd.models import head_of, hidden_states
 from sekd.types import Batch
 
@@ -36,3 +43,79 @@ class LiveTeacher:
     def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
         (hidden,) = rows
         return self.head(hidden)
+
+
+class CachedTeacher:
+    """RS-KD targets from an offline cache, in the place of a teacher model; ``keys[sample_id]`` name the samples.
+
+    Raises:
+        ValueError: samples that the cache does not hold.
+    """
+
+    def __init__(self, store: Store, keys: Mapping[int, bytes]) -> None:
+        missing = [i for i, key in keys.items() if key not in store]
+        if missing:
+            raise ValueError(
+                f"teacher_cache {store.folder!r} lacks {len(missing)} of the {len(keys)} samples, the first is sample "
+                f"{missing[0]}; build it with this recipe, the same data, max_length and sample_fraction"
+            )
+        self.store, self.keys = store, keys
+
+    def rows(self, batch: Batch) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
+        """Classes and probabilities of the N valid rows: a :class:`SparseTargets`' fields."""
+        parts = [self.store.read(self.keys[i]) for i in batch.sample_ids.tolist()]
+        for (ids, _), valid, number in zip(parts, batch.valid.sum(1).tolist(), batch.sample_ids.tolist(), strict=True):
+            if len(ids) != valid:
+                raise ValueError(f"sample {number} has {valid} rows, and {len(ids)} in the cache")
+        width = max(ids.shape[1] for ids, _ in parts)
+        all_ids, counts = (
+            torch.cat([torch.from_numpy(np.pad(p[c], ((0, 0), (0, width - p[c].shape[1])))) for p in parts])
+            for c in range(2)
+        )
+        device = batch.input_ids.device
+        return all_ids.to(device), counts.to(device).float() / self.store.fingerprint["class_samples"]
+
+    def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
+        raise ValueError("a cache holds sampled classes only; leave teacher_cache out to use the teacher itself")
+
+
+def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
+    """The cache of a recipe.
+
+    Raises:
+        ValueError: an incomplete or damaged cache, or one of another tokenizer, teacher or setting; it says which.
+    """
+    store = Store(str(args.teacher_cache))
+    found = store.fingerprint
+    wanted = {
+        "tokenizer": (tokenizer_fingerprint(tokenizer), "the tokenizer or its chat template"),
+        "class_samples": (args.class_samples, "class_samples"),
+        "temperature": (args.kd_temperature, "kd_temperature"),
+        "max_length": (args.max_length, "max_length"),
+        "packing": (args.packing, "packing"),
+    }
+    for name, (value, meaning) in wanted.items():
+        if found[name] != value:
+            raise ValueError(
+                f"teacher_cache {store.folder!r} was built with another value of {meaning} ({found[name]}, the recipe "
+                f"has {value}); use the recipe that it was built with, or build a new one"
+            )
+    ours = (args.teacher_model_name_or_path, args.teacher_model_revision)
+    theirs = (found["teacher"]["name"], found["teacher"]["revision"])
+    if ours[0] is not None and ours != theirs:
+        raise ValueError(
+            f"teacher_cache {store.folder!r} is of teacher {theirs[0]!r}, revision {theirs[1]}; the recipe names "
+            f"{ours[0]!r}, revision {ours[1]}, in teacher_model_name_or_path"
+        )
+    return store
+
+
+def cached_teacher(store: Store, dataset: Dataset, classes: int) -> tuple[CachedTeacher, int]:
+    """The cache as the teacher of prepared samples, and its vocabulary; ``classes`` are those of the student's head."""
+    vocab = store.fingerprint["vocab"]
+    if classes < vocab:
+        raise ValueError(
+            f"teacher_cache {store.folder!r} has {vocab} classes, and the student's head only {classes}; build it with "
+            "this student as model_name_or_path"
+        )
+    return CachedTeacher(store, {row["sample_id"]: key_of(row) for row in dataset}), vocab

@@ -22,10 +22,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from rollouts import Rollout, RolloutEngine
+from sekd.checks import check_inputs
 from sekd.config import SEKDConfig
 from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
 from sekd.distill import Method, distill, kl_of_chosen
@@ -42,11 +42,12 @@ from sekd.models import (
     load_teacher,
     run_inside,
     unwrap,
+    vocab_rows,
 )
 from sekd.progress import ProgressLine, RunFiles, means, show_completions
 from sekd.samples import keep_samples, pool_of
 from sekd.stateful import Bandit, Gls, load_state, save_state
-from sekd.teachers import LiveTeacher
+from sekd.teachers import CachedTeacher, LiveTeacher, cached_teacher, open_cache
 from sekd.types import Batch
 
 
@@ -57,7 +58,7 @@ class SEKDTrainer(Trainer):
 
     Args:
         model: the student.
-        teacher_model: the teacher; ``args.teacher_model_name_or_path`` if not given.
+        teacher_model: the teacher; ``args.teacher_model_name_or_path`` if not given; none with ``args.teacher_cache``.
         train_dataset: rows as :mod:`sekd.data` reads them.
         eval_dataset: rows of the same kind; ``evaluate`` reports divergences a token on them.
         processing_class: the tokenizer; the student's own if not given.
@@ -89,38 +90,25 @@ class SEKDTrainer(Trainer):
     ) -> None:
         args = args or SEKDConfig()
         teacher_model = teacher_model or args.teacher_model_name_or_path
-        if teacher_model is None:
+        if teacher_model is None and args.teacher_cache is None:
             raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
         if train_dataset is None:
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
-        if peft_config is not None and peft_config.is_prompt_learning:
-            raise ValueError(f"peft_type {peft_config.peft_type} adds virtual tokens, which shift the rows; use LoRA")
-        quantized = init.get("quantization_config") is not None or getattr(model, "is_quantized", False)
-        if quantized and peft_config is None:
-            raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
-        if quantized and args.lmbda > 0 and args.rollout_engine != "hf":
-            raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
-
-        if isinstance(train_dataset, IterableDataset):
-            if args.max_steps <= 0:
-                raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
-            args.check_stream()
-        if args.world_size > 1 and args.lmbda > 0 and args.rollout_engine == "vllm" and rollout_engine is None:
-            raise ValueError("rollout_engine 'vllm' works in a single process; use hf with several, or one GPU")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
-
+        check_inputs(args, train_dataset, init, peft_config, getattr(model, "is_quantized", False), rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
+        store = None
+        if args.teacher_cache is not None:
+            store, teacher_model = open_cache(processing_class, args), None
         if isinstance(teacher_model, str):
             theirs = AutoTokenizer.from_pretrained(teacher_model, revision=args.teacher_model_revision)
             check_same_tokenizer(processing_class, theirs)
         self.packed = False
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
-        if isinstance(train_dataset, IterableDataset) and args.sample_fraction < 1:
-            train_dataset = pool_of(train_dataset, args.sample_pool or 0)
+        if isinstance(train_dataset, IterableDataset) and args.sample_pool is not None:
+            train_dataset = pool_of(train_dataset, args.sample_pool)
         if eval_dataset is not None:
             eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
             if args.max_eval_samples is not None:
@@ -155,13 +143,17 @@ class SEKDTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
 
-        teacher = freeze(teacher).to(args.device)
-        for either in (self.model, teacher):
-            check_head(either, self.packed)
+        check_head(self.model, self.packed)
         if args.lmbda > 0 and args.rollout_engine != "hf":
             check_mergeable(self.model)
-        vocab = common_vocab(self.model, teacher)
-        self.teacher = LiveTeacher(teacher, vocab)
+        self.teacher: Any
+        if store is not None:
+            self.teacher, vocab = cached_teacher(store, self.train_dataset, vocab_rows(self.model))
+        else:
+            teacher = freeze(teacher).to(args.device)
+            check_head(teacher, self.packed)
+            vocab = common_vocab(self.model, teacher)
+            self.teacher = LiveTeacher(teacher, vocab)
         self.method = Method.of(args, vocab)
         check_head_columns(self.model, args)
         if isinstance(self.method.policy, Gls) and self.is_deepspeed_enabled:
@@ -332,20 +324,26 @@ class SEKDTrainer(Trainer):
             samples = [*map(from_rollout, samples, self._generate(samples, -1))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
         size = self.args.per_device_eval_batch_size
-        model = self.model_wrapped
+        model, teacher = self.model_wrapped, self.teacher if isinstance(self.teacher, LiveTeacher) else None
         was_training = model.training
         model.eval()
         sums: defaultdict[str, Tensor | float] = defaultdict(float)
         for start in range(0, len(samples), size):
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
-                _add(sums, run_inside(model, lambda b: held_out_sums(model, self.teacher, b, self.method), batch))
+                _add(sums, run_inside(model, lambda b: held_out_sums(model, teacher, b, self.method), batch))
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics_of(self._over_processes(sums)).items()}
-        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{_evaluated(str(self.args.divergence))}"]
+        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{self._evaluated()}"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluated(self) -> str:
+        """What stands for the held-out loss: the divergence, or cross-entropy where only a cache knows the teacher."""
+        if isinstance(self.teacher, CachedTeacher):
+            return "student_ce"
+        return "reverse_kl" if self.args.divergence == "reverse_kl" else "forward_kl"
 
     def _share(self, samples: list[Sample]) -> list[Sample]:
         """This process's samples: as many as every other's, filled up with copies (id -1) that do not count."""
@@ -393,7 +391,3 @@ def _add(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | flo
 def _generator(seed: int, step: int, sample_id: int) -> torch.Generator:
     """Randomness of one sequence at one step: the same however sequences are batched and distributed."""
     return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{sample_id}").getrandbits(63))
-
-
-def _evaluated(divergence: str) -> str:
-    return divergence if divergence in ("forward_kl", "reverse_kl") else "forward_kl"

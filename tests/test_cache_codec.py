@@ -56,7 +56,7 @@ def test_a_larger_vocabulary_gets_a_wider_word(form):
 
 def test_packed_takes_three_bytes_a_class_and_one_a_row():
     ids, counts = make_rows([[(5, 1), (7, 2)], [(9, 61)]], 2)
-    header = 4 + 1 + 2 * 4
+    header = 4 + 1 + 2 * 4 + 4  # rows, streams, their lengths, the checksum
     assert len(encode(ids, counts, 262_144, "packed")) == header + 2 + 3 * 3
     assert len(encode(ids, counts, 262_145, "packed")) == header + 2 + 4 * 3
 
@@ -90,5 +90,20 @@ def test_what_cannot_be_stored(form, rows, message):
 def test_cut_bytes_are_refused_at_every_length(form):
     data = encode(*make_rows([[(5, 1), (70_000, 2)], [(9, 61)]], 2), 262_144, form)
     for length in range(len(data)):
-        with pytest.raises(ValueError, match=r"cut short|damaged|not those of"):
+        with pytest.raises(ValueError, match="the bytes are damaged: their checksum differs"):
             decode(data[:length], 262_144, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flipped_bit_is_refused_wherever_it_is(form):
+    data = encode(*make_rows([[(5, 1), (70_000, 2)], [(9, 61)]], 2), 262_144, form)
+    for place in range(len(data)):
+        with pytest.raises(ValueError, match="the bytes are damaged"):
+            decode(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :], 262_144, form)
+
+
+def test_bytes_of_the_other_form_are_refused():
+    rows = make_rows([[(5, 1)]], 1)
+    for form, other in (FORMS, FORMS[::-1]):
+        with pytest.raises(ValueError, match=f"the bytes are not those of {other} rows"):
+            decode(encode(*rows, 100, form), 100, other)

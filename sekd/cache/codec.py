@@ -13,6 +13,7 @@ Both are vectorised: no Python loop over rows.
 """
 
 import struct
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -123,24 +124,21 @@ def _from_bytes(planes: ndarray) -> ndarray:
 
 def _join(rows: int, streams: Sequence[bytes]) -> bytes:
     head = struct.pack(f"<IB{len(streams)}I", rows, len(streams), *map(len, streams))
-    return head + b"".join(streams)
+    body = head + b"".join(streams)
+    return body + struct.pack("<I", zlib.crc32(body))
 
 
 def _split(data: bytes | memoryview) -> tuple[int, list[memoryview]]:
     view = memoryview(data)
-    try:
-        rows, count = struct.unpack_from("<IB", view)
-        lengths = struct.unpack_from(f"<{count}I", view, 5)
-    except struct.error as error:
-        raise ValueError(f"the bytes are cut short ({error})") from error
+    if len(view) < 9 or zlib.crc32(view[:-4]) != struct.unpack_from("<I", view, len(view) - 4)[0]:
+        raise ValueError("the bytes are damaged: their checksum differs")
+    rows, count = struct.unpack_from("<IB", view)
+    lengths = struct.unpack_from(f"<{count}I", view, 5)
     ends = np.cumsum([5 + 4 * count, *lengths])
-    if ends[-1] != len(view):
-        raise ValueError(f"the bytes are damaged: {len(view)} instead of {ends[-1]}")
+    if ends[-1] != len(view) - 4:
+        raise ValueError(f"the bytes are damaged: {len(view)} instead of {ends[-1] + 4}")
     return rows, [view[a:b] for a, b in pairwise(ends)]
 
 
 def _decompress(stream: memoryview, size: int) -> ndarray:
-    try:
-        return np.frombuffer(pa.Codec("zstd").decompress(stream, decompressed_size=size), np.uint8)
-    except OSError as error:
-        raise ValueError(f"the bytes are damaged: {error}") from error
+    return np.frombuffer(pa.Codec("zstd").decompress(stream, decompressed_size=size), np.uint8)

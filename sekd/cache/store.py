@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,12 @@ MANIFEST = "manifest.json"
 SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
 
 
-def sample_key(input_ids: Sequence[int], supervised: Sequence[int], seq_lengths: Sequence[int] | None = None) -> bytes:
-    """16 bytes that name a sample by its tokens, targets and packed documents: whatever its place, batch or process."""
+def key_of(row: Mapping[str, Any]) -> bytes:
+    """16 bytes that name a prepared sample by its tokens, targets and packed documents: whatever its place or batch."""
     digest = hashlib.blake2b(digest_size=16)
-    for part, kind in ((input_ids, np.int64), (supervised, np.int8), (seq_lengths or [len(input_ids)], np.int64)):
-        array = np.asarray(part, dtype=kind)
-        digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+    lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+    for part in (row["input_ids"], row["supervised"], lengths):
+        digest.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype=np.int64).tobytes())
     return digest.digest()
 
 
@@ -43,8 +43,9 @@ def write_shard(path: str, samples: Sequence[tuple[bytes, int, int, bytes]]) -> 
     Raises:
         OSError: a full disk, for one; nothing is left behind.
     """
-    batch = pa.record_batch([pa.array(column, kind) for column, kind in zip(zip(*samples, strict=True), SCHEMA.types)],
-                            schema=SCHEMA)  # fmt: skip
+    columns = zip(*samples, strict=True)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
+    batch = pa.record_batch(arrays, schema=SCHEMA)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
