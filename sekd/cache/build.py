@@ -106,7 +106,7 @@ def build_cache(
     with locked(folder):
         _claim(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
-        rows = size = 0
+        done = rows = size = 0
         shards = []
         for number, start in enumerate(range(0, len(order), shard_samples)):
             part = order[start : start + shard_samples]
@@ -116,11 +116,9 @@ def build_cache(
                 write_shard(path, samples)
             shard = _describe(path)
             shards.append(shard)
-            rows, size = rows + shard["rows"], size + shard["bytes"]
+            done, rows, size = done + len(part), rows + shard["rows"], size + shard["bytes"]
             bar.update(len(part))
-            bar.set_postfix_str(
-                f"{size / max(rows, 1):.1f} B a row, {size / bar.n * len(order) / 2**20:.1f} MiB in all"
-            )
+            bar.set_postfix_str(f"{size / max(rows, 1):.1f} B a row, {size / done * len(order) / 2**20:.1f} MiB in all")
         bar.close()
         write_manifest(folder, fingerprint, shards)
     return Store(folder)

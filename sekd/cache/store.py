@@ -91,16 +91,16 @@ def sha256(path: str) -> str:
 def locked(folder: str) -> Iterator[None]:
     """Exclusive use of a folder by one builder; the lock dies with its process (ValueError if another has it)."""
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, ".lock")
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process builds the cache in {folder!r}; wait for it, or name another folder"
-            ) from error
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-        os.remove(path)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process builds the cache in {folder!r}; wait for it, or name another folder"
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Store:
         """
         number, place = self.places[key]
         try:
-            data = self.shards[number].column("data")[place].as_buffer()
+            data = memoryview(self.shards[number].column("data")[place].as_buffer())
             ids, counts = decode(data, self.fingerprint["vocab"], self.fingerprint["form"])
             if len(ids) and (counts.sum(1, dtype=np.int64) != self.fingerprint["class_samples"]).any():
                 raise ValueError("counts do not add up to the draws")
