@@ -1,35 +1,27 @@
 """SEKDConfig: every choice of a run beyond the models and the data, checked before anything is loaded."""
 
 import importlib.util
-import json
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
 
+from sekd.choices import (
+    DIVERGENCE_OPTIONS,
+    POLICY_OPTIONS,
+    SAMPLE_SCORES,
+    check_numbers,
+    check_selection,
+    one_of,
+    read_score,
+    within,
+)
 from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
-from sekd.policies import NEEDS_POSITIVE, POLICIES, READS, check_option, make_policy, options_of
+from sekd.policies import POLICIES, READS, options_of
 from sekd.scores import NORMALIZATIONS, SCORES, Scoring, make_scoring
 
 ENGINES = ("vllm", "hf")
-SAMPLE_SCORES = (*SCORES, "random")
-POLICY_OPTIONS = {
-    "steps": "curriculum_steps",
-    "queue_size": "gls_queue_size",
-    "exponent": "pos_rs_exponent",
-    "coverage": "pos_rs_coverage",
-    "alpha": "bandit_alpha",
-    "ridge": "bandit_ridge",
-}
-"""Options of the policies, and the fields that set them."""
-DIVERGENCE_OPTIONS = {
-    "jsd": {"beta": "jsd_beta"},
-    "skew_kl": {"alpha": "skew_alpha"},
-    "decoupled_kl": {"alpha": "decoupled_alpha", "beta": "decoupled_beta"},
-}
-"""Options of the divergences, and the fields that set them."""
 
 
 def _help(text: str) -> dict:
@@ -189,8 +181,7 @@ class SEKDConfig(TrainingArguments):
             self.class_selection = "rs_kd"  # what a cache holds
         if self.divergence is None:
             self.divergence = "reverse_kl" if self.lmbda > 0 and self.class_selection == "full" else "forward_kl"
-        if isinstance(self.position_score, str) and self.position_score.lstrip().startswith("{"):
-            self.position_score = _mapping("position_score", self.position_score)
+        self.position_score = read_score(self.position_score)
         self._check()
         if not _has_accelerator():
             self.use_cpu = True
@@ -201,13 +192,14 @@ class SEKDConfig(TrainingArguments):
         self.accelerator_config.dispatch_batches = False
 
     def _check(self) -> None:
-        _one_of("divergence", self.divergence, DIVERGENCES)
-        self._check_selection()
-        _one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
-        _one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
-        _one_of("rollout_engine", self.rollout_engine, ENGINES)
-        _within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
-        _within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
+        own = [f for f in fields(self) if f.name in SEKDConfig.__annotations__]
+        check_numbers(self, [f.name for f in own if f.type in (int, float, "int", "float")])
+        check_selection(self)
+        one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
+        one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
+        one_of("rollout_engine", self.rollout_engine, ENGINES)
+        within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
+        within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
         if self.kd_temperature <= 0:
             raise ValueError(f"kd_temperature {self.kd_temperature} must be above 0; 1 leaves the distributions alone")
         if self.temperature < 0:
@@ -216,7 +208,7 @@ class SEKDConfig(TrainingArguments):
             raise ValueError(f"top_p {self.top_p} is outside (0, 1]; 1 samples from all tokens")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} must not be negative; 0 samples from all tokens")
-        _within("min_p", self.min_p, 0, 1, "0 samples from all tokens")
+        within("min_p", self.min_p, 0, 1, "0 samples from all tokens")
         for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
@@ -230,95 +222,6 @@ class SEKDConfig(TrainingArguments):
             raise ValueError(
                 "rollout_engine 'vllm' needs vLLM, which is not installed: run `bash scripts/setup.sh` "
                 '(or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
-            )
-
-    def _check_selection(self) -> None:
-        make_policy(self.position_policy, self.position_fraction)
-        for option, name in POLICY_OPTIONS.items():
-            check_option(option, getattr(self, name), name)
-        scoring = make_scoring(self.position_score or "", self.score_normalization)
-        if self.position_policy in NEEDS_POSITIVE:
-            if self.score_normalization == "zscore":
-                raise ValueError(
-                    f"score_normalization 'zscore' makes negative scores, which position_policy "
-                    f"{self.position_policy!r} cannot take for proportions; use minmax or none"
-                )
-            if min(scoring.weights or (0,)) < 0:
-                raise ValueError(
-                    f"position_score has a negative weight, and position_policy {self.position_policy!r} takes scores "
-                    "for proportions; use weights of 0 or more, or position_policy: top_k"
-                )
-        if self.position_skip < 0:
-            raise ValueError(f"position_skip {self.position_skip} must not be negative; 0 skips no position")
-        limits = {"jsd_beta": "divergence: forward_kl and reverse_kl", "skew_alpha": "forward_kl and no loss at all"}
-        for name, meaning in limits.items():
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is outside (0, 1); its limits are {meaning}")
-        for name in ("decoupled_alpha", "decoupled_beta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative; 0 leaves that part out")
-        self._check_classes()
-        if self.teacher_cache is not None:
-            self._check_cache()
-        _one_of("sample_score", self.sample_score, SAMPLE_SCORES)
-        if not 0 < self.sample_fraction <= 1:
-            raise ValueError(f"sample_fraction {self.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
-        if self.sample_pool is not None and self.sample_pool < 1:
-            raise ValueError(f"sample_pool {self.sample_pool} must be at least 1; it counts samples")
-
-    def _check_classes(self) -> None:
-        _one_of("class_selection", self.class_selection, CLASS_SELECTIONS)
-        if self.class_samples < 1:
-            raise ValueError(f"class_samples {self.class_samples} must be at least 1; the paper draws 64")
-        if self.sampled_softmax < 0:
-            raise ValueError(f"sampled_softmax {self.sampled_softmax} must not be negative; 0 uses all classes")
-        if self.class_selection == "full":
-            if self.sampled_softmax:
-                raise ValueError(
-                    f"sampled_softmax {self.sampled_softmax} compares the student on kept classes only; set "
-                    "class_selection: rs_kd, or sampled_softmax: 0"
-                )
-            return
-        if self.divergence != "forward_kl":
-            raise ValueError(
-                f"class_selection {self.class_selection!r} estimates forward KL only; set divergence: forward_kl, or "
-                f"class_selection: full for {self.divergence}"
-            )
-        if self.sampled_softmax and self.kd_weight < 1:
-            raise ValueError(
-                f"kd_weight {self.kd_weight} mixes in a cross-entropy, which needs the student's whole softmax; set "
-                "kd_weight: 1 or sampled_softmax: 0"
-            )
-        if self.sampled_softmax and self.sampled_softmax <= self.class_samples:
-            raise ValueError(
-                f"sampled_softmax {self.sampled_softmax} must be above class_samples {self.class_samples}: with fewer "
-                "random classes than kept ones the normaliser would be mostly noise; a few thousand are usual"
-            )
-
-    def _check_cache(self) -> None:
-        if self.lmbda > 0:
-            raise ValueError(
-                f"lmbda {self.lmbda} with teacher_cache: a cache knows the data's rows, and rollouts are new text; set "
-                "lmbda: 0, or leave teacher_cache out"
-            )
-        if self.class_selection != "rs_kd":
-            raise ValueError(
-                f"teacher_cache holds rs_kd targets; class_selection {self.class_selection!r} needs a teacher"
-            )
-        if self.class_samples > 64:
-            raise ValueError(
-                f"class_samples {self.class_samples} with teacher_cache: counts have 6 bits; use at most 64"
-            )
-        if (scoring := self.scoring) is not None and scoring.needs_teacher:
-            needy = [name for name in scoring.names if SCORES[name].needs_teacher]  # type: ignore[attr-defined]
-            raise ValueError(
-                f"teacher_cache lacks what {', '.join(needy)} of position_policy {self.position_policy!r} needs: the "
-                "teacher's whole distribution; use position_score: student_entropy or student_ce, or leave it out"
-            )
-        if self.sample_fraction < 1 and self.sample_score not in ("student_entropy", "student_ce", "random"):
-            raise ValueError(
-                f"sample_score {self.sample_score!r} needs a teacher, and teacher_cache stands in for it; choose "
-                "student_entropy, student_ce or random"
             )
 
     def check_stream(self) -> None:
@@ -337,7 +240,7 @@ class SEKDConfig(TrainingArguments):
             return Scoring(names) if names else None
         if self.position_policy == "top_k" and self.position_fraction == 1:
             return None
-        return make_scoring(self.position_score or "", self.score_normalization)
+        return make_scoring(self.position_score, self.score_normalization)
 
     @property
     def policy_options(self) -> dict[str, float]:
@@ -348,26 +251,8 @@ class SEKDConfig(TrainingArguments):
     @property
     def divergence_options(self) -> dict[str, float]:
         """The options of the divergence, from their fields."""
-        fields = DIVERGENCE_OPTIONS.get(str(self.divergence), {})
-        return {option: getattr(self, name) for option, name in fields.items()}
-
-
-def _mapping(name: str, text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{name} {text!r} is no JSON ({error}); write {{"student_entropy": 1.0}}') from error
-    return value
-
-
-def _one_of(name: str, value: object, known: Collection[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-
-
-def _within(name: str, value: float, low: float, high: float, hint: str) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} {value} is outside [{low}, {high}]; {hint}")
+        names = DIVERGENCE_OPTIONS.get(str(self.divergence), {})
+        return {option: getattr(self, name) for option, name in names.items()}
 
 
 def _installed(package: str) -> bool:

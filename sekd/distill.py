@@ -22,7 +22,7 @@ from sekd.models import head_of, hidden_states
 from sekd.policies import make_policy
 from sekd.ranking import Generators, eligible, uniform
 from sekd.scores import Rows, Scoring, cross_entropy, entropy
-from sekd.stateful import Bandit
+from sekd.stateful import Bandit, Gls
 from sekd.teachers import CachedTeacher, Teacher
 from sekd.types import Batch, SparseTargets
 
@@ -52,13 +52,13 @@ class Method:
     @classmethod
     def of(cls, args: SEKDConfig, vocab: int | None = None) -> "Method":
         """What a configuration asks for; ``vocab`` are the classes that both models have."""
-        options = args.policy_options
-        if args.position_policy == "gls":
-            options["whole_steps"] = True
+        policy = make_policy(args.position_policy, args.position_fraction, **args.policy_options)
+        if isinstance(policy, Gls):
+            policy.whole_steps = True
         divergence = ON_LOG_PROBABILITIES[str(args.divergence)]
         return cls(
             scoring=args.scoring,
-            policy=make_policy(args.position_policy, args.position_fraction, **options),
+            policy=policy,
             divergence=partial(divergence, **args.divergence_options) if args.divergence_options else divergence,
             kd_weight=args.kd_weight,
             temperature=args.kd_temperature,
@@ -87,13 +87,21 @@ def distill(
     targets = batch.targets[batch.valid]  # [N]
     teacher_rows = teacher.rows(batch)  # of the N valid rows
 
+    allowed = eligible(batch.valid, method.skip_first, batch.position_ids)
     scores, entropies = torch.zeros(batch.valid.shape, device=rows.device), None
     if method.scoring is not None:
         row_scores, entropies = score_rows(head, teacher, rows, targets, teacher_rows, method)  # [N C], no graph
+        if not row_scores.isfinite().all():  # a policy might choose nothing, and the loss would be 0
+            samples = batch.sample_ids.tolist()
+            raise FloatingPointError(f"a position score is not finite at step {step}, on samples {samples}")
         scores = torch.zeros(*batch.valid.shape, row_scores.shape[1], device=rows.device)
-        scores = method.scoring.combine(scores.masked_scatter(batch.valid[..., None], row_scores), batch.valid)  # [B T]
-    weights = method.policy(scores, eligible(batch.valid, method.skip_first), step=step, generator=generator)  # [B T]
+        scores = method.scoring.combine(scores.masked_scatter(batch.valid[..., None], row_scores), allowed)  # [B T]
+    weights = method.policy(scores, allowed, step=step, generator=generator)  # [B T]
     chosen = (weights > 0)[batch.valid]  # [N]
+    if method.divergence is at_kd and not isinstance(
+        method.policy, Gls
+    ):  # its weights are those of a mean over the rows of the batch
+        weights = (weights > 0) * batch.valid.any(1).sum() / chosen.sum().clamp(min=1)
 
     rows, targets, teacher_rows = rows[chosen], targets[chosen], tuple(r[chosen] for r in teacher_rows)
     if isinstance(method.policy, Bandit):

@@ -95,8 +95,9 @@ def at_kd(
     """Adaptive teaching (Zhong et al., 2024, AT-KD): the easier half of a batch learns the non-target KL only.
 
     The mean over the rows of a batch is 0.2 times the mean NCKD of its easier half plus 0.8 times the mean TCKD + NCKD
-    of its harder half. ``factors`` are :func:`at_kd_factors` of the whole batch, where these rows are a chunk of it.
-    A batch is what one process computes at once, so ``per_device_train_batch_size`` is part of this method.
+    of its harder half; :func:`sekd.distill.distill` gives all chosen rows of a batch the same weight for it.
+    ``factors`` are :func:`at_kd_factors` of the whole batch, where these rows are a chunk of it. A batch is what one
+    process computes at once, so ``per_device_train_batch_size`` is part of this method.
     """
     if factors is None:
         factors = at_kd_factors(cross_entropy(teacher_logp, targets))

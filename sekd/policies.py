@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sekd.ranking import Generators, Scores, Valid, Weights, budgets, ranks, top_k, uniform
+from sekd.ranking import Generators, Scores, Valid, Weights, budgets, check_finite, ranks, top_k, uniform
 from sekd.scores import rescale
 from sekd.stateful import FEATURES, STATEFUL
 
@@ -28,7 +28,7 @@ def all_rows(
 
 
 def prefix(scores: Scores, valid: Valid, fraction: float = 0.2, step: int = 0, generator: Generators = None) -> Weights:
-    """1/K on the first K valid rows: prefix truncation (arXiv 2602.15260), the baseline that reads no score."""
+    """1/K on the first K valid rows of a sequence, packed or not: prefix truncation (arXiv 2602.15260)."""
     k = budgets(valid, fraction)[:, None]
     return (valid & (valid.cumsum(1) <= k)) / k.clamp(min=1)
 
@@ -144,12 +144,11 @@ READS: dict[str, tuple[str, ...]] = {
 
 OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (lambda v: v >= 1, "must be at least 1"),
-    "queue_size": (lambda v: v >= 1, "must be at least 1"),
+    "queue_size": (lambda v: 1 <= v <= 10_000_000, "must be from 1 to 10,000,000"),
     "exponent": (lambda v: v >= 0, "must not be negative; 1 draws in proportion to the score, 0 uniformly"),
     "coverage": (lambda v: 0 <= v < 1, "is outside [0, 1); at 1 choose position_policy: top_k"),
     "alpha": (lambda v: v >= 0, "must not be negative; 0 never explores"),
     "ridge": (lambda v: v > 0, "must be above 0"),
-    "whole_steps": (lambda v: True, ""),
 }
 
 NEEDS_POSITIVE = frozenset({"pos_rs", "pos_rs_corrected", "weighted"})
@@ -188,7 +187,10 @@ def check_option(option: str, value: Any, label: str) -> None:
 
 def _proportions(scores: Scores, valid: Valid, exponent: float) -> Float[Tensor, "B T"]:
     """s^a / sum s^a over the valid rows, in float64; uniform where all scores are 0."""
-    powers = torch.where(valid, scores.double().clamp(min=0), 0) ** exponent * valid
+    check_finite(scores, valid)
+    positive = torch.where(valid, scores.double().clamp(min=0), 0)
+    # Relative to the largest, so that no power overflows.
+    powers = (positive / positive.amax(1, keepdim=True).clamp(min=1e-300)) ** exponent * valid
     all_zero = powers.sum(1, keepdim=True) == 0
     powers = torch.where(all_zero, valid.double(), powers)
     return powers / powers.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

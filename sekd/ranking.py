@@ -41,10 +41,24 @@ def top_k(scores: Scores, valid: Valid, fraction: float = 0.2, step: int = 0, ge
     return (ranks(scores, valid) < k) / k.clamp(min=1)
 
 
-def eligible(valid: Valid, skip_first: int) -> Valid:
-    """Valid rows less the first ``skip_first`` of each sequence, unless it has no others (appendix D)."""
-    after = valid.cumsum(1) > skip_first
-    return valid & (after | (valid.sum(1, keepdim=True) <= skip_first))
+def eligible(valid: Valid, skip_first: int, position_ids: Int[Tensor, "B T"] | None = None) -> Valid:
+    """Valid rows less the first ``skip_first`` of each document, unless the sequence has no others (appendix D).
+
+    Documents of a packed sequence begin where ``position_ids`` is 0; without it each sequence is one.
+    """
+    if not skip_first:
+        return valid
+    before = valid.cumsum(1) - valid.long()  # valid rows to the left
+    if position_ids is not None:
+        before = before - torch.where(position_ids == 0, before, 0).cummax(1).values
+    allowed = valid & (before >= skip_first)
+    return torch.where(allowed.any(1, keepdim=True), allowed, valid)
+
+
+def check_finite(scores: Scores, valid: Valid) -> None:
+    """Raise FloatingPointError for a score that is not a number: a choice by it would mean nothing."""
+    if not scores[valid].isfinite().all():
+        raise FloatingPointError("a position score is not finite")
 
 
 def uniform(counts: Int[Tensor, " B"], generator: Generators, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset, IterableDataset
 from jaxtyping import Float
 from rich.console import Console
@@ -44,9 +44,10 @@ FIELDS = {
     "sample_score": "sample_score",
     "seed": "seed",
     "tokenizer": "the tokenizer",
-    "data": "the data (dataset_name, dataset_train_split, max_length, packing or the template)",
-    "student": "the student's weights (model_name_or_path)",
-    "teacher": "the teacher's weights (teacher_model_name_or_path)",
+    "data": "the data (dataset_name, its split, max_length, packing, supervise_prompt, sample_pool or the template)",
+    "student": "the student's weights (model_name_or_path, model_revision or dtype)",
+    "teacher": "the teacher's weights (teacher_model_name_or_path, its revision or teacher_dtype)",
+    "precision": "bf16 or fp16",
 }
 
 
@@ -59,13 +60,17 @@ def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[in
     if not 0 < fraction <= 1:
         raise ValueError(f"sample_fraction {fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
     values = torch.as_tensor(scores if isinstance(scores, Tensor) else list(scores), dtype=torch.float64)
+    if values.isnan().any():
+        raise ValueError("a sample's score is not a number, so it has no rank")
     exact = Fraction(str(fraction)) * len(values)
     count = -(-exact.numerator // exact.denominator)
     return sorted(values.argsort(descending=True, stable=True)[:count].tolist())
 
 
-def pool_of(dataset: IterableDataset, size: int) -> Dataset:
-    """The first ``size`` samples of a prepared stream, in memory: what its best samples are chosen from."""
+def pool_of(dataset: Dataset | IterableDataset, size: int) -> Dataset:
+    """The first ``size`` samples of prepared data; those of a stream are read into memory."""
+    if isinstance(dataset, Dataset):
+        return dataset.take(min(size, len(dataset)))
     rows = tqdm(dataset.take(size), total=size, desc="Reading the sample pool")
     return Dataset.from_list(list(rows))
 
@@ -93,9 +98,7 @@ def prepare_all(
         raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
     tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
     dataset = prepare(rows, tokenizer, args)
-    if isinstance(dataset, IterableDataset):
-        dataset = pool_of(dataset, args.sample_pool or 0)
-    return tokenizer, dataset
+    return tokenizer, dataset if args.sample_pool is None else pool_of(dataset, args.sample_pool)
 
 
 def choose_of(
@@ -145,9 +148,10 @@ def choose_samples(
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
-    if os.path.exists(path):
-        scores = _read(path, fingerprint)["scores"]
-    else:
+    # The first process alone looks: where folders are not shared, the others could not agree.
+    known = [_read(path, fingerprint, len(dataset)) if args.process_index == 0 and os.path.exists(path) else None]
+    scores = broadcast_object_list(known)[0]
+    if scores is None:
         scores = score_samples(dataset, student, teacher, args).tolist()
     found = {
         "format": FORMAT,
@@ -232,6 +236,7 @@ def _fingerprint(
     }
     if args.sample_score == "random":
         return found | {"seed": args.seed}
+    found["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     found["student"] = weights_fingerprint(student)
     if SCORES[args.sample_score].needs_teacher:  # type: ignore[attr-defined]
         assert teacher is not None
@@ -250,17 +255,19 @@ def data_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _read(path: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
+def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:
     remedy = "delete it to score again, or name another samples_file"
     try:
         with open(path) as file:
             found = json.load(file)
     except ValueError as error:
         raise ValueError(f"samples_file {path!r} cannot be read ({error}); {remedy}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"fingerprint", "scores"} <= found.keys():
         raise ValueError(f"samples_file {path!r} has not the format of this version of sekd; {remedy}")
     theirs = found["fingerprint"]
     for name, meaning in FIELDS.items():
         if theirs.get(name) != fingerprint.get(name):
             raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {remedy}")
-    return found
+    if len(found["scores"]) != samples:
+        raise ValueError(f"samples_file {path!r} has {len(found['scores'])} scores for {samples} samples; {remedy}")
+    return found["scores"]

@@ -5,6 +5,7 @@ which of them read the teacher's distribution, and so cost its LM head on every 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,20 +159,25 @@ class Scoring:
         return sum(w * normalize(scores[..., c], valid) for c, w in enumerate(self.weights))  # type: ignore[return-value]
 
 
-def make_scoring(score: str | Mapping[str, Any], normalization: str = "none") -> Scoring:
+def make_scoring(score: Any, normalization: str = "none") -> Scoring:
     """One score by its name, or a weighted combination of several by a mapping of names to weights.
 
     Raises:
         ValueError: unknown names, weights that are not finite numbers or all zero.
     """
+    if not isinstance(score, str | Mapping):
+        raise ValueError(f"position_score {score!r} is neither a name nor weights; write kl, or {{kl: 1.0}}")
     weights = {score: 1.0} if isinstance(score, str) else dict(score)
     for name, weight in weights.items():
         if name not in SCORES:
             raise ValueError(f"position_score {name!r} is unknown; choose from {', '.join(SCORES)}")
+        if isinstance(weight, str):  # YAML reads 1e-1 as text
+            with suppress(ValueError):
+                weights[name] = weight = float(weight)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
-            raise ValueError(f"position_score: the weight of {name} is {weight!r}; write a number")
+            raise ValueError(f"position_score: the weight of {name} is {weight!r}; write a number such as 0.5")
     if not any(weights.values()):
-        raise ValueError(f"position_score {dict(weights)!r} has no weight above 0; write {{student_entropy: 1.0}}")
+        raise ValueError(f"position_score {dict(weights)!r} has no weight other than 0; write {{student_entropy: 1.0}}")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"score_normalization {normalization!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
     return Scoring(tuple(weights), tuple(map(float, weights.values())), normalization)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sekd.ranking import Generators, Scores, Valid, Weights, top_k
+from sekd.ranking import Generators, Scores, Valid, Weights, check_finite, top_k
 from sekd.types import Batch
 
 
@@ -21,12 +21,12 @@ class Gls:
     The threshold is the (1 - k) quantile of the last ``queue_size`` valid scores *before* this batch; the first batch
     falls back to :func:`top_k`. Weights are those of a mean over the batch's selected rows: sequences / rows on each.
 
-    With ``whole_steps``, the batch is an optimizer step that comes in parts: each part gets weight 1 a selected row,
-    the caller scales the step's gradient by sequences / ``selected``, and the queue changes in :meth:`end_step`.
+    With ``whole_steps`` set, the batch is an optimizer step that comes in parts: each part gets weight 1 a selected
+    row, the caller scales the step's gradient by sequences / ``selected``, and the queue changes in :meth:`end_step`.
     """
 
-    def __init__(self, fraction: float = 0.2, queue_size: int = 30_000, whole_steps: bool = False) -> None:
-        self.fraction, self.queue_size, self.whole_steps = fraction, queue_size, whole_steps
+    def __init__(self, fraction: float = 0.2, queue_size: int = 30_000) -> None:
+        self.fraction, self.queue_size, self.whole_steps = fraction, queue_size, False
         self.queue = torch.empty(0)
         self.selected = 0
         self._waiting: list[Tensor] = []
@@ -34,9 +34,13 @@ class Gls:
 
     def _set_threshold(self) -> None:
         """tau; None before the first batch."""
-        self.threshold = float(self.queue.double().quantile(1 - self.fraction)) if len(self.queue) else None
+        self.threshold: float | None = None
+        if len(self.queue):
+            low = -float("inf")  # all rows, also those under every score seen
+            self.threshold = float(self.queue.double().quantile(1 - self.fraction)) if self.fraction < 1 else low
 
     def __call__(self, scores: Scores, valid: Valid, step: int = 0, generator: Generators = None) -> Weights:
+        check_finite(scores, valid)  # one of them would poison the threshold for as long as it is in the queue
         weights = self._weigh(scores, valid)
         self._waiting.append(scores[valid].detach().float().cpu())
         if not self.whole_steps:

@@ -107,7 +107,7 @@ class SEKDTrainer(Trainer):
             check_same_tokenizer(processing_class, theirs)
         self.packed = False
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
-        if isinstance(train_dataset, IterableDataset) and args.sample_pool is not None:
+        if args.sample_pool is not None:
             train_dataset = pool_of(train_dataset, args.sample_pool)
         if eval_dataset is not None:
             eval_dataset = self._prepare_data(eval_dataset, processing_class, args)

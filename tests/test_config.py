@@ -27,8 +27,43 @@ def config(**kwargs):
         ),
         (dict(divergence="kl"), r"divergence 'kl' is unknown; choose one of forward_kl, reverse_kl, jsd"),
         (dict(position_score="entropy"), r"position_score 'entropy' is unknown; choose from student_entropy"),
-        (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is no JSON"),
+        (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is no mapping"),
         (dict(position_score={"kl": 1.0, "hk": 1.0}), r"position_score 'hk' is unknown; choose from student_entropy"),
+        (dict(position_score=3), "position_score 3 is neither a name nor weights; write kl, or"),
+        (dict(position_score=["kl"]), r"position_score \['kl'\] is neither a name nor weights"),
+        (dict(position_score={}), "has no weight other than 0"),
+        (dict(position_score={"kl": "much"}), "the weight of kl is 'much'; write a number such as 0.5"),
+        (
+            dict(position_score="kl", position_policy="tip"),
+            "position_score 'kl' has no effect: position_policy 'tip' reads student_entropy and reverse_kl; leave",
+        ),
+        (
+            dict(score_normalization="zscore", position_policy="random"),
+            "score_normalization 'zscore' has no effect: position_policy 'random' reads no score",
+        ),
+        (
+            dict(divergence="at_kd", position_policy="pos_rs"),
+            "'at_kd' weighs positions itself",
+        ),
+        (dict(decoupled_alpha=0.0, decoupled_beta=0.0), "decoupled_alpha and decoupled_beta are both 0"),
+        (dict(kd_temperature=float("nan")), "kd_temperature nan is no number that can be used; write a finite one"),
+        (dict(bandit_alpha=float("inf")), "bandit_alpha inf is no number that can be used"),
+        (dict(position_fraction=True), "position_fraction True is no number"),
+        (dict(position_skip=1.5), "position_skip 1.5 must be a whole number"),
+        (dict(gls_queue_size=10**9), "gls_queue_size 1000000000 must be from 1 to 10,000,000"),
+        (dict(samples_file=""), "samples_file is empty; name a path, or leave it out"),
+        (dict(teacher_cache="c", lmbda=0.5), "lmbda 0.5 with teacher_cache: a cache knows the data's rows"),
+        (dict(teacher_cache="c", class_selection="top_k_classes"), "teacher_cache holds rs_kd targets"),
+        (dict(teacher_cache="c", class_samples=65), "class_samples 65 with teacher_cache: counts have 6 bits"),
+        (dict(teacher_cache="c", position_score="kl"), "teacher_cache lacks what kl of position_policy 'top_k' needs"),
+        (
+            dict(teacher_cache="c", position_policy="tip"),
+            "teacher_cache lacks what reverse_kl of",
+        ),
+        (
+            dict(teacher_cache="c", sample_fraction=0.5, sample_score="kl"),
+            "sample_score 'kl' needs a teacher, and teacher_cache stands in for it",
+        ),
         (dict(score_normalization="log"), r"score_normalization 'log' is unknown; choose one of none, zscore, minmax"),
         (
             dict(position_policy="pos_rs", score_normalization="zscore"),
@@ -40,7 +75,7 @@ def config(**kwargs):
         ),
         (dict(position_skip=-1), "position_skip -1 must not be negative; 0 skips no position"),
         (dict(curriculum_steps=0), "curriculum_steps 0 must be at least 1"),
-        (dict(gls_queue_size=0), "gls_queue_size 0 must be at least 1"),
+        (dict(gls_queue_size=0), "gls_queue_size 0 must be from 1 to"),
         (dict(pos_rs_exponent=-0.5), "pos_rs_exponent -0.5 must not be negative"),
         (dict(pos_rs_coverage=1.0), r"pos_rs_coverage 1.0 is outside \[0, 1\); at 1 choose position_policy: top_k"),
         (dict(bandit_alpha=-1.0), "bandit_alpha -1.0 must not be negative; 0 never explores"),
@@ -105,6 +140,23 @@ def test_scores_are_read_only_where_the_policy_looks_at_them():
     assert config(position_policy="tip").scoring.names == ("student_entropy", "reverse_kl")
     mixed = config(position_score='{"kl": 0.5, "student_ce": 2}', score_normalization="minmax").scoring
     assert (mixed.names, mixed.weights, mixed.normalization) == (("kl", "student_ce"), (0.5, 2.0), "minmax")
+
+
+def test_a_mapping_is_read_as_yaml():
+    assert config(position_score="{kl: 1e-1, student_ce: 2}").scoring.weights == (0.1, 2.0)
+
+
+def test_options_that_nothing_reads_are_named(caplog, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("sekd.choices.logger.warning", warnings.append)
+    config(pos_rs_exponent=0.5, jsd_beta=0.3, class_samples=12)
+    assert warnings == [
+        f"{name} has no effect on what was chosen"
+        for name in ("class_samples 12", "jsd_beta 0.3", "pos_rs_exponent 0.5")
+    ]
+    warnings.clear()
+    config(position_policy="pos_rs", pos_rs_exponent=0.5, divergence="jsd", jsd_beta=0.3)
+    assert not warnings
 
 
 def test_options_reach_their_policy_and_divergence():

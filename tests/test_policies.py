@@ -237,6 +237,35 @@ def test_one_valid_row_gets_everything(name):
     torch.testing.assert_close(weights, valid.float())
 
 
+@pytest.mark.parametrize("name", ["gls", "pos_rs", "pos_rs_corrected", "weighted"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused(name, poison):
+    scores = scores_for(name)
+    scores[0, 2] = poison
+    with pytest.raises(FloatingPointError, match="a position score is not finite"):
+        make_policy(name)(scores, VALID)
+    scores[0, 2], scores[1, 3] = 1.0, poison  # nobody reads an invalid row
+    assert make_policy(name)(scores, VALID).isfinite().all()
+
+
+def test_large_exponents_take_the_highest():
+    weights = make_policy("pos_rs", 0.5, exponent=2000.0)(POSITIVE * 1e7, VALID, generator=torch.Generator())
+    assert weights[2].tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_gls_with_all_positions_is_full_kd():
+    policy = make_policy("gls", 1.0)
+    for scores in (SCORES, SCORES - 5):
+        assert torch.equal(policy(scores, VALID) > 0, VALID)
+
+
+def test_skipping_counts_from_the_start_of_each_packed_document():
+    valid = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1, 0]]).bool()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    assert eligible(valid, 2, positions).int().tolist() == [[0, 0, 1, 0, 0, 0, 1, 1, 0]]
+    assert eligible(valid, 2).int().tolist() == [[0, 0, 1, 0, 1, 1, 1, 1, 0]]
+
+
 def test_skipping_the_first_rows():
     assert eligible(VALID, 0).tolist() == VALID.tolist()
     assert eligible(VALID, 2).int().tolist() == [[0, 0, 0, 1, 1, 0], [0] * 6, [0, 0, 0, 0, 0, 1]]

@@ -71,6 +71,23 @@ def test_a_prompt_without_completion_is_scored_on_its_own_tokens(tmp_path, token
     assert scores[2].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_the_frozen_student_has_no_dropout(tmp_path, tokenizer, pairs):
+    args, found = config(tmp_path), []
+    data = prepare(pairs, tokenizer, args)
+    for dropout in (0.0, 0.5):
+        student = make_model("untied").train()
+        for layer in student.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        found.append(score_samples(data, student, None, args))
+        assert student.training
+    assert torch.equal(*found)
+
+
+def test_a_score_that_is_no_number_has_no_rank():
+    with pytest.raises(ValueError, match="not a number, so it has no rank"):
+        select_samples([1.0, float("nan")], 0.5)
+
+
 def test_scores_do_not_depend_on_the_batch_size(tmp_path, tokenizer, pairs):
     found = []
     for size in (1, 5, 64):
@@ -153,11 +170,13 @@ def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):
     [
         ("data", r"another value of the data \(dataset_name"),
         ("tokenizer", "another value of the tokenizer"),
-        ("student", r"another value of the student's weights \(model_name_or_path\)"),
-        ("teacher", r"another value of the teacher's weights \(teacher_model_name_or_path\)"),
+        ("student", r"another value of the student's weights \(model_name_or_path, model_revision or dtype\)"),
+        ("teacher", r"another value of the teacher's weights \(teacher_model_name_or_path, its revision"),
         ("score", "another value of sample_score"),
         ("format", "has not the format of this version"),
         ("cut", "cannot be read"),
+        ("empty", "has not the format of this version"),
+        ("short", "has 5 scores for 64 samples"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change, message):
@@ -178,6 +197,11 @@ def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change,
         args = config(tmp_path, sample_fraction=0.5, sample_score="ce_ratio")
     elif change == "format":
         path.write_text(json.dumps({"format": 0}))
+    elif change == "empty":
+        path.write_text(json.dumps({"format": 1}))
+    elif change == "short":
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps(found | {"scores": found["scores"][:5]}))
     else:
         path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match=message):
@@ -188,6 +212,9 @@ def test_fingerprints(tokenizer, pairs, tmp_path):
     data = prepare(pairs, tokenizer, config(tmp_path))
     assert data_fingerprint(data) == data_fingerprint(prepare(pairs, tokenizer, config(tmp_path)))
     assert data_fingerprint(data) != data_fingerprint(data.select(range(63)))
+    assert data_fingerprint(data) != data_fingerprint(
+        prepare(pairs, tokenizer, config(tmp_path, supervise_prompt=True))
+    )
     assert weights_fingerprint(make_model("untied")) == weights_fingerprint(make_model("untied"))
     assert weights_fingerprint(make_model("untied")) != weights_fingerprint(make_model("untied", 1))
 
@@ -200,6 +227,12 @@ def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
     assert len(trainer.train_dataset) == 5
     assert max(trainer.train_dataset["sample_id"]) < 20
     trainer.train()
+
+
+def test_a_pool_of_data_with_a_length(tmp_path, tokenizer, pairs):
+    trainer = make_trainer(tmp_path, tokenizer, pairs, sample_fraction=0.25, sample_pool=20)
+    assert len(trainer.train_dataset) == 5
+    assert len(json.loads((tmp_path / "samples.json").read_text())["scores"]) == 20
 
 
 def test_a_pool_larger_than_the_stream_is_the_stream(tmp_path, tokenizer, texts):

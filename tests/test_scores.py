@@ -148,10 +148,10 @@ def test_rows_give_one_column_a_score():
     [
         ("entropy", "none", "position_score 'entropy' is unknown; choose from student_entropy, teacher_entropy"),
         ({"student_entropy": 1, "klx": 1}, "none", "position_score 'klx' is unknown"),
-        ({"student_entropy": "much"}, "none", "the weight of student_entropy is 'much'; write a number"),
+        ({"student_entropy": "much"}, "none", "the weight of student_entropy is 'much'; write a number such as 0.5"),
         ({"student_entropy": float("nan")}, "none", "the weight of student_entropy is nan; write a number"),
-        ({"student_entropy": 0}, "none", "has no weight above 0"),
-        ({}, "none", "has no weight above 0"),
+        ({"student_entropy": 0}, "none", "has no weight other than 0"),
+        ({}, "none", "has no weight other than 0"),
         ("kl", "softmax", "score_normalization 'softmax' is unknown; choose one of none, zscore, minmax"),
     ],
 )

@@ -65,8 +65,9 @@ def test_gls_resumes_with_the_same_threshold():
 def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
     """Two parts of each of two processes: the queue, and so the next threshold, is that of one process."""
     parts = [batches(4, seed) for seed in range(3)]
-    whole = make_policy("gls", 0.3, whole_steps=True)
-    ranks = [make_policy("gls", 0.3, whole_steps=True) for _ in range(2)]
+    whole, *ranks = (make_policy("gls", 0.3) for _ in range(3))
+    for policy in (whole, *ranks):
+        policy.whole_steps = True
     for first, second, third, fourth in parts:
         # One process sees batches of four sequences: the first two belong to rank 0.
         expected = [

@@ -1,0 +1,206 @@
+"""Which choices of a selection make sense together: the one place that refuses those that do not.
+
+The functions take the configuration (:class:`sekd.config.SEKDConfig`) and raise ValueError with the field, the value
+and the remedy.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import yaml
+from transformers.utils import logging
+
+from sekd.classes import CLASS_SELECTIONS
+from sekd.losses import DIVERGENCES
+from sekd.policies import NEEDS_POSITIVE, READS, check_option, make_policy, options_of
+from sekd.scores import SCORES, make_scoring
+
+logger = logging.get_logger(__name__)
+
+SAMPLE_SCORES = (*SCORES, "random")
+POLICY_OPTIONS = {
+    "steps": "curriculum_steps",
+    "queue_size": "gls_queue_size",
+    "exponent": "pos_rs_exponent",
+    "coverage": "pos_rs_coverage",
+    "alpha": "bandit_alpha",
+    "ridge": "bandit_ridge",
+}
+"""Options of the policies, and the fields that set them."""
+DIVERGENCE_OPTIONS = {
+    "jsd": {"beta": "jsd_beta"},
+    "skew_kl": {"alpha": "skew_alpha"},
+    "decoupled_kl": {"alpha": "decoupled_alpha", "beta": "decoupled_beta"},
+}
+"""Options of the divergences, and the fields that set them."""
+
+
+def read_score(value: Any) -> Any:
+    """``position_score`` as a name or a mapping; the command line gives a mapping as text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"position_score {value!r} is no mapping; write for example '{{student_entropy: 1.0, kl: 0.5}}'"
+        ) from error
+
+
+def check_numbers(args: Any, names: Sequence[str]) -> None:
+    """Fields that count or measure must hold finite numbers."""
+    for name in names:
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} {value!r} is no number that can be used; write a finite one")
+        whole = type(args).__dataclass_fields__[name].type in (int, "int")
+        if whole and value != int(value):
+            raise ValueError(f"{name} {value!r} must be a whole number")
+
+
+def check_selection(args: Any) -> None:
+    """Positions, divergence, classes, cache and samples."""
+    one_of("divergence", args.divergence, DIVERGENCES)
+    make_policy(args.position_policy, args.position_fraction)
+    for option, name in POLICY_OPTIONS.items():
+        check_option(option, getattr(args, name), name)
+    if args.position_skip < 0:
+        raise ValueError(f"position_skip {args.position_skip} must not be negative; 0 skips no position")
+    _check_score(args)
+    _check_divergence(args)
+    _check_classes(args)
+    if args.teacher_cache is not None:
+        _check_cache(args)
+    one_of("sample_score", args.sample_score, SAMPLE_SCORES)
+    if not 0 < args.sample_fraction <= 1:
+        raise ValueError(f"sample_fraction {args.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
+    if args.sample_pool is not None and (isinstance(args.sample_pool, bool) or args.sample_pool < 1):
+        raise ValueError(f"sample_pool {args.sample_pool} must be at least 1; it counts samples")
+    for name in ("samples_file", "teacher_cache"):
+        if getattr(args, name) == "":
+            raise ValueError(f"{name} is empty; name a path, or leave it out")
+    _warn_of_unused(args)
+
+
+def _check_score(args: Any) -> None:
+    scoring = make_scoring(args.position_score, args.score_normalization)
+    policy = args.position_policy
+    if policy in READS:
+        reads = " and ".join(READS[policy]) or "no score"
+        for name in ("position_score", "score_normalization"):
+            if getattr(args, name) != _default(args, name):
+                raise ValueError(
+                    f"{name} {getattr(args, name)!r} has no effect: position_policy {policy!r} reads {reads}; leave it "
+                    "out, or choose position_policy: top_k"
+                )
+    if policy not in NEEDS_POSITIVE:
+        return
+    if args.score_normalization == "zscore":
+        raise ValueError(
+            f"score_normalization 'zscore' makes negative scores, which position_policy {policy!r} cannot take for "
+            "proportions; use minmax or none"
+        )
+    if min(scoring.weights or (0,)) < 0:
+        raise ValueError(
+            f"position_score has a negative weight, and position_policy {policy!r} takes scores for proportions; use "
+            "weights of 0 or more, or position_policy: top_k"
+        )
+
+
+def _check_divergence(args: Any) -> None:
+    limits = {"jsd_beta": "divergence: forward_kl and reverse_kl", "skew_alpha": "forward_kl and no loss at all"}
+    for name, meaning in limits.items():
+        if not 0 < getattr(args, name) < 1:
+            raise ValueError(f"{name} {getattr(args, name)} is outside (0, 1); its limits are {meaning}")
+    for name in ("decoupled_alpha", "decoupled_beta"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} {getattr(args, name)} must not be negative; 0 leaves that part out")
+    if args.decoupled_alpha == args.decoupled_beta == 0:
+        raise ValueError("decoupled_alpha and decoupled_beta are both 0, which leaves no loss; set one of them above 0")
+    if args.divergence == "at_kd" and args.position_policy in NEEDS_POSITIVE:
+        raise ValueError(
+            f"divergence 'at_kd' weighs positions itself, and so does position_policy {args.position_policy!r}; use "
+            "another divergence, or position_policy: all"
+        )
+
+
+def _check_classes(args: Any) -> None:
+    one_of("class_selection", args.class_selection, CLASS_SELECTIONS)
+    if args.class_samples < 1:
+        raise ValueError(f"class_samples {args.class_samples} must be at least 1; the paper draws 64")
+    if args.sampled_softmax < 0:
+        raise ValueError(f"sampled_softmax {args.sampled_softmax} must not be negative; 0 uses all classes")
+    if args.class_selection == "full":
+        if args.sampled_softmax:
+            raise ValueError(
+                f"sampled_softmax {args.sampled_softmax} compares the student on kept classes only; set "
+                "class_selection: rs_kd, or sampled_softmax: 0"
+            )
+        return
+    if args.divergence != "forward_kl":
+        raise ValueError(
+            f"class_selection {args.class_selection!r} estimates forward KL only; set divergence: forward_kl, or "
+            f"class_selection: full for {args.divergence}"
+        )
+    if args.sampled_softmax and args.kd_weight < 1:
+        raise ValueError(
+            f"kd_weight {args.kd_weight} mixes in a cross-entropy, which needs the student's whole softmax; set "
+            "kd_weight: 1 or sampled_softmax: 0"
+        )
+    if args.sampled_softmax and args.sampled_softmax <= args.class_samples:
+        raise ValueError(
+            f"sampled_softmax {args.sampled_softmax} must be above class_samples {args.class_samples}: with fewer "
+            "random classes than kept ones the normaliser would be mostly noise; a few thousand are usual"
+        )
+
+
+def _check_cache(args: Any) -> None:
+    if args.lmbda > 0:
+        raise ValueError(
+            f"lmbda {args.lmbda} with teacher_cache: a cache knows the data's rows, and rollouts are new text; set "
+            "lmbda: 0, or leave teacher_cache out"
+        )
+    if args.class_selection != "rs_kd":
+        raise ValueError(f"teacher_cache holds rs_kd targets; class_selection {args.class_selection!r} needs a teacher")
+    if args.class_samples > 64:
+        raise ValueError(f"class_samples {args.class_samples} with teacher_cache: counts have 6 bits; use at most 64")
+    if (scoring := args.scoring) is not None and scoring.needs_teacher:
+        needy = [name for name in scoring.names if SCORES[name].needs_teacher]  # type: ignore[attr-defined]
+        raise ValueError(
+            f"teacher_cache lacks what {', '.join(needy)} of position_policy {args.position_policy!r} needs: the "
+            "teacher's whole distribution; use position_score: student_entropy or student_ce, or leave it out"
+        )
+    if args.sample_fraction < 1 and args.sample_score not in ("student_entropy", "student_ce", "random"):
+        raise ValueError(
+            f"sample_score {args.sample_score!r} needs a teacher, and teacher_cache stands in for it; choose "
+            "student_entropy, student_ce or random"
+        )
+
+
+def _warn_of_unused(args: Any) -> None:
+    """Options of a policy, divergence or class selection that was not chosen."""
+    unused = {name for option, name in POLICY_OPTIONS.items() if option not in options_of(args.position_policy)}
+    for divergence, names in DIVERGENCE_OPTIONS.items():
+        unused |= set(names.values()) if divergence != args.divergence else set()
+    if args.class_selection == "full":
+        unused.add("class_samples")
+    for name in sorted(unused):
+        if getattr(args, name) != _default(args, name):
+            logger.warning(f"{name} {getattr(args, name)} has no effect on what was chosen")
+
+
+def _default(args: Any, name: str) -> Any:
+    return type(args).__dataclass_fields__[name].default
+
+
+def one_of(name: str, value: object, known: Collection[str]) -> None:
+    """Raise ValueError for an unknown name."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def within(name: str, value: float, low: float, high: float, hint: str) -> None:
+    """Raise ValueError for a number outside [low, high]."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value} is outside [{low}, {high}]; {hint}")
