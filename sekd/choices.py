@@ -52,6 +52,8 @@ def check_numbers(args: Any, names: Sequence[str]) -> None:
     """Fields that count or measure must hold finite numbers."""
     for name in names:
         value = getattr(args, name)
+        if value is None and _default(args, name) is None:  # argparse makes `int | None` an int, in place
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name} {value!r} is no number that can be used; write a finite one")
         whole = type(args).__dataclass_fields__[name].type in (int, "int")

@@ -29,8 +29,10 @@ def mark(**choices):
 
 
 def policy_table():
-    lines = ["| `position_policy` | reads | teacher's head | several scores | `zscore` | draws | state |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = [
+        "| `position_policy` | reads | teacher's head | several scores | `zscore` | `at_kd` | `teacher_cache` | state |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for name in POLICIES:
         own = READS.get(name)
         reads = "`position_score`" if own is None else ", ".join(f"`{n}`" for n in own) or "nothing"
@@ -39,9 +41,10 @@ def policy_table():
         if own is None:
             several = mark(position_policy=name, position_score=SEVERAL)
             zscore = mark(position_policy=name, position_score=SEVERAL, score_normalization="zscore")
-        draws = "✓" if name in ("random", "pos_rs", "pos_rs_corrected") else ""
+        at_kd = mark(position_policy=name, divergence="at_kd")
+        cache = mark(position_policy=name, teacher_cache="folder")
         state = "✓" if name in STATEFUL else ""
-        lines.append(f"| `{name}` | {reads} | {head} | {several} | {zscore} | {draws} | {state} |")
+        lines.append(f"| `{name}` | {reads} | {head} | {several} | {zscore} | {at_kd} | {cache} | {state} |")
     return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
 
 
@@ -75,6 +78,11 @@ def cells():
             if normalization != "zscore" or policy not in NEEDS_POSITIVE:
                 choices = {"position_score": SEVERAL, "score_normalization": normalization}
                 yield {"position_policy": policy, **choices}
+    for policy in POLICIES:
+        yield {"position_policy": policy, "lmbda": 1.0}
+        yield {"position_policy": policy, "class_selection": "rs_kd", "class_samples": 8}
+        if allowed(position_policy=policy, divergence="at_kd"):
+            yield {"position_policy": policy, "divergence": "at_kd"}
     for divergence in DIVERGENCES:
         yield {"divergence": divergence}
         yield {"divergence": divergence, "kd_weight": 0.5, "kd_temperature": 2.0}
