@@ -180,6 +180,7 @@ def write_tables(folder: str, fraction: float, quiet: bool = False) -> None:
             results.setdefault(result["method"], []).append(result)
     if not results:
         return
+    before = results.get("Student, not distilled", [])[:1]
     every = [r for method in ["Student, not distilled", *METHODS] for r in results.get(method, [])]
     with open(os.path.join(folder, "results.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(every[0]))
@@ -203,7 +204,7 @@ def write_tables(folder: str, fraction: float, quiet: bool = False) -> None:
                 table.add_row(*row)
             Console().print(table)
     write_atomically(os.path.join(folder, "tables.md"), "\n".join(text))
-    plot(os.path.join(folder, "results.png"), {m: results[m] for m in METHODS if m in results}, budget)
+    plot(os.path.join(folder, "results.png"), {m: results[m] for m in METHODS if m in results}, budget, before)
 
 
 def row_of(method: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -216,8 +217,10 @@ def row_of(method: str, runs: list[dict[str, Any]]) -> list[str]:
     return [*cells, f"{statistics.median(seconds):.2f}" if seconds else "", str(len(runs))]
 
 
-def plot(path: str, results: dict[str, list[dict[str, Any]]], budget: str) -> None:
-    """One panel a metric, methods in the order of their mean KL, a dot for each seed."""
+def plot(path: str, results: dict[str, list[dict[str, Any]]], budget: str, before: list[dict[str, Any]]) -> None:
+    """One panel a metric, methods in the order of their mean KL, a dot for each seed; dashed: the student before."""
+    if not results:
+        return
     order = sorted(results, key=lambda m: -statistics.mean(r["forward_kl"] for r in results[m]))
     figure, axes = plt.subplots(1, len(METRICS), figsize=(13, 0.34 * len(order) + 1.4), sharey=True)
     colours = {
@@ -233,6 +236,8 @@ def plot(path: str, results: dict[str, list[dict[str, Any]]], budget: str) -> No
                 values, [y] * len(values), "o", color=colours[method], alpha=0.45, markersize=5, markeredgewidth=0
             )
             axis.plot(statistics.mean(values), y, "|", color=colours[method], markersize=15, markeredgewidth=2.5)
+        for start in before:
+            axis.axvline(start[metric] * factor, color="#444444", linewidth=1, linestyle="--")
         axis.set_xlabel(label + (", nats a token" if metric == "forward_kl" else ""))
         axis.grid(axis="x", color="#dddddd", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -242,7 +247,8 @@ def plot(path: str, results: dict[str, list[dict[str, Any]]], budget: str) -> No
     axes[0].set_yticks(range(len(order)), order)
     names = {"#8a8a8a": "baselines", "#2b6cb0": f"top {budget} by score", "#c05621": f"policies, {budget}"}
     marks = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=n) for c, n in names.items()]
-    figure.legend(handles=marks, loc="upper center", ncols=3, frameon=False)
+    marks += [plt.Line2D([], [], color="#444444", linewidth=1, linestyle="--", label="before")]
+    figure.legend(handles=marks, loc="upper center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=110)
     plt.close(figure)
