@@ -7,4 +7,5 @@ bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# Two workers of one thread each: the tests' models are too small for more.
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"

@@ -186,7 +186,8 @@ def test_the_mix_follows_the_seed_and_the_fraction(tmp_path, tokenizer, pairs):
     assert all(draws(1.0, 100))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path, tokenizer, pairs):
+@pytest.mark.parametrize(("policy", "what"), [("all", "the loss is nan"), ("top_k", "a position score is not finite")])
+def test_what_is_not_finite_stops_the_run_and_names_the_samples(tmp_path, tokenizer, pairs, policy, what):
     class Break(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
@@ -194,8 +195,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path,
                     model.lm_head.weight[3] = torch.nan
 
     options = dict(max_steps=4, save_strategy="steps", save_steps=1, per_device_train_batch_size=2)
+    options |= dict(position_policy=policy)
     trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, dict(callbacks=[Break()]), **options)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 2, on samples \[\d+, \d+\]"):
+    with pytest.raises(FloatingPointError, match=rf"{what} at step 2, on samples \[\d+, \d+\]"):
         trainer.train()
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-3").exists()
