@@ -94,8 +94,8 @@ def distill(
         if not row_scores.isfinite().all():  # a policy might choose nothing, and the loss would be 0
             samples = batch.sample_ids.tolist()
             raise FloatingPointError(
-                f"a position score is not finite at step {step}, on samples {samples}; training stops before the weights "
-                "take it. A lower learning_rate or max_grad_norm may help, or bf16: false"
+                f"a position score is not finite at step {step}, on samples {samples}; training stops before the "
+                "weights take it. A lower learning_rate or max_grad_norm may help, or bf16: false"
             )
         scores = torch.zeros(*batch.valid.shape, row_scores.shape[1], device=rows.device)
         scores = method.scoring.combine(scores.masked_scatter(batch.valid[..., None], row_scores), allowed)  # [B T]
