@@ -101,9 +101,8 @@ def distill(
         scores = method.scoring.combine(scores.masked_scatter(batch.valid[..., None], row_scores), allowed)  # [B T]
     weights = method.policy(scores, allowed, step=step, generator=generator)  # [B T]
     chosen = (weights > 0)[batch.valid]  # [N]
-    if method.divergence is at_kd and not isinstance(
-        method.policy, Gls
-    ):  # its weights are those of a mean over the rows of the batch
+    if method.divergence is at_kd and not isinstance(method.policy, Gls):
+        # A mean over the rows of the batch, as gls has it already.
         weights = (weights > 0) * batch.valid.any(1).sum() / chosen.sum().clamp(min=1)
 
     rows, targets, teacher_rows = rows[chosen], targets[chosen], tuple(r[chosen] for r in teacher_rows)
