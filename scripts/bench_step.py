@@ -103,7 +103,7 @@ def peak_bytes(step: Callable[[], torch.Tensor], student: PreTrainedModel, devic
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step().backward()
     live = peak = 0
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = recorded.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)

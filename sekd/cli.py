@@ -5,7 +5,8 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -86,18 +87,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sekd: stopped", file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except (_WrongInput, FloatingPointError) as error:
         print(f"sekd: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _WrongInput) else 1
+
+
+class _WrongInput(Exception):
+    """What a user gave cannot work; the message says why."""
+
+
+@contextmanager
+def reading_input() -> Iterator[None]:
+    """Errors in here are about what the user gave; outside of it, in training, they keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise _WrongInput(str(error)) from error
 
 
 def run_train(options: argparse.Namespace) -> int:
     """``sekd train``."""
-    try:
+    with reading_input():
         trainer, resume = build(options.recipe, options.overrides)
-    except (ValueError, OSError) as error:
-        print(f"sekd: {error}", file=sys.stderr)
-        return 2
     try:
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -110,11 +121,8 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_samples(options: argparse.Namespace) -> int:
     """``sekd samples``."""
-    try:
+    with reading_input():
         args, found = score(options.recipe, options.overrides)
-    except (ValueError, OSError) as error:
-        print(f"sekd: {error}", file=sys.stderr)
-        return 2
     if args.process_index == 0:
         from sekd.samples import samples_path, show_samples
 
@@ -128,15 +136,10 @@ def run_cache(options: argparse.Namespace) -> int:
     from sekd.cache.info import show_cache
     from sekd.cache.store import Store
 
-    try:
-        if options.action == "build":
-            show_cache(build_cache_of(options.what, options.overrides))
-            return 0
-        store = Store(options.what)
-    except (ValueError, OSError) as error:
-        print(f"sekd: {error}", file=sys.stderr)
-        return 2
-    if options.action == "info":
+    with reading_input():
+        building = options.action == "build"
+        store = build_cache_of(options.what, options.overrides) if building else Store(options.what)
+    if options.action != "verify":
         show_cache(store)
         return 0
     problems = store.verify()
@@ -279,8 +282,8 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, 
                 f"the nearest known one is {near!r}"
             )
     parser = TrlParser(records)
-    parser.error = _raise  # type: ignore[method-assign]
-    return parser.parse_args_and_config(["--config", recipe, *overrides])  # type: ignore[return-value]
+    parser.error = _raise
+    return parser.parse_args_and_config(["--config", recipe, *overrides])
 
 
 def recipe_folder() -> str:

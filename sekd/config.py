@@ -86,7 +86,7 @@ class SEKDConfig(TrainingArguments):
     position_fraction: float = field(
         default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]; all and weighted ignore it.")
     )
-    position_skip: int = field(default=0, metadata=_help("Never distil the first so many positions of a sequence."))
+    position_skip: int = field(default=0, metadata=_help("Leave out the first so many positions of each document."))
     curriculum_steps: int = field(default=4000, metadata=_help("Steps in which curriculum reaches the hardest."))
     gls_queue_size: int = field(default=30_000, metadata=_help("Scores that gls takes its threshold from."))
     pos_rs_exponent: float = field(default=1.0, metadata=_help("pos_rs draws from score^this; below 1 is flatter."))
@@ -120,7 +120,7 @@ class SEKDConfig(TrainingArguments):
         default=None, metadata=_help("Where scores and choice are kept; samples.json in output_dir if not given.")
     )
     sample_pool: int | None = field(
-        default=None, metadata=_help("Choose samples from the first so many of a stream, which has no length.")
+        default=None, metadata=_help("Take only the first so many samples; a stream needs it for sample_fraction.")
     )
 
     # Data

@@ -5,8 +5,6 @@ plain ``text``. Each becomes a :class:`Sample`, and samples become a batch in :f
 """
 
 import glob
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,12 +142,6 @@ def from_rollout(sample: Sample, rollout: Rollout) -> Sample:
     return Sample(ids, supervised, sample.sample_id, len(rollout.prompt_ids))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary and the chat template."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless every token means the same to both."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -270,7 +262,7 @@ def _chat_turn(
 def _render(
     messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, **options: bool
 ) -> list[int]:
-    variables: dict[str, Any] = args.chat_template_kwargs or {}  # type: ignore[assignment]  # parsed by now
+    variables: Any = args.chat_template_kwargs or {}  # a dict: TrainingArguments parses text
     return tokenizer.apply_chat_template(messages, return_dict=False, **options, **variables)
 
 

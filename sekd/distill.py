@@ -90,7 +90,9 @@ def distill(
     allowed = eligible(batch.valid, method.skip_first, batch.position_ids)
     scores, entropies = torch.zeros(batch.valid.shape, device=rows.device), None
     if method.scoring is not None:
-        row_scores, entropies = score_rows(head, teacher, rows, targets, teacher_rows, method)  # [N C], no graph
+        row_scores, entropies = score_rows(
+            head, teacher, rows, targets, teacher_rows, method.scoring, method.chunk_rows
+        )  # [N C] and [N], no graph
         if not row_scores.isfinite().all():  # a policy might choose nothing, and the loss would be 0
             samples = batch.sample_ids.tolist()
             raise FloatingPointError(
@@ -138,11 +140,10 @@ def score_rows(
     rows: Float[Tensor, "N D"],
     targets: Int[Tensor, " N"],
     teacher_rows: tuple[Tensor, ...],
-    method: Method,
+    scoring: Scoring,
+    chunk_rows: int,
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
     """The scores that the policy reads, and the student's entropy, of each row."""
-    scoring = method.scoring
-    assert scoring is not None
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
         q = head(rows).log_softmax(-1)
@@ -151,7 +152,7 @@ def score_rows(
         known = scoring.names.index("student_entropy") if "student_entropy" in scoring.names else None
         return scores, entropy(q) if known is None else scores[:, known]
 
-    scores, entropies = in_chunks(of_chunk, (rows, targets, *teacher_rows), method.chunk_rows)
+    scores, entropies = in_chunks(of_chunk, (rows, targets, *teacher_rows), chunk_rows)
     return scores, entropies
 
 

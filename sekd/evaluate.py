@@ -22,8 +22,8 @@ BINS = 15
 @torch.no_grad()
 def held_out_sums(student: nn.Module, teacher: Teacher | None, batch: Batch, method: Method) -> dict[str, Tensor]:
     """Sums over all valid rows, in nats: ``student_ce``, ``student_entropy``, and with a teacher ``forward_kl`` and
-    ``reverse_kl``; ``rows``;
-    and ``calibration`` [BINS 3]: rows, confidence and hits of the likeliest next token, by confidence.
+    ``reverse_kl``; ``rows``; and ``calibration`` [BINS 3], the rows, confidences and hits of the likeliest token by
+    confidence.
 
     Divide by ``rows`` for the mean a token. Temperature 1, whatever the training used.
     """

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, reduce
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sekd.cache.store import key_of
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate, prepare, tokenizer_fingerprint
-from sekd.distill import Method, score_rows
+from sekd.data import Sample, collate, prepare
+from sekd.distill import score_rows
 from sekd.models import (
     common_vocab,
     freeze,
@@ -32,6 +32,7 @@ from sekd.models import (
     hidden_states,
     load_model,
     load_teacher,
+    tokenizer_fingerprint,
     weights_fingerprint,
 )
 from sekd.progress import write_atomically
@@ -71,23 +72,12 @@ def pool_of(dataset: Dataset | IterableDataset, size: int) -> Dataset:
     """The first ``size`` samples of prepared data; those of a stream are read into memory."""
     if isinstance(dataset, Dataset):
         return dataset.take(min(size, len(dataset)))
-    rows = tqdm(dataset.take(size), total=size, desc="Reading the sample pool")
-    return Dataset.from_list(list(rows))
-
-
-def keep_samples(
-    dataset: Dataset,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SEKDConfig,
-) -> Dataset:
-    """The chosen subset of the prepared data; by the scores of ``samples_file``, which is written if it is not there.
-
-    Raises:
-        ValueError: a file that was made from other data, models or settings; it says which.
-    """
-    return dataset.select(choose_samples(dataset, student, teacher, tokenizer, args)["kept"])
+    parts, bar = [], tqdm(total=size, desc="Reading the sample pool")
+    for part in dataset.take(size).iter(batch_size=1000):  # Arrow holds a part in a tenth of what its lists take
+        parts.append(Dataset.from_dict(part))
+        bar.update(len(parts[-1]))
+    bar.close()
+    return concatenate_datasets(parts)
 
 
 def prepare_all(
@@ -105,7 +95,7 @@ def choose_of(
     rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """:func:`choose_samples` for raw rows and models by name; the teacher is loaded only where the score needs it."""
-    needs_teacher = args.sample_score != "random" and SCORES[args.sample_score].needs_teacher  # type: ignore[attr-defined]
+    needs_teacher = args.sample_score != "random" and SCORES[args.sample_score].needs_teacher
     if needs_teacher and args.teacher_model_name_or_path is None:
         raise ValueError(f"sample_score {args.sample_score!r} needs a teacher: set teacher_model_name_or_path")
     tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
@@ -144,7 +134,11 @@ def choose_samples(
 ) -> dict[str, Any]:
     """What ``samples_file`` holds: ``kept`` (sorted ids), ``scores`` (of each sample), ``fingerprint``.
 
-    ``teacher`` may be None where the score does not need it. The scores serve any ``sample_fraction``.
+    ``teacher`` may be None where the score does not need it. The scores serve any ``sample_fraction``; the file is
+    written if it is not there.
+
+    Raises:
+        ValueError: a file that was made from other data, models or settings; it says which.
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
@@ -179,14 +173,11 @@ def score_samples(
     """
     if args.sample_score == "random":
         return torch.rand(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-    scoring = Scoring((args.sample_score,))
-    vocab = None
+    scoring, source, vocab = Scoring((args.sample_score,)), None, None
     if scoring.needs_teacher:
         assert teacher is not None
         vocab = common_vocab(student, teacher)
-        teacher = freeze(teacher).to(args.device)  # type: ignore[arg-type]
-    source = LiveTeacher(teacher, vocab) if scoring.needs_teacher and teacher is not None else None
-    method = Method(scoring, torch.nn.Identity(), torch.nn.Identity(), vocab=vocab, chunk_rows=args.head_chunk_rows)
+        source = LiveTeacher(freeze(teacher).to(args.device), vocab)
     was_training = student.training
     student.eval()
     student.to(args.device)
@@ -203,13 +194,13 @@ def score_samples(
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
             rows, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
             teacher_rows = source.rows(batch) if source else ()
-            found, _ = score_rows(head, source, rows, targets, teacher_rows, method)
+            found, _ = score_rows(head, source, rows, targets, teacher_rows, scoring, args.head_chunk_rows)
         grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, found)
         scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)
     bar.close()
     student.train(was_training)
-    scores = reduce(scores, "sum").cpu()  # type: ignore[union-attr]
+    scores = reduce(scores, "sum").cpu()
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
         raise FloatingPointError(f"{args.sample_score} of samples {bad[:8]} is not finite; look at these samples")
@@ -238,21 +229,15 @@ def _fingerprint(
         return found | {"seed": args.seed}
     found["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     found["student"] = weights_fingerprint(student)
-    if SCORES[args.sample_score].needs_teacher:  # type: ignore[attr-defined]
+    if SCORES[args.sample_score].needs_teacher:
         assert teacher is not None
         found["teacher"] = weights_fingerprint(teacher)
     return found
 
 
 def data_fingerprint(dataset: Dataset) -> str:
-    """A hash of every sample's tokens and targets, in their order."""
-    digest = hashlib.sha256()
-    for part in dataset.iter(1000):
-        for column in ("input_ids", "supervised"):
-            lengths = np.array([len(row) for row in part[column]])
-            digest.update(lengths.tobytes())
-            digest.update(np.concatenate(part[column]).astype(np.int64).tobytes())
-    return digest.hexdigest()
+    """A hash of every sample's tokens, targets and documents, in their order."""
+    return hashlib.blake2b(b"".join(map(key_of, dataset)), digest_size=16).hexdigest()
 
 
 def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:

@@ -7,13 +7,11 @@ which of them read the teacher's distribution, and so cost its LM head on every 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-Score = Callable[["Rows"], Float[Tensor, " N"]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,14 @@ class Rows:
         if self.teacher_logp is None:
             raise ValueError("this score needs the teacher: give Rows its teacher_logp")
         return self.teacher_logp
+
+
+class Score(Protocol):
+    """A function of rows that says whether it reads the teacher's distribution."""
+
+    needs_teacher: bool
+
+    def __call__(self, rows: Rows) -> Float[Tensor, " N"]: ...
 
 
 def entropy(logp: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -92,7 +98,7 @@ def ce_ratio_plus_student_entropy(rows: Rows) -> Float[Tensor, " N"]:
     return ce_ratio(rows) + student_entropy(rows)
 
 
-SCORES: dict[str, Score] = {
+_FUNCTIONS: dict[str, Any] = {
     "student_entropy": student_entropy,
     "teacher_entropy": teacher_entropy,
     "student_ce": student_ce,
@@ -103,9 +109,11 @@ SCORES: dict[str, Score] = {
     "ce_ratio": ce_ratio,
     "ce_ratio_plus_student_entropy": ce_ratio_plus_student_entropy,
 }
+for _name, _function in _FUNCTIONS.items():
+    _function.needs_teacher = _name not in ("student_entropy", "student_ce")
 
-for _name, _score in SCORES.items():
-    _score.needs_teacher = _name not in ("student_entropy", "student_ce")  # type: ignore[attr-defined]
+SCORES: dict[str, Score] = _FUNCTIONS
+"""``SCORES[name](rows) -> [N]``, and ``SCORES[name].needs_teacher``."""
 
 
 def standardize(scores: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -145,7 +153,7 @@ class Scoring:
     @property
     def needs_teacher(self) -> bool:
         """Whether any of the scores reads the teacher's distribution."""
-        return any(SCORES[name].needs_teacher for name in self.names)  # type: ignore[attr-defined]
+        return any(SCORES[name].needs_teacher for name in self.names)
 
     def of(self, rows: Rows) -> Float[Tensor, "N C"]:
         """Each score of each row."""
@@ -156,7 +164,7 @@ class Scoring:
         if self.weights is None:
             return scores
         normalize = NORMALIZATIONS[self.normalization]
-        return sum(w * normalize(scores[..., c], valid) for c, w in enumerate(self.weights))  # type: ignore[return-value]
+        return torch.stack([w * normalize(scores[..., c], valid) for c, w in enumerate(self.weights)]).sum(0)
 
 
 def make_scoring(score: Any, normalization: str = "none") -> Scoring:

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sekd.cache.store import Store, key_of
 from sekd.config import SEKDConfig
-from sekd.data import tokenizer_fingerprint
-from sekd.models import head_of, hidden_states
+from sekd.models import head_of, hidden_states, tokenizer_fingerprint
 from sekd.types import Batch
 
 

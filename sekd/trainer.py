@@ -45,7 +45,7 @@ from sekd.models import (
     vocab_rows,
 )
 from sekd.progress import ProgressLine, RunFiles, means, show_completions
-from sekd.samples import keep_samples, pool_of
+from sekd.samples import choose_samples, pool_of
 from sekd.stateful import Bandit, Gls, load_state, save_state
 from sekd.teachers import CachedTeacher, LiveTeacher, cached_teacher, open_cache
 from sekd.types import Batch
@@ -120,7 +120,8 @@ class SEKDTrainer(Trainer):
         if isinstance(teacher_model, str):
             teacher = load_teacher(teacher_model, args, init.get("attn_implementation"))
         if args.sample_fraction < 1:
-            train_dataset = keep_samples(train_dataset, model, teacher, processing_class, args)
+            found = choose_samples(train_dataset, model, teacher, processing_class, args)
+            train_dataset = train_dataset.select(found["kept"])
         if peft_config is not None:
             if getattr(model, "is_quantized", False):
                 model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)

@@ -67,10 +67,11 @@ def make_model(kind: str = "tied", seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def make_vllm_model(seed: int = 0, vocab: int = VOCAB) -> PreTrainedModel:
-    """A tiny model that vLLM can run: it needs heads of size 64."""
+def make_vllm_model(seed: int = 0, vocab: int = VOCAB, intermediate: int = 48) -> PreTrainedModel:
+    """A tiny model that vLLM can run: it needs heads of size 64 (and bitsandbytes an intermediate size like that)."""
     torch.manual_seed(seed)
-    config = Qwen3Config(**{**_SMALL, "vocab_size": vocab, "hidden_size": 64, "num_key_value_heads": 1}, head_dim=64)
+    sizes = {"vocab_size": vocab, "hidden_size": 64, "intermediate_size": intermediate, "num_key_value_heads": 1}
+    config = Qwen3Config(**_SMALL | sizes, head_dim=64)
     config.tie_word_embeddings = True
     return Qwen3ForCausalLM(config).eval()
 

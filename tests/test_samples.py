@@ -6,12 +6,14 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, make_vllm_model
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from test_scores import oracle
 from test_trainer import make_trainer
+from transformers import BitsAndBytesConfig
 
 from sekd import SEKDConfig
 from sekd.data import prepare
@@ -226,6 +228,25 @@ def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
     trainer = make_trainer(tmp_path, tokenizer, stream, sample_fraction=0.25, sample_pool=20)
     assert len(trainer.train_dataset) == 5
     assert max(trainer.train_dataset["sample_id"]) < 20
+    trainer.train()
+
+
+def test_a_pool_keeps_the_order_and_the_columns_of_the_stream(tmp_path, tokenizer, texts):
+    args = config(tmp_path, max_length=40, max_prompt_length=20)
+    stream = prepare(texts.to_iterable_dataset(), tokenizer, args)
+    assert pool_of(stream, 10).to_list() == list(stream.take(10))
+
+
+def test_a_quantized_student_can_choose_samples(tmp_path, tokenizer, pairs):
+    pytest.importorskip("bitsandbytes")
+    make_vllm_model(intermediate=128).save_pretrained(tmp_path / "student")
+    options = dict(
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
+    )
+    student = str(tmp_path / "student")
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, None, options, sample_fraction=0.25)
+    assert len(trainer.train_dataset) == 16
     trainer.train()
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, make_model
+from conftest import EOS, make_model, make_vllm_model
 from datasets import Dataset
 from peft import LoraConfig
 from test_distill import LargestTensor, naive
@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     TrainerCallback,
 )
 
@@ -253,11 +251,7 @@ def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmb
 def test_a_quantized_student_learns_through_its_adapter(tmp_path, tokenizer, pairs, lmbda):
     """QLoRA trainers elsewhere have had a loss of zero (TRL #2217)."""
     pytest.importorskip("bitsandbytes")
-    config = Qwen3Config(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, eos_token_id=EOS, pad_token_id=122, bos_token_id=None,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "student")
+    make_vllm_model(intermediate=128).save_pretrained(tmp_path / "student")
     options = dict(
         peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
         model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),

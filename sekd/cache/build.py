@@ -6,6 +6,7 @@ nothing but the sample and the settings: not on its neighbours, the order, the p
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,16 +27,23 @@ from sekd.cache.store import (
     write_manifest,
     write_shard,
 )
-from sekd.classes import classes_at
 from sekd.config import SEKDConfig
-from sekd.data import Sample, check_same_tokenizer, collate, tokenizer_fingerprint
-from sekd.models import check_head, freeze, load_model, load_teacher, vocab_rows, weights_fingerprint
-from sekd.samples import keep_samples, prepare_all
+from sekd.data import Sample, check_same_tokenizer, collate
+from sekd.distill import Method, sparse_targets
+from sekd.models import (
+    check_head,
+    freeze,
+    load_model,
+    load_teacher,
+    tokenizer_fingerprint,
+    vocab_rows,
+    weights_fingerprint,
+)
+from sekd.samples import choose_samples, prepare_all
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
 
 CHUNK_ROWS = 256
-"""Rows that pass the head at once: fixed, since the last bits of a logit may depend on it."""
 
 MEANINGS = {
     "teacher": "teacher_model_name_or_path, its revision or weights",
@@ -103,6 +111,8 @@ def build_cache(
     order = sorted(first.values())
     fingerprint = fingerprint_of(keys, teacher, tokenizer, args, vocab, shard_samples)
     live = LiveTeacher(teacher, vocab)
+    # Fixed chunks: the last bits of a logit may depend on how many rows pass the head with it.
+    method = replace(Method.of(args, vocab), class_selection="rs_kd", chunk_rows=CHUNK_ROWS)
     with locked(folder):
         _claim(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
@@ -112,7 +122,7 @@ def build_cache(
             part = order[start : start + shard_samples]
             path = os.path.join(folder, shard_name(number))
             if not _is_whole(path, [keys[i] for i in part]):
-                samples = [encode_sample(Sample(**dataset[i]), keys[i], live, args, vocab) for i in part]
+                samples = [encode_sample(Sample(**dataset[i]), keys[i], live, method) for i in part]
                 write_shard(path, samples)
             shard = _describe(path)
             shards.append(shard)
@@ -125,22 +135,15 @@ def build_cache(
 
 
 @torch.no_grad()
-def encode_sample(
-    sample: Sample, key: bytes, teacher: LiveTeacher, args: SEKDConfig, vocab: int
-) -> tuple[bytes, int, int, bytes]:
+def encode_sample(sample: Sample, key: bytes, teacher: LiveTeacher, method: Method) -> tuple[bytes, int, int, bytes]:
     """(key, rows, classes, data) of a sample."""
     device: Any = teacher.model.device
-    inputs = {name: tensor.to(device) for name, tensor in collate([sample], 0).items()}
-    batch = Batch(**inputs)
-    (hidden,) = teacher.rows(batch)
-    draws = sample_draws(key, args.seed, len(hidden), args.class_samples)
-    ids, counts = [], []
-    for rows, numbers in zip(hidden.split(CHUNK_ROWS), draws.to(hidden.device).split(CHUNK_ROWS), strict=True):
-        target = classes_at((teacher.logits(rows) / args.kd_temperature).softmax(-1), numbers)
-        ids.append(target.ids)
-        counts.append((target.probs * args.class_samples).round().long())
-    all_ids, all_counts = (torch.cat(part).cpu().numpy() for part in (ids, counts))
-    return key, len(hidden), int((all_counts > 0).sum()), encode(all_ids, all_counts, vocab)
+    batch = Batch(**{name: tensor.to(device) for name, tensor in collate([sample], 0).items()})
+    rows = teacher.rows(batch)
+    draws = sample_draws(key, method.seed, len(rows[0]), method.class_samples)
+    target = sparse_targets(teacher, rows, draws.to(device), method)
+    counts = (target.probs * method.class_samples).round().long().cpu().numpy()
+    return key, len(counts), int((counts > 0).sum()), encode(target.ids.cpu().numpy(), counts, teacher.head.classes)
 
 
 def sample_draws(key: bytes, seed: int, rows: int, draws: int) -> torch.Tensor:
@@ -195,11 +198,11 @@ def build_of(
     tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
     if args.sample_fraction < 1:
         model = load_model(student, **{"dtype": torch.float32, **model_init_kwargs})
-        dataset = keep_samples(dataset, model, None, tokenizer, args)
+        dataset = dataset.select(choose_samples(dataset, model, None, tokenizer, args)["kept"])
         del model
     name = str(args.teacher_model_name_or_path)
     check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=args.teacher_model_revision))
-    teacher = freeze(load_teacher(name, args, model_init_kwargs.get("attn_implementation"))).to(args.device)  # type: ignore[arg-type]
+    teacher = freeze(load_teacher(name, args, model_init_kwargs.get("attn_implementation"))).to(args.device)
     check_head(teacher, "seq_lengths" in dataset.column_names)
     config = AutoConfig.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
     vocab = min(config.get_text_config().vocab_size, vocab_rows(teacher))

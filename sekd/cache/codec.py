@@ -119,7 +119,9 @@ def _low_bytes(values: ndarray, width: int) -> ndarray:
 
 
 def _from_bytes(planes: ndarray) -> ndarray:
-    return sum(planes[:, i].astype(np.int64) << 8 * i for i in range(planes.shape[1]))  # type: ignore[return-value]
+    words = np.zeros((len(planes), 4), np.uint8)
+    words[:, : planes.shape[1]] = planes
+    return words.view("<u4")[:, 0].astype(np.int64)
 
 
 def _join(rows: int, streams: Sequence[bytes]) -> bytes:

@@ -41,7 +41,7 @@ def write_shard(path: str, samples: Sequence[tuple[bytes, int, int, bytes]]) -> 
     """Write (key, rows, classes, data) of each sample: to another name, synced, then renamed.
 
     Raises:
-        OSError: a full disk, for one; nothing is left behind.
+        OSError: a full disk, for one, with the file; nothing is left behind.
     """
     columns = zip(*samples, strict=True)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
@@ -54,10 +54,11 @@ def write_shard(path: str, samples: Sequence[tuple[bytes, int, int, bytes]]) -> 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
+        remedy = "make room and run the same command again, it goes on from here"
+        raise OSError(error.errno, f"{error.strerror or error}; {remedy}", path) from error
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -93,12 +94,13 @@ def locked(folder: str) -> Iterator[None]:
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process builds the cache in {folder!r}; wait for it, or name another folder"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise ValueError(
-            f"another process builds the cache in {folder!r}; wait for it, or name another folder"
-        ) from error
     finally:
         os.close(handle)
 
