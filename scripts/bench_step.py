@@ -25,7 +25,7 @@ from sekd.distill import Method, distill
 from sekd.losses import forward_kl
 from sekd.models import freeze, hidden_states
 from sekd.policies import make_policy
-from sekd.scores import student_entropy
+from sekd.scores import Scoring, make_scoring
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
 
@@ -45,13 +45,13 @@ def main() -> None:
     teacher = freeze(AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.bfloat16)).to(device)
     batch = random_batch(options.batch, options.tokens, student.config.vocab_size, device)
 
-    def selective(name: str, fraction: float, score: Callable | None) -> Callable[[], torch.Tensor]:
-        method = Method(score, make_policy(name, fraction), forward_kl, chunk_rows=options.chunk_rows)
+    def selective(name: str, fraction: float, scoring: Scoring | None) -> Callable[[], torch.Tensor]:
+        method = Method(scoring, make_policy(name, fraction), forward_kl, chunk_rows=options.chunk_rows)
         return lambda: distill(student, LiveTeacher(teacher), batch, method)[0]
 
     steps: dict[str, Callable[[], torch.Tensor]] = {
         "backbones only": lambda: backbones(student, teacher, batch),
-        f"SE-KD {options.fraction:.0%}": selective("top_k", options.fraction, student_entropy),
+        f"SE-KD {options.fraction:.0%}": selective("top_k", options.fraction, make_scoring("student_entropy")),
         "Full KD in chunks": selective("all", 1.0, None),
         "Full KD, dense logits": lambda: dense(student, teacher, batch),
     }

@@ -4,11 +4,12 @@ RS-KD (Anshumann et al., 2025; arXiv 2602.01395, table 1) draws U classes with r
 frequencies of the draws, so in expectation its loss has the gradient of forward KL.
 """
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sekd.heads import Head
 from sekd.types import SparseTargets
@@ -24,10 +25,7 @@ def sample_classes(
 
 def classes_at(teacher_probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]) -> SparseTargets:
     """:func:`sample_classes` by inverse transform of given numbers in [0, 1), so that draws can be seeded by row."""
-    # In float32 the running sum would lose the tail of a large vocabulary.
-    cumulative = teacher_probs.cumsum(-1, dtype=torch.float64)
-    last = teacher_probs.shape[1] - 1
-    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=last).sort(dim=1).values
+    drawn = _inverse_transform(teacher_probs, draws).sort(dim=1).values
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = is_new.cumsum(1) - 1
@@ -35,6 +33,30 @@ def classes_at(teacher_probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"])
     counts = torch.zeros(drawn.shape, device=drawn.device)
     counts = counts.scatter_add_(1, slot, torch.ones_like(counts))
     return SparseTargets(ids, counts / draws.shape[1])
+
+
+def _inverse_transform(probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]) -> Int[Tensor, "N U"]:
+    """The class at which the running sum of a row passes a draw's part of the row's sum.
+
+    In two steps, blocks of classes and then the classes of each draw's block: a running sum over all classes, which
+    needs float64 since float32 loses the tail of a large vocabulary, would take longer than the softmax.
+    """
+    vocab = probs.shape[1]
+    # About the fewest values to add up, V / size + U * size; vocabularies are often multiples of a power of 2.
+    size = 1 << max(math.isqrt(vocab // draws.shape[1]).bit_length() - 1, 0)
+    blocks = (nn.functional.pad(probs, (0, -vocab % size)) if vocab % size else probs).unflatten(1, (-1, size))
+    block, rest = _first_over(blocks.sum(-1), draws)
+    inside, _ = _first_over(blocks.gather(1, block[..., None].expand(-1, -1, size)), rest[..., None])
+    return block * size + inside[..., 0]
+
+
+def _first_over(values: Float[Tensor, "*R C"], draws: Float[Tensor, "*R U"]) -> tuple[Tensor, Tensor]:
+    """Where the running sum passes each draw's part of the whole, and how far into that value, in [0, 1)."""
+    ends = values.cumsum(-1, dtype=torch.float64)
+    aim = (draws * ends[..., -1:]).minimum(ends[..., -1:].nextafter(torch.zeros_like(ends[..., -1:])))
+    place = torch.searchsorted(ends, aim, right=True)  # never a value of 0, nor behind the last one
+    begin = torch.where(place > 0, ends.gather(-1, (place - 1).clamp(min=0)), 0)
+    return place, (aim - begin) / (ends.gather(-1, place) - begin)
 
 
 def trim(target: SparseTargets) -> SparseTargets:

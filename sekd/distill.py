@@ -82,7 +82,7 @@ def distill(
     ``entropy_rows`` (all valid rows; the chosen ones where no score was needed), and over ``selected_rows``
     ``selected_entropy`` and ``divergence``.
     """
-    head = head_of(student, method.vocab)
+    head = head_of(student, method.vocab).converted()
     rows = hidden_states(student, batch)[batch.valid]  # [N D], with graph
     targets = batch.targets[batch.valid]  # [N]
     teacher_rows = teacher.rows(batch)  # of the N valid rows
@@ -190,7 +190,8 @@ def sparse_targets(
     """The classes of each row that the student is compared on, from a live teacher."""
 
     def of_chunk(draws: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        p = (teacher.logits(*teacher_rows) / method.temperature).softmax(-1)
+        logits, T = teacher.logits(*teacher_rows), method.temperature
+        p = (logits if T == 1 else logits / T).softmax(-1)
         target = classes_at(p, draws) if method.class_selection == "rs_kd" else top_k_classes(p, method.class_samples)
         return target.ids, target.probs
 
@@ -256,7 +257,7 @@ def kl_of_chosen(
     method: Method,
 ) -> Float[Tensor, " K"]:
     """KL(p || q) of the K rows that a step chose, with the student as it is now: what the bandit is rewarded by."""
-    head = head_of(student, method.vocab)
+    head = head_of(student, method.vocab).converted()
 
     def of_chunk(rows: Tensor, *teacher_rows: Tensor) -> tuple[Tensor]:
         return (forward_kl(head(rows).log_softmax(-1), teacher.logits(*teacher_rows).log_softmax(-1)),)

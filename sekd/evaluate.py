@@ -27,7 +27,7 @@ def held_out_sums(student: nn.Module, teacher: Teacher | None, batch: Batch, met
 
     Divide by ``rows`` for the mean a token. Temperature 1, whatever the training used.
     """
-    head = head_of(student, method.vocab)
+    head = head_of(student, method.vocab).converted()
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, ...]:
         q = head(rows).log_softmax(-1)

@@ -1,13 +1,14 @@
 """Rows through an LM head in bounded memory: [N D] becomes [N V] only a chunk at a time, in both directions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from sekd.scores import entropy
@@ -40,6 +41,18 @@ class Head:
         """Logits in float32."""
         return self.finish(self.projection(hidden)[:, : self.vocab])
 
+    def converted(self) -> "Head":
+        """The same head with its weight converted to autocast's type now, and not again for each chunk of rows.
+
+        Only a plain linear layer is: one that hooks or wrappers know about is called as it is.
+        """
+        linear = self.projection
+        device = next(linear.parameters()).device.type
+        if not torch.is_autocast_enabled(device) or not _is_plain(linear):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        return self if linear.weight.dtype == dtype else replace(self, projection=_Converted(linear, dtype))
+
     def finish(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
         """What comes after the projection, which is the same for each class: float32, scale and soft cap."""
         logits = logits.float()
@@ -48,6 +61,46 @@ class Head:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    return type(layer) is nn.Linear and not hooked and not isinstance(layer.weight, DTensor)
+
+
+class _Converted(nn.Module):
+    """A linear layer that computes in another type, and whose weight's gradient is added up in the weight's own."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Not registered: they are the model's, and this lives for one batch.
+        self.__dict__.update(weight=linear.weight, bias=linear.bias, out_features=linear.out_features)
+        self.__dict__["low"] = linear.weight.detach().to(dtype)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return _LowPrecisionLinear.apply(rows, self.weight, self.bias, self.low)
+
+
+class _LowPrecisionLinear(torch.autograd.Function):
+    """As autocast's linear, forward and backward, on a weight that is converted already."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        rows_low = rows.to(low.dtype)
+        ctx.save_for_backward(rows_low, low)
+        ctx.types = rows.dtype, weight.dtype
+        return nn.functional.linear(rows_low, low, None if bias is None else bias.to(low.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (rows, low), (rows_type, weight_type) = gradients, ctx.saved_tensors, ctx.types
+        of_rows, of_weight, of_bias, _ = ctx.needs_input_grad
+        return (
+            (gradient @ low).to(rows_type) if of_rows else None,
+            (gradient.T @ rows).to(weight_type) if of_weight else None,
+            gradient.sum(0).to(weight_type) if of_bias else None,
+            None,
+        )
 
 
 def in_chunks(

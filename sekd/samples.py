@@ -194,7 +194,7 @@ def score_samples(
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
             rows, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
             teacher_rows = source.rows(batch) if source else ()
-            found, _ = score_rows(head, source, rows, targets, teacher_rows, scoring, args.head_chunk_rows)
+            found, _ = score_rows(head.converted(), source, rows, targets, teacher_rows, scoring, args.head_chunk_rows)
         grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, found)
         scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 
-from sekd.heads import chunked_entropy, in_chunks
+from sekd.heads import Head, chunked_entropy, in_chunks
 from sekd.models import head_of
 
 
@@ -74,3 +74,39 @@ def test_head_equals_the_models_own_logits(kind):
     torch.testing.assert_close(
         head_of(model, 100)(hidden), model(input_ids=ids).logits[0, :, :100], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_converted_head_is_autocasts_own_in_value_and_gradient(bias, trained):
+    torch.manual_seed(0)
+    linear, rows = torch.nn.Linear(64, 500, bias=bias).requires_grad_(trained), torch.randn(40, 64, requires_grad=True)
+
+    def value_and_gradients(convert):
+        linear.zero_grad()
+        rows.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            head = Head(linear, vocab=490)
+            head = head.converted() if convert else head
+            (sums,) = in_chunks(lambda h: (head(h).square().sum(-1),), (rows * 1.5,), 8)
+        sums.sum().backward()
+        return [sums.detach(), rows.grad, *(p.grad for p in linear.parameters())]
+
+    for mine, theirs in zip(value_and_gradients(True), value_and_gradients(False), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=0.0, atol=0.0)
+
+
+def test_the_weight_is_converted_once_and_only_where_that_helps():
+    linear = torch.nn.Linear(8, 30)
+    assert Head(linear).converted().projection is linear, "no autocast"
+    with torch.autocast("cpu", torch.bfloat16):
+        low = Head(linear).converted().projection.low
+        assert low.dtype == torch.bfloat16
+        assert Head(linear.bfloat16()).converted().projection is linear, "nothing to convert"
+        linear.float().register_forward_hook(lambda *_: None)
+        assert Head(linear).converted().projection is linear, "a wrapper's hook must run"
+        adapted = torch.nn.Sequential(torch.nn.Linear(8, 30))
+        assert Head(adapted).converted().projection is adapted
