@@ -5,7 +5,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -35,17 +35,6 @@ is loaded where sample_score does not need the teacher.
 example:
   sekd samples recipes/fineweb_edu_sekd.yaml --sample_fraction 0.2 --sample_pool 50000
 """
-CACHE_HELP = """\
-Pay for the teacher once: keep a few sampled classes of each position, and train students from them without a teacher.
-
-  build RECIPE --output DIR   the teacher reads every kept sample; stop it anywhere, the same command goes on
-  info DIR                    samples, rows, bytes a row, what it was built from
-  verify DIR                  checksums, and decodes everything
-
-example:
-  sekd cache build recipes/fineweb_edu_sekd.yaml --output caches/fineweb --sample_pool 50000 --sample_fraction 0.2
-  sekd train recipes/fineweb_edu_sekd.yaml --teacher_cache caches/fineweb --sample_pool 50000 --sample_fraction 0.2
-"""
 DEMO_HELP = """\
 Run the main job on an embedded default, without any download: write arithmetic word problems, train a tiny teacher,
 and distil it on-policy through vLLM into a smaller student, once at 20 % of the positions and once at all.
@@ -57,6 +46,8 @@ example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 (training stopped), 2 (a wrong input) or 130 (Ctrl-C)."""
+    from sekd.cache.commands import CACHE_ACTIONS, CACHE_HELP
+
     parser = argparse.ArgumentParser(prog="sekd", description="Selective knowledge distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     raw = argparse.RawDescriptionHelpFormatter
@@ -70,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = commands.add_parser(
         "cache", help="an offline cache of a teacher", description=CACHE_HELP, formatter_class=raw
     )
-    cache.add_argument("action", choices=["build", "info", "verify"])
-    cache.add_argument("what", metavar="RECIPE|DIR")
-    cache.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="beats the recipe")
+    cache.add_argument("action", choices=CACHE_ACTIONS)
+    cache.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="as above")
     demo = commands.add_parser("demo", help="the main job in 5 minutes", description=DEMO_HELP, formatter_class=raw)
     demo.add_argument("--output_dir", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)
@@ -133,20 +123,10 @@ def run_samples(options: argparse.Namespace) -> int:
 
 def run_cache(options: argparse.Namespace) -> int:
     """``sekd cache``."""
-    from sekd.cache.info import show_cache
-    from sekd.cache.store import Store
+    from sekd.cache.commands import CACHE_ACTIONS
 
-    with reading_input():
-        building = options.action == "build"
-        store = build_cache_of(options.what, options.overrides) if building else Store(options.what)
-    if options.action != "verify":
-        show_cache(store)
-        return 0
-    problems = store.verify()
-    for problem in problems:
-        print(f"sekd: {problem}", file=sys.stderr)
-    print(f"{options.what}: {len(store.shards)} shards, {len(store.places):,} samples, {len(problems)} broken")
-    return 2 if problems else 0
+    parser = argparse.ArgumentParser(prog=f"sekd cache {options.action}", allow_abbrev=False)
+    return CACHE_ACTIONS[options.action](parser, options.rest)
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -214,14 +194,15 @@ def score(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, An
     return args, choose_of(rows, model.model_name_or_path, args, _model_options(model))
 
 
-def build_cache_of(recipe: str, overrides: Sequence[str] = ()) -> Any:
+def build_cache_of(
+    recipe: str, overrides: Sequence[str] = (), engine: str = "local", workers: int | None = None
+) -> Any:
     """The cache that a recipe describes, in its ``teacher_cache`` (``--output``): built, or gone on with.
 
     Raises:
         ValueError: what a recipe or its data has wrong, or a folder with another cache.
     """
-    flags = [f"--teacher_cache{o[8:]}" if o == "--output" or o.startswith("--output=") else o for o in overrides]
-    script, args, model = _parse_run(recipe, flags)
+    script, args, model = _parse_run(recipe, overrides)
     if args.teacher_cache is None:
         raise ValueError("there is no folder for the cache: add --output DIR")
     if args.teacher_model_name_or_path is None:
@@ -230,7 +211,25 @@ def build_cache_of(recipe: str, overrides: Sequence[str] = ()) -> Any:
     from sekd.data import load_rows
 
     rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
-    return build_of(rows, model.model_name_or_path, args, _model_options(model))
+    return build_of(rows, model.model_name_or_path, args, _model_options(model), engine, workers)
+
+
+def plan_of(recipe: str, known: Collection[str] = ()) -> dict[str, Any]:
+    """What a recipe says of its cache's size: draws, fraction, and what is not ``known`` already of positions
+    (``sample_pool`` full samples) and the common vocabulary."""
+    _, args, model = _parse_run(recipe, ())
+    found: dict[str, Any] = {"draws": args.class_samples, "fraction": args.sample_fraction}
+    if "positions" not in known and args.sample_pool is not None:
+        found["positions"] = args.sample_pool * args.max_length
+    if "vocab" not in known:
+        from transformers import AutoConfig
+
+        names = {model.model_name_or_path: model.model_revision}
+        if args.teacher_model_name_or_path is not None:
+            names[args.teacher_model_name_or_path] = args.teacher_model_revision
+        configs = [AutoConfig.from_pretrained(name, revision=revision) for name, revision in names.items()]
+        found["vocab"] = min(config.get_text_config().vocab_size for config in configs)
+    return found
 
 
 def _parse_run(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any, Any]:

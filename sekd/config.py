@@ -53,6 +53,11 @@ class SEKDConfig(TrainingArguments):
         ),
     )
 
+    cache_teacher_entropy: bool = field(
+        default=False,
+        metadata=_help("Let `sekd cache build` keep a byte of teacher entropy a position, for position_score."),
+    )
+
     # What is distilled, and where
     lmbda: float = field(
         default=0.0,

@@ -114,7 +114,7 @@ def distill(
         losses, divergences, found = dense_losses(head, teacher, rows, targets, teacher_rows, method)
     else:
         if isinstance(teacher, CachedTeacher):
-            target = trim(SparseTargets(*teacher_rows))
+            target = trim(SparseTargets(*teacher_rows[:2]))
         else:
             draws = uniform((weights > 0).sum(1) * method.class_samples, generator, torch.float64)
             target = sparse_targets(teacher, teacher_rows, draws.view(-1, method.class_samples).to(rows.device), method)
@@ -146,9 +146,12 @@ def score_rows(
     """The scores that the policy reads, and the student's entropy, of each row."""
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        q = head(rows).log_softmax(-1)
-        p = teacher.logits(*teacher_rows).log_softmax(-1) if teacher and scoring.needs_teacher else None
-        scores = scoring.of(Rows(q, targets, p))
+        q, p, H_p = head(rows).log_softmax(-1), None, None
+        if scoring.needs_teacher and isinstance(teacher, CachedTeacher):
+            H_p = teacher_rows[2]
+        elif scoring.needs_teacher and teacher is not None:
+            p = teacher.logits(*teacher_rows).log_softmax(-1)
+        scores = scoring.of(Rows(q, targets, p, H_p))
         known = scoring.names.index("student_entropy") if "student_entropy" in scoring.names else None
         return scores, entropy(q) if known is None else scores[:, known]
 
@@ -190,12 +193,16 @@ def sparse_targets(
     """The classes of each row that the student is compared on, from a live teacher."""
 
     def of_chunk(draws: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        logits, T = teacher.logits(*teacher_rows), method.temperature
-        p = (logits if T == 1 else logits / T).softmax(-1)
-        target = classes_at(p, draws) if method.class_selection == "rs_kd" else top_k_classes(p, method.class_samples)
+        target = drawn(teacher.logits(*teacher_rows), draws, method)
         return target.ids, target.probs
 
     return trim(SparseTargets(*in_chunks(of_chunk, (draws, *teacher_rows), method.chunk_rows)))
+
+
+def drawn(logits: Float[Tensor, "N V"], draws: Float[Tensor, "N U"], method: Method) -> SparseTargets:
+    """The classes of rows whose teacher logits are known; unused slots are not trimmed."""
+    p = (logits if method.temperature == 1 else logits / method.temperature).softmax(-1)
+    return classes_at(p, draws) if method.class_selection == "rs_kd" else top_k_classes(p, method.class_samples)
 
 
 def sparse_losses(

@@ -16,11 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Log-probabilities of N rows: what a score may look at."""
+    """Log-probabilities of N rows: what a score may look at. A cache knows the teacher's entropy alone."""
 
     student_logp: Float[Tensor, "N V"]
     targets: Int[Tensor, " N"]
     teacher_logp: Float[Tensor, "N V"] | None = None
+    teacher_entropy: Float[Tensor, " N"] | None = None
 
     @property
     def teacher(self) -> Float[Tensor, "N V"]:
@@ -60,7 +61,7 @@ def student_entropy(rows: Rows) -> Float[Tensor, " N"]:
 
 def teacher_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """H(p): how uncertain the teacher is."""
-    return entropy(rows.teacher)
+    return entropy(rows.teacher) if rows.teacher_entropy is None else rows.teacher_entropy
 
 
 def student_ce(rows: Rows) -> Float[Tensor, " N"]:

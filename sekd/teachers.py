@@ -6,10 +6,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from sekd.cache.codec import entropy_from_bytes
 from sekd.cache.store import Store, key_of
 from sekd.config import SEKDConfig
 from sekd.models import head_of, hidden_states, tokenizer_fingerprint
@@ -60,19 +61,25 @@ class CachedTeacher:
             )
         self.store, self.keys = store, keys
 
-    def rows(self, batch: Batch) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
-        """Classes and probabilities of the N valid rows: a :class:`SparseTargets`' fields."""
-        parts = [self.store.read(self.keys[i]) for i in batch.sample_ids.tolist()]
-        for (ids, _), valid, number in zip(parts, batch.valid.sum(1).tolist(), batch.sample_ids.tolist(), strict=True):
-            if len(ids) != valid:
-                raise ValueError(f"sample {number} has {valid} rows, and {len(ids)} in the cache")
-        width = max(ids.shape[1] for ids, _ in parts)
-        all_ids, counts = (
-            torch.cat([torch.from_numpy(np.pad(p[c], ((0, 0), (0, width - p[c].shape[1])))) for p in parts])
-            for c in range(2)
+    def rows(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Classes and probabilities [N K] of the N valid rows, a :class:`SparseTargets`' fields; the teacher's entropy
+        [N] too, if the cache has it."""
+        numbers = batch.sample_ids.tolist()
+        parts = [self.store.read(self.keys[i]) for i in numbers]
+        for part, valid, number in zip(parts, batch.valid.sum(1).tolist(), numbers, strict=True):
+            if len(part.ids) != valid:
+                raise ValueError(f"sample {number} has {valid} rows, and {len(part.ids)} in the cache")
+        width = max(part.ids.shape[1] for part in parts)
+        ids, counts = (
+            np.concatenate([np.pad(grid, ((0, 0), (0, width - grid.shape[1]))) for grid in grids])
+            for grids in zip(*((part.ids, part.counts) for part in parts), strict=True)
         )
-        device = batch.input_ids.device
-        return all_ids.to(device), counts.to(device).float() / self.store.fingerprint["class_samples"]
+        draws, vocab = self.store.fingerprint["class_samples"], self.store.fingerprint["vocab"]
+        columns = [torch.from_numpy(ids), torch.from_numpy(counts).float() / draws]
+        codes = [part.entropy for part in parts if part.entropy is not None]
+        if codes:
+            columns.append(torch.from_numpy(entropy_from_bytes(np.concatenate(codes), vocab)))
+        return tuple(column.to(batch.input_ids.device) for column in columns)
 
     def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
         raise ValueError("a cache holds sampled classes only; leave teacher_cache out to use the teacher itself")
@@ -99,6 +106,11 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
                 f"teacher_cache {store.folder!r} was built with another value of {meaning} ({found[name]}, the recipe "
                 f"has {value}); use the recipe that it was built with, or build a new one"
             )
+    if "teacher_entropy" in (args.scoring.names if args.scoring else ()) and not found["teacher_entropy"]:
+        raise ValueError(
+            f"position_score teacher_entropy: teacher_cache {store.folder!r} was built without it; build one with "
+            "--cache_teacher_entropy true, or choose student_entropy"
+        )
     ours = (args.teacher_model_name_or_path, args.teacher_model_revision)
     theirs = (found["teacher"]["name"], found["teacher"]["revision"])
     if ours[0] is not None and ours != theirs:

@@ -14,7 +14,8 @@ from conftest import VOCAB, make_model
 from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 
 from sekd import SEKDConfig
-from sekd.cache.build import build_cache, sample_draws
+from sekd.cache.build import build_cache
+from sekd.cache.readers import LocalReader, sample_draws
 from sekd.cache.store import MANIFEST, Store, key_of, locked
 from sekd.classes import classes_at
 from sekd.cli import main
@@ -33,8 +34,8 @@ def make_cache(folder, tokenizer, rows, seed=1, order=None, shard_samples=8, **c
     dataset = prepare(rows, tokenizer, args)
     if order is not None:
         dataset = dataset.select(order(len(dataset)))
-    teacher = freeze(make_model("untied", seed))
-    return build_cache(dataset, teacher, tokenizer, args, VOCAB, str(folder), shard_samples)
+    reader = LocalReader(freeze(make_model("untied", seed)), VOCAB, args)
+    return build_cache(dataset, reader, tokenizer, args, str(folder), shard_samples)
 
 
 def contents(folder):
@@ -62,7 +63,7 @@ def test_every_sample_is_what_the_teacher_draws(tmp_path, tokenizer, rows):
         p = torch.cat(logits).softmax(-1)
         target = classes_at(p, sample_draws(key_of(row), args.seed, len(p), 16))
         expected = torch.zeros(len(p), VOCAB).scatter_add_(1, target.ids, target.probs * 16)
-        ids, counts = store.read(key_of(row))
+        ids, counts, _ = store.read(key_of(row))
         found = torch.zeros(len(p), VOCAB).scatter_add_(1, torch.tensor(ids), torch.tensor(counts).float())
         torch.testing.assert_close(found, expected)
 
@@ -130,10 +131,10 @@ def test_kill_9_at_random_moments_loses_and_changes_nothing(tmp_path, tokenizer,
     """30 kills of a build, each at a random moment; then it is finished, and bit-identical to an undisturbed one."""
     torch.set_num_threads(1)  # a forked child must not wait for its parent's threads
     args = config(tmp_path / "run")
-    dataset, teacher = prepare(texts, tokenizer, args), freeze(make_model("untied", 1))
+    dataset, reader = prepare(texts, tokenizer, args), LocalReader(freeze(make_model("untied", 1)), VOCAB, args)
 
     def build(name):
-        build_cache(dataset, teacher, tokenizer, args, VOCAB, str(tmp_path / name), shard_samples=1)
+        build_cache(dataset, reader, tokenizer, args, str(tmp_path / name), shard_samples=1)
 
     started = time.monotonic()
     build("whole")
@@ -218,7 +219,7 @@ def damage_manifest(folder):
     [
         (damage_truncate, r"shard-00001.arrow' has \d+ bytes instead of \d+; delete it and build again"),
         (damage_remove, "shard-00001.arrow' is missing; build the cache again, the others stay"),
-        (damage_format, "has format 99, and this version of sekd reads 1; install the version that wrote it"),
+        (damage_format, "has format 99, and this version of sekd reads 2; install the version that wrote it"),
         (damage_incomplete, "is not complete; run its `sekd cache build` again, it goes on"),
         (damage_manifest, "holds no manifest.json; build it with `sekd cache build RECIPE`"),
     ],

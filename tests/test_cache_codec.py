@@ -10,7 +10,7 @@ from sekd.cache.codec import FORMS, decode, encode
 EDGES = [0, 131_071, 131_072, 151_935, 262_143]
 
 
-def canonical(ids, counts):
+def canonical(ids, counts, entropy=None):
     """Rows as sorted (id, count) pairs."""
     return [
         sorted((i, c) for i, c in zip(r, n, strict=True) if c)

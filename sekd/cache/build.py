@@ -1,12 +1,11 @@
-"""Build a cache: the teacher reads every kept sample once, and a few sampled classes of each row are kept.
-
-The teacher reads one sample at a time, and draws are seeded by the sample's key. So the bytes of a sample depend on
-nothing but the sample and the settings: not on its neighbours, the order, the process, or where a build was cut off.
-"""
+"""Build a cache: the teacher reads every kept sample once, and a few sampled classes of each row are kept."""
 
 import hashlib
+import importlib.util
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from sekd.cache.codec import MAX_DRAWS, encode
+from sekd.cache.codec import MAX_DRAWS
+from sekd.cache.readers import LocalReader, RayReaders, Reader
 from sekd.cache.store import (
     MANIFEST,
     Store,
@@ -28,22 +28,9 @@ from sekd.cache.store import (
     write_shard,
 )
 from sekd.config import SEKDConfig
-from sekd.data import Sample, check_same_tokenizer, collate
-from sekd.distill import Method, sparse_targets
-from sekd.models import (
-    check_head,
-    freeze,
-    load_model,
-    load_teacher,
-    tokenizer_fingerprint,
-    vocab_rows,
-    weights_fingerprint,
-)
+from sekd.data import check_same_tokenizer
+from sekd.models import load_model, tokenizer_fingerprint
 from sekd.samples import choose_samples, prepare_all
-from sekd.teachers import LiveTeacher
-from sekd.types import Batch
-
-CHUNK_ROWS = 256
 
 MEANINGS = {
     "teacher": "teacher_model_name_or_path, its revision or weights",
@@ -56,6 +43,7 @@ MEANINGS = {
     "seed": "seed",
     "max_length": "max_length",
     "packing": "packing",
+    "teacher_entropy": "cache_teacher_entropy",
     "form": "the codec",
     "shard_samples": "the samples of a shard",
 }
@@ -63,25 +51,25 @@ MEANINGS = {
 
 def fingerprint_of(
     keys: list[bytes],
-    teacher: Any,
+    facts: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
-    vocab: int,
     shard_samples: int,
 ) -> dict[str, Any]:
-    """Everything that must match for a cache to be this one."""
+    """Everything that must match for a cache to be this one; ``facts`` are those of the :class:`Reader`."""
     name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
     return {
-        "teacher": {"name": name, "revision": revision, "weights": weights_fingerprint(teacher)},
-        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "teacher": {"name": name, "revision": revision, "weights": facts["weights"]},
+        "dtype": facts["dtype"],
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "vocab": vocab,
+        "vocab": facts["vocab"],
         "data": hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest(),
         "max_length": args.max_length,
         "packing": args.packing,
         "class_samples": args.class_samples,
         "temperature": args.kd_temperature,
         "seed": args.seed,
+        "teacher_entropy": args.cache_teacher_entropy,
         "form": "compressed",
         "shard_samples": shard_samples,
     }
@@ -89,10 +77,9 @@ def fingerprint_of(
 
 def build_cache(
     dataset: Dataset,
-    teacher: Any,
+    reader: Reader,
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
-    vocab: int,
     folder: str,
     shard_samples: int = 256,
 ) -> Store:
@@ -109,48 +96,34 @@ def build_cache(
     keys = [key_of(row) for row in dataset]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}  # samples that repeat are kept once
     order = sorted(first.values())
-    fingerprint = fingerprint_of(keys, teacher, tokenizer, args, vocab, shard_samples)
-    live = LiveTeacher(teacher, vocab)
-    # Fixed chunks: the last bits of a logit may depend on how many rows pass the head with it.
-    method = replace(Method.of(args, vocab), class_selection="rs_kd", chunk_rows=CHUNK_ROWS)
+    parts = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
+    paths = [os.path.join(folder, shard_name(number)) for number in range(len(parts))]
+    shards: dict[int, dict[str, Any]] = {}
     with locked(folder):
+        fingerprint = fingerprint_of(keys, reader.facts, tokenizer, args, shard_samples)
         _claim(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
-        done = rows = size = 0
-        shards = []
-        for number, start in enumerate(range(0, len(order), shard_samples)):
-            part = order[start : start + shard_samples]
-            path = os.path.join(folder, shard_name(number))
-            if not _is_whole(path, [keys[i] for i in part]):
-                samples = [encode_sample(Sample(**dataset[i]), keys[i], live, method) for i in part]
-                write_shard(path, samples)
-            shard = _describe(path)
-            shards.append(shard)
-            done, rows, size = done + len(part), rows + shard["rows"], size + shard["bytes"]
-            bar.update(len(part))
-            bar.set_postfix_str(f"{size / max(rows, 1):.1f} B a row, {size / done * len(order) / 2**20:.1f} MiB in all")
+
+        def finish(number: int) -> None:
+            shards[number] = _describe(paths[number])
+            bar.update(len(parts[number]))
+            samples, rows, size = (sum(s[name] for s in shards.values()) for name in ("samples", "rows", "bytes"))
+            projected = size / samples * len(order) / 2**20
+            bar.set_postfix_str(f"{size / max(rows, 1):.1f} B a row, {projected:.1f} MiB in all")
+
+        def missing() -> Iterator[tuple[int, list[Any]]]:
+            for number, part in enumerate(parts):
+                if _is_whole(paths[number], [keys[i] for i in part]):
+                    finish(number)
+                else:
+                    yield number, [dataset[i] for i in part]
+
+        for number, samples in reader.encode_all(missing()):
+            write_shard(paths[number], samples)
+            finish(number)
         bar.close()
-        write_manifest(folder, fingerprint, shards)
+        write_manifest(folder, fingerprint, [shards[number] for number in range(len(parts))])
     return Store(folder)
-
-
-@torch.no_grad()
-def encode_sample(sample: Sample, key: bytes, teacher: LiveTeacher, method: Method) -> tuple[bytes, int, int, bytes]:
-    """(key, rows, classes, data) of a sample."""
-    device: Any = teacher.model.device
-    batch = Batch(**{name: tensor.to(device) for name, tensor in collate([sample], 0).items()})
-    rows = teacher.rows(batch)
-    draws = sample_draws(key, method.seed, len(rows[0]), method.class_samples)
-    target = sparse_targets(teacher, rows, draws.to(device), method)
-    counts = (target.probs * method.class_samples).round().long().cpu().numpy()
-    return key, len(counts), int((counts > 0).sum()), encode(target.ids.cpu().numpy(), counts, teacher.head.classes)
-
-
-def sample_draws(key: bytes, seed: int, rows: int, draws: int) -> torch.Tensor:
-    """The numbers in [0, 1) that choose the classes of a sample, [rows draws]."""
-    number = int.from_bytes(hashlib.blake2b(key + seed.to_bytes(8, "little"), digest_size=8).digest(), "little")
-    generator = torch.Generator().manual_seed(number % 2**63)
-    return torch.rand(rows, draws, generator=generator, dtype=torch.float64)
 
 
 def _claim(folder: str, fingerprint: dict[str, Any]) -> None:
@@ -189,12 +162,25 @@ def _describe(path: str) -> dict[str, Any]:
 
 
 def build_of(
-    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
+    rows: Dataset | IterableDataset,
+    student: str,
+    args: SEKDConfig,
+    model_init_kwargs: dict[str, Any],
+    engine: str = "local",
+    workers: int | None = None,
 ) -> Store:
     """:func:`build_cache` for raw rows and models by name, of the samples that ``sample_fraction`` keeps.
 
-    Only one model is in memory at a time: the student where it scores samples, then the teacher.
+    Only one model is in memory at a time: the student where it scores samples, then the teacher, here or in the
+    ``workers`` of ``engine`` "ray".
+
+    Raises:
+        ValueError: as :func:`build_cache`, and for an engine that cannot work.
     """
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError('--engine ray needs Ray, which is not installed: run `pip install "sekd[ray]"`')
+    if (workers is not None and engine != "ray") or (workers is not None and workers < 1):
+        raise ValueError(f"--num-workers {workers}: it is the number of Ray actors; add --engine ray, and at least 1")
     tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
     if args.sample_fraction < 1:
         model = load_model(student, **{"dtype": torch.float32, **model_init_kwargs})
@@ -202,8 +188,15 @@ def build_of(
         del model
     name = str(args.teacher_model_name_or_path)
     check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=args.teacher_model_revision))
-    teacher = freeze(load_teacher(name, args, model_init_kwargs.get("attn_implementation"))).to(args.device)
-    check_head(teacher, "seq_lengths" in dataset.column_names)
     config = AutoConfig.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
-    vocab = min(config.get_text_config().vocab_size, vocab_rows(teacher))
-    return build_cache(dataset, teacher, tokenizer, args, vocab, str(args.teacher_cache))
+    load = partial(
+        LocalReader.load,
+        args,
+        model_init_kwargs.get("attn_implementation"),
+        config.get_text_config().vocab_size,
+        "seq_lengths" in dataset.column_names,
+    )
+    if engine == "local":
+        return build_cache(dataset, load(args.device), tokenizer, args, str(args.teacher_cache))
+    with closing(RayReaders(workers or 1, load)) as readers:
+        return build_cache(dataset, readers, tokenizer, args, str(args.teacher_cache))

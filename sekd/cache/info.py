@@ -1,9 +1,16 @@
-"""What a cache holds, as a table."""
+"""What a cache holds, and what one would take, as tables."""
+
+import math
+import os
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sekd.cache.store import Store
+from sekd.cache.store import MANIFEST, Store
+
+BYTES_A_DRAW = 3
+"""Of the paper's fixed slots, and at most of ours (arXiv 2602.01395, section 7.1)."""
 
 
 def show_cache(store: Store) -> None:
@@ -12,6 +19,7 @@ def show_cache(store: Store) -> None:
     samples, rows, classes, size = (sum(s[key] for s in shards) for key in ("samples", "rows", "classes", "bytes"))
     draws, vocab = found["class_samples"], found["vocab"]
     per_row = size / max(rows, 1)
+    slots, entropy = BYTES_A_DRAW * draws, "a byte a row" if found["teacher_entropy"] else "not kept"
     table = Table(title=f"teacher cache {store.folder}", title_justify="left", show_header=False)
     for name, value in {
         "samples": f"{samples:,} in {len(shards)} shards",
@@ -19,10 +27,54 @@ def show_cache(store: Store) -> None:
         "size": f"{size / 2**20:,.2f} MiB, {per_row:.1f} bytes a row",
         "classes a row": f"{classes / max(rows, 1):.1f} of {draws} draws, {vocab:,} in the vocabulary",
         "full fp16 logits": f"{2 * vocab:,} bytes a row: {2 * vocab / max(per_row, 1e-9):,.0f} times as large",
-        "fixed slots": f"{3 * draws} bytes a row (3 a draw): {3 * draws / max(per_row, 1e-9):.1f} times as large",
+        "fixed slots": f"{slots} bytes a row (3 a draw): {slots / max(per_row, 1e-9):.1f} times as large",
         "teacher": f"{found['teacher']['name']} ({found['teacher']['revision']}, {found['dtype']})",
+        "teacher's entropy": entropy,
         "temperature, seed": f"{found['temperature']}, {found['seed']}",
         "data": f"{found['data']}, max_length {found['max_length']}, packing {found['packing']}",
     }.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def measured(folder: str) -> dict[str, Any]:
+    """Vocabulary, draws and bytes a row of the cache in a folder, for :func:`show_plan`."""
+    store = Store(folder)
+    rows, size = (sum(shard[key] for shard in store.manifest["shards"]) for key in ("rows", "bytes"))
+    found = store.fingerprint
+    return {"vocab": found["vocab"], "draws": found["class_samples"], "per_row": size / max(rows, 1)}
+
+
+def is_cache(path: str) -> bool:
+    """Whether a folder holds a cache, or the beginning of one."""
+    return os.path.exists(os.path.join(path, MANIFEST))
+
+
+def show_plan(positions: float, vocab: int, draws: int, fraction: float, per_row: float | None = None) -> None:
+    """Print what a cache of so many positions would take: the paper's table 6 for one's own numbers.
+
+    ``per_row`` is what a cache of the same teacher took, in bytes; without it our own rows show what they take at most.
+    """
+    ours = per_row or 1 + BYTES_A_DRAW * draws
+    word = "measured" if per_row else "at most"
+    title = f"cache of {positions:,.0f} positions, {vocab:,} classes, {draws} draws, {100 * fraction:g} % of samples"
+    table = Table("", "bytes a position", "in all", "of Full KD's", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    full = 2 * vocab
+    for name, size in {
+        "Full KD, fp16 logits": full,
+        "RS-KD, fixed slots (paper)": BYTES_A_DRAW * draws,
+        "SE-KD_3X, fixed slots (paper)": BYTES_A_DRAW * draws * fraction,
+        f"RS-KD, sekd ({word})": ours,
+        f"SE-KD_3X, sekd ({word})": ours * fraction,
+        "no teacher, token ids alone": BYTES_A_DRAW,
+    }.items():
+        table.add_row(name, f"{size:,.1f}", _size(size * positions), f"{100 * size / full:.3g} %")
+    Console().print(table)
+
+
+def _size(size: float) -> str:
+    """Decimal units, as disks are sold and the paper counts."""
+    unit = min(int(math.log10(max(size, 1)) // 3), 4)
+    return f"{size / 1000**unit:,.2f} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"

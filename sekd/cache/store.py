@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sekd.cache.codec import decode
+from sekd.cache.codec import Decoded, decode
 from sekd.progress import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+Encoded = tuple[bytes, int, int, bytes]
+"""Of a sample: key, number of rows, number of classes in all rows, bytes."""
 SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
 
 
@@ -37,8 +39,8 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: str, samples: Sequence[tuple[bytes, int, int, bytes]]) -> None:
-    """Write (key, rows, classes, data) of each sample: to another name, synced, then renamed.
+def write_shard(path: str, samples: Sequence[Encoded]) -> None:
+    """Write a shard: to another name, synced, then renamed.
 
     Raises:
         OSError: a full disk, for one, with the file; nothing is left behind.
@@ -159,8 +161,8 @@ class Store:
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
 
-    def read(self, key: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and counts [N K] of the rows of a sample.
+    def read(self, key: bytes) -> Decoded:
+        """The rows of a sample.
 
         Raises:
             ValueError: a damaged sample, with its shard.
@@ -168,13 +170,15 @@ class Store:
         number, place = self.places[key]
         try:
             data = memoryview(self.shards[number].column("data")[place].as_buffer())
-            ids, counts = decode(data, self.fingerprint["vocab"], self.fingerprint["form"])
-            if len(ids) and (counts.sum(1, dtype=np.int64) != self.fingerprint["class_samples"]).any():
+            found = decode(data, self.fingerprint["vocab"], self.fingerprint["form"])
+            if (found.counts.sum(1, dtype=np.int64) != self.fingerprint["class_samples"]).any():
                 raise ValueError("counts do not add up to the draws")
+            if (found.entropy is not None) != self.fingerprint["teacher_entropy"]:
+                raise ValueError("its rows have other fields than the manifest says")
         except ValueError as error:
             name = self.manifest["shards"][number]["file"]
             raise ValueError(f"cache shard {name!r}, sample {place}: {error}; delete it and build again") from error
-        return ids, counts
+        return found
 
     def verify(self) -> list[str]:
         """What is wrong with each broken shard: checksums, and every sample decoded."""

@@ -1,0 +1,75 @@
+"""A cache as a dataset repository of the Hugging Face hub."""
+
+import json
+import os
+
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+
+from sekd.cache.store import MANIFEST, Store, read_manifest
+
+CARD = """\
+---
+tags:
+- sekd
+- knowledge-distillation
+---
+
+# Teacher cache of {teacher}
+
+Sampled classes of the teacher at {rows:,} positions of {samples:,} samples ({draws} draws a position, vocabulary
+{vocab:,}), made by `sekd cache build`. To train from it, without the teacher:
+
+```bash
+sekd cache pull {repo} DIR
+sekd train RECIPE --teacher_cache DIR
+```
+
+`manifest.json` says what it was built from; a recipe of another tokenizer, length or number of draws is refused.
+"""
+
+
+def push(folder: str, repo: str, private: bool = False) -> str:
+    """Upload a cache in one commit, so that a reader sees all of it or nothing; returns its address.
+
+    Raises:
+        ValueError: an incomplete or broken cache, with what is wrong.
+    """
+    store = _whole(folder)
+    shards, found = store.manifest["shards"], store.fingerprint
+    rows, samples = (sum(shard[name] for shard in shards) for name in ("rows", "samples"))
+    teacher, draws, vocab = found["teacher"]["name"], found["class_samples"], found["vocab"]
+    card = CARD.format(teacher=teacher, rows=rows, samples=samples, draws=draws, vocab=vocab, repo=repo)
+    files = [MANIFEST, *(shard["file"] for shard in shards)]
+    added = [CommitOperationAdd(name, os.path.join(folder, name)) for name in files]
+    api = HfApi()
+    address = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+    api.create_commit(
+        repo,
+        [*added, CommitOperationAdd("README.md", card.encode())],
+        commit_message="Upload a teacher cache",
+        repo_type="dataset",
+    )
+    return str(address)
+
+
+def pull(repo: str, folder: str, revision: str | None = None) -> Store:
+    """Download a cache, and check every byte of it; one that was begun goes on.
+
+    Raises:
+        ValueError: a repository without a cache, a folder with another cache, or bytes that are not those pushed.
+    """
+    manifest = hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=revision)
+    with open(manifest) as file:
+        theirs = json.load(file)
+    if os.path.exists(os.path.join(folder, MANIFEST)) and read_manifest(folder)["fingerprint"] != theirs["fingerprint"]:
+        raise ValueError(f"{folder!r} holds another cache than {repo!r}; name another folder, or delete it")
+    names = [MANIFEST, *(shard["file"] for shard in theirs["shards"])]
+    snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=names)
+    return _whole(folder)
+
+
+def _whole(folder: str) -> Store:
+    store = Store(folder)
+    if problems := store.verify():
+        raise ValueError(f"the cache in {folder!r} is broken: {'; '.join(problems)}")
+    return store

@@ -1,0 +1,166 @@
+"""Who lets the teacher read samples: this process, or Ray actors on many machines. The bytes are the same.
+
+The teacher reads one sample at a time, and draws are seeded by the sample's key. So the bytes of a sample depend on
+nothing but the sample and the settings: not on its neighbours, the order, the process, or where a build was cut off.
+(Other hardware, or another number of threads, may round a logit differently.)
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sekd.cache.codec import encode, entropy_to_bytes
+from sekd.cache.store import Encoded, key_of
+from sekd.config import SEKDConfig
+from sekd.data import Sample, collate
+from sekd.distill import Method, drawn
+from sekd.heads import in_chunks
+from sekd.models import check_head, freeze, load_teacher, vocab_rows, weights_fingerprint
+from sekd.scores import entropy
+from sekd.teachers import LiveTeacher
+from sekd.types import Batch
+
+CHUNK_ROWS = 256
+Rows = Sequence[Mapping[str, Any]]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Something that reads prepared samples; ``facts`` are what the manifest says of its teacher."""
+
+    facts: dict[str, Any]
+
+    def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
+        """Each numbered part, encoded, in any order."""
+
+
+class LocalReader:
+    """The teacher in this process; ``classes`` are those of the student's head."""
+
+    def __init__(self, teacher: Any, classes: int, args: SEKDConfig) -> None:
+        vocab = min(classes, vocab_rows(teacher))
+        self.teacher = LiveTeacher(teacher, vocab)
+        # Fixed chunks: the last bits of a logit may depend on how many rows pass the head with it.
+        self.method = replace(Method.of(args, vocab), class_selection="rs_kd", chunk_rows=CHUNK_ROWS)
+        self.with_entropy = args.cache_teacher_entropy
+        self.facts = {
+            "weights": weights_fingerprint(teacher),
+            "dtype": str(teacher.dtype).removeprefix("torch."),
+            "vocab": vocab,
+        }
+
+    @classmethod
+    def load(
+        cls, args: SEKDConfig, attention: str | None, classes: int, packed: bool, device: torch.device | None = None
+    ) -> "LocalReader":
+        """The teacher that ``args`` names, on ``device``, or else on what this process sees: accelerator or CPU."""
+        teacher: Any = freeze(load_teacher(str(args.teacher_model_name_or_path), args, attention))
+        teacher = teacher.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        check_head(teacher, packed)
+        return cls(teacher, classes, args)
+
+    def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
+        for number, rows in parts:
+            yield number, self.encode(rows)
+
+    def encode(self, rows: Rows) -> list[Encoded]:
+        """What the cache keeps of some samples."""
+        return [self._encode(row) for row in rows]
+
+    @torch.no_grad()
+    def _encode(self, row: Mapping[str, Any]) -> Encoded:
+        device: Any = self.teacher.model.device
+        inputs = collate([Sample(**row)], 0)
+        hidden = self.teacher.rows(Batch(**{name: tensor.to(device) for name, tensor in inputs.items()}))
+        key, method = key_of(row), self.method
+
+        def of_chunk(draws: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+            logits = self.teacher.logits(*hidden)
+            target = drawn(logits, draws, method)
+            columns = target.ids, target.probs
+            return (*columns, entropy(logits.log_softmax(-1))) if self.with_entropy else columns
+
+        draws = sample_draws(key, method.seed, len(hidden[0]), method.class_samples)
+        ids, probs, *entropies = (t.cpu() for t in in_chunks(of_chunk, (draws.to(device), *hidden), method.chunk_rows))
+        counts = (probs * method.class_samples).round().long().numpy()
+        vocab = self.teacher.head.classes
+        found = [entropy_to_bytes(e, vocab) for e in entropies]
+        return key, len(counts), int((counts > 0).sum()), encode(ids.numpy(), counts, vocab, "compressed", *found)
+
+
+def sample_draws(key: bytes, seed: int, rows: int, draws: int) -> torch.Tensor:
+    """The numbers in [0, 1) that choose the classes of a sample, [rows draws]."""
+    number = int.from_bytes(hashlib.blake2b(key + seed.to_bytes(8, "little"), digest_size=8).digest(), "little")
+    generator = torch.Generator().manual_seed(number % 2**63)
+    return torch.rand(rows, draws, generator=generator, dtype=torch.float64)
+
+
+class RayReaders:
+    """Teachers in ``workers`` Ray actors: of the cluster that RAY_ADDRESS names, or else of one started here.
+
+    Samples travel to the actors and their bytes back, so only this process needs the cache's folder; the teacher must
+    be loadable by its name on each machine. An actor whose process dies is started again and its part read again.
+    """
+
+    def __init__(self, workers: int, load: Callable[[], LocalReader]) -> None:
+        import ray
+
+        self.ray, self.started = ray, not ray.is_initialized()
+        if self.started:
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        try:
+            there = ray.cluster_resources()
+            share = {f"num_{name.lower()}s": min(1, there.get(name, 0) / workers) for name in ("CPU", "GPU")}
+            actor = ray.remote(max_restarts=-1, max_task_retries=3, **share)(_Actor)
+            # A sum over threads rounds as their number says.
+            self.actors: list[Any] = [actor.remote(load, torch.get_num_threads()) for _ in range(workers)]
+            facts = ray.get([a.facts.remote() for a in self.actors])
+            if any(f != facts[0] for f in facts):
+                raise ValueError(f"the Ray workers loaded different teachers: {facts}; give them the same files")
+            self.facts = facts[0]
+        except BaseException:
+            self.close()
+            raise
+
+    def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
+        todo, running = iter(parts), dict[Any, tuple[int, Any]]()
+        free = self.actors * 2  # the next part waits at its actor, so that none is idle
+        while True:
+            while free and (part := next(todo, None)):
+                actor = free.pop()
+                running[actor.encode.remote(part[1])] = part[0], actor
+            if not running:
+                return
+            (done,), _ = self.ray.wait(list(running))
+            number, actor = running.pop(done)
+            free.append(actor)
+            yield number, self.ray.get(done)
+
+    def close(self) -> None:
+        """End the actors, and the Ray that was started here."""
+        if self.started:
+            self.ray.shutdown()
+        else:
+            for actor in self.actors:
+                self.ray.kill(actor)
+
+
+class _Actor:
+    """A :class:`LocalReader` in a process of Ray's."""
+
+    def __init__(self, load: Callable[[], LocalReader], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.reader = load()
+
+    def facts(self) -> dict[str, Any]:
+        return self.reader.facts
+
+    def encode(self, rows: Rows) -> list[Encoded]:
+        return self.reader.encode(rows)
