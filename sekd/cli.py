@@ -313,4 +313,6 @@ def _field_help() -> str:
 COMMANDS = {"train": run_train, "samples": run_samples, "cache": run_cache, "demo": run_demo}
 
 if __name__ == "__main__":
+    from sekd.cli import main  # else this module would be there twice, and sekd.cache.commands raise the other's errors
+
     sys.exit(main())

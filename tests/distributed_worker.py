@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from conftest import make_model, make_pairs, make_tokenizer
 from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +20,7 @@ from sekd.losses import ON_LOG_PROBABILITIES
 from sekd.models import freeze, full_weights, run_inside
 from sekd.policies import make_policy
 from sekd.scores import Scoring
-from sekd.teachers import LiveTeacher
+from sekd.teachers import CachedTeacher, LiveTeacher
 from sekd.types import Batch
 
 ENTROPY = Scoring(("student_entropy",), (1.0,))
@@ -72,6 +73,15 @@ def ddp(folder: str, choices: str) -> None:
     dist.destroy_process_group()
 
 
+def record_reads(teacher) -> list[bytes]:
+    """The keys of the samples that a cached teacher reads from now on."""
+    keys: list[bytes] = []
+    if isinstance(teacher, CachedTeacher):
+        read = teacher.store.read
+        teacher.store.read = lambda key: keys.append(key) or read(key)
+    return keys
+
+
 def two_steps(path: str, choices: dict) -> None:
     """Two optimizer steps of the Trainer: 2 processes x 2 micro-batches x 2 sequences."""
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2) | choices
@@ -82,11 +92,13 @@ def two_steps(path: str, choices: dict) -> None:
     )
     assert trainer.args.world_size == 2
     metrics = trainer.evaluate()
+    read = record_reads(trainer.teacher)
     weights = trained_weights(trainer)
     weights = {name.removeprefix("module."): p for name, p in weights.items()}
+    read = gather_object([read])
     if trainer.is_world_process_zero():
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        torch.save({"losses": losses, "weights": weights, "metrics": metrics}, f"{path}.pt")
+        torch.save({"losses": losses, "weights": weights, "metrics": metrics, "read": read}, f"{path}.pt")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -19,8 +20,14 @@ from sekd.cache.readers import LocalReader, sample_draws
 from sekd.cache.store import MANIFEST, Store, key_of, locked
 from sekd.classes import classes_at
 from sekd.cli import main
-from sekd.data import prepare
+from sekd.data import Sample, collate, prepare
+from sekd.distill import Method, distill
+from sekd.losses import forward_kl
 from sekd.models import freeze
+from sekd.policies import make_policy
+from sekd.scores import make_scoring
+from sekd.teachers import CachedTeacher, LiveTeacher
+from sekd.types import Batch
 
 SETTINGS = dict(max_length=40, max_prompt_length=20, class_samples=16)
 
@@ -113,6 +120,34 @@ def test_training_from_the_cache_is_training_from_the_teacher(tmp_path, tokenize
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
     assert cached.state.log_history[0]["loss"] == pytest.approx(live.state.log_history[0]["loss"], rel=1e-5)
+
+
+def test_in_expectation_the_gradient_is_that_of_forward_kl(tmp_path, tokenizer, pairs):
+    """The mean over 400 caches of other seeds lies within 5 standard errors of the dense gradient, everywhere."""
+    data = pairs.select(range(3))
+    dataset = prepare(data, tokenizer, config(tmp_path))
+    batch = Batch(**collate([Sample(**row) for row in dataset], 122))
+    keys = {row["sample_id"]: key_of(row) for row in dataset}
+    student, teacher = make_model("untied"), freeze(make_model("untied", 1))
+    policy = make_policy("top_k", 0.5)
+
+    def gradient(source, **choices):
+        method = Method(make_scoring("student_entropy"), policy, forward_kl, **choices)
+        student.zero_grad()
+        distill(student, source, batch, method)[0].backward()
+        return student.lm_head.weight.grad.double().clone()
+
+    dense, found = gradient(LiveTeacher(teacher)), []
+    for seed in range(400):
+        args = config(tmp_path / "run", seed=seed)
+        folder = str(tmp_path / f"cache{seed}")
+        store = build_cache(dataset, LocalReader(teacher, VOCAB, args), tokenizer, args, folder)
+        found.append(gradient(CachedTeacher(store, keys), class_selection="rs_kd", class_samples=16))
+    found = torch.stack(found)
+    error = (found.mean(0) - dense).abs()
+    noise = found.std(0) / len(found) ** 0.5
+    assert (error <= 5 * noise + 1e-7).all()
+    assert noise.max() < 0.05 * dense.abs().max(), "the test would see a bias of a quarter"
 
 
 def chosen_rows(trainer, batch):
@@ -312,6 +347,31 @@ def test_a_full_disk_is_survived(tmp_path, tokenizer, pairs, monkeypatch):
     assert list((tmp_path / "cache").glob("shard-*.arrow"))
     make_cache(tmp_path / "cache", tokenizer, pairs)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_small_disk_is_survived(tmp_path, tokenizer, pairs):
+    """A file system that is really full; with more room the same call goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    made = subprocess.run([*mount, "size=24k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a file system of 24 KiB needs the right to mount: {made.stderr.decode().strip()}")
+    try:
+        with pytest.raises(OSError, match="No space left on device; make room and run the same command again") as error:
+            make_cache(disk / "cache", tokenizer, pairs)
+        assert error.value.filename.endswith(".arrow")
+        assert not list((disk / "cache").glob("*.tmp"))
+        written = contents(disk / "cache")
+        assert len(written) > 1, "some shards fitted"
+        subprocess.run([*mount, "remount,size=1m", str(disk)], check=True)
+        make_cache(disk / "cache", tokenizer, pairs)
+        make_cache(tmp_path / "whole", tokenizer, pairs)
+        whole = contents(tmp_path / "whole")
+        assert contents(disk / "cache") == whole
+        assert all(whole[name] == data for name, data in written.items() if name != MANIFEST)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # The commands

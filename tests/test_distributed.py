@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import VOCAB, make_model
 from distributed_worker import TWO_STEPS, gradients, samples
 from test_trainer import make_trainer, trained_weights
+
+from sekd import SEKDConfig
+from sekd.cache.build import build_cache
+from sekd.cache.readers import LocalReader
+from sekd.data import prepare
+from sekd.models import freeze
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -44,22 +50,41 @@ CHOICES = {
     "pos_rs": {"position_policy": "pos_rs"},
     "rs_kd": {"class_selection": "rs_kd", "class_samples": 8, "sampled_softmax": 40},
     "samples": {"sample_fraction": 0.5, "sample_score": "kl"},
+    "cache": {"class_samples": 8, "teacher_cache": "a folder"},
 }
 
 
 @pytest.fixture(scope="module")
-def found_by_ddp(tmp_path_factory):
+def choices(tmp_path_factory, tokenizer, pairs):
+    """The choices, with a cache in the folder that they name."""
+    folder = tmp_path_factory.mktemp("cache")
+    args = SEKDConfig(str(folder / "run"), class_samples=8, disable_tqdm=True)
+    reader = LocalReader(freeze(make_model("untied", 1)), VOCAB, args)
+    build_cache(prepare(pairs, tokenizer, args), reader, tokenizer, args, str(folder / "cache"))
+    return CHOICES | {"cache": CHOICES["cache"] | {"teacher_cache": str(folder / "cache")}}
+
+
+@pytest.fixture(scope="module")
+def found_by_ddp(tmp_path_factory, choices):
     """All runs of two processes in one start."""
     folder = tmp_path_factory.mktemp("ddp")
-    run_two_processes("ddp", str(folder), json.dumps(CHOICES))
-    return {choice: torch.load(folder / f"{choice}.pt") for choice in CHOICES}
+    run_two_processes("ddp", str(folder), json.dumps(choices))
+    return {choice: torch.load(folder / f"{choice}.pt") for choice in choices}
+
+
+def test_processes_read_disjoint_parts_of_a_cache(found_by_ddp):
+    first, second = (set(read) for read in found_by_ddp["cache"]["read"])
+    assert first.isdisjoint(second)
+    assert len(first) == len(second) == 8, "2 steps of 2 x 2 sequences"
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_ddp_through_the_trainer_gives_the_single_process_steps(tmp_path, tokenizer, pairs, found_by_ddp, choice):
+def test_ddp_through_the_trainer_gives_the_single_process_steps(
+    tmp_path, tokenizer, pairs, choices, found_by_ddp, choice
+):
     """Two steps: the second depends on what a policy learned from all processes in the first."""
     found = found_by_ddp[choice]
-    options = dict(per_device_train_batch_size=8) | CHOICES[choice]
+    options = dict(per_device_train_batch_size=8) | choices[choice]
     evaluation = dict(eval_dataset=pairs.select(range(5)))
     trainer = make_trainer(tmp_path, tokenizer, pairs.select(range(32)), None, None, evaluation, **TWO_STEPS, **options)
     assert found["metrics"] == pytest.approx(trainer.evaluate(), rel=1e-5)

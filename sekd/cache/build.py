@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from sekd.cache.codec import MAX_DRAWS
-from sekd.cache.readers import LocalReader, RayReaders, Reader
+from sekd.cache.readers import RayReaders, Reader, load_reader
 from sekd.cache.store import (
     MANIFEST,
     Store,
@@ -190,7 +190,7 @@ def build_of(
     check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=args.teacher_model_revision))
     config = AutoConfig.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
     load = partial(
-        LocalReader.load,
+        load_reader,
         args,
         model_init_kwargs.get("attn_implementation"),
         config.get_text_config().vocab_size,

@@ -4,6 +4,7 @@ import json
 import os
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from sekd.cache.store import MANIFEST, Store, read_manifest
 
@@ -58,7 +59,10 @@ def pull(repo: str, folder: str, revision: str | None = None) -> Store:
     Raises:
         ValueError: a repository without a cache, a folder with another cache, or bytes that are not those pushed.
     """
-    manifest = hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=revision)
+    try:
+        manifest = hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=revision)
+    except EntryNotFoundError as error:
+        raise ValueError(f"dataset repository {repo!r} holds no {MANIFEST}, so it is no cache of sekd") from error
     with open(manifest) as file:
         theirs = json.load(file)
     if os.path.exists(os.path.join(folder, MANIFEST)) and read_manifest(folder)["fingerprint"] != theirs["fingerprint"]:

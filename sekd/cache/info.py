@@ -54,10 +54,16 @@ def show_plan(positions: float, vocab: int, draws: int, fraction: float, per_row
     """Print what a cache of so many positions would take: the paper's table 6 for one's own numbers.
 
     ``per_row`` is what a cache of the same teacher took, in bytes; without it our own rows show what they take at most.
+
+    Raises:
+        ValueError: numbers that no cache can have.
     """
+    for name, value in {"positions": positions, "vocab": vocab, "draws": draws, "sample-fraction": fraction}.items():
+        if not 0 < value < math.inf or (name == "sample-fraction" and value > 1):
+            raise ValueError(f"--{name} {value} must be above 0, and a fraction at most 1")
     ours = per_row or 1 + BYTES_A_DRAW * draws
     word = "measured" if per_row else "at most"
-    title = f"cache of {positions:,.0f} positions, {vocab:,} classes, {draws} draws, {100 * fraction:g} % of samples"
+    title = f"{positions:,.0f} positions, {vocab:,} classes, {draws} draws, {100 * fraction:g} % of the samples"
     table = Table("", "bytes a position", "in all", "of Full KD's", title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"

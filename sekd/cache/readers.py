@@ -55,16 +55,6 @@ class LocalReader:
             "vocab": vocab,
         }
 
-    @classmethod
-    def load(
-        cls, args: SEKDConfig, attention: str | None, classes: int, packed: bool, device: torch.device | None = None
-    ) -> "LocalReader":
-        """The teacher that ``args`` names, on ``device``, or else on what this process sees: accelerator or CPU."""
-        teacher: Any = freeze(load_teacher(str(args.teacher_model_name_or_path), args, attention))
-        teacher = teacher.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        check_head(teacher, packed)
-        return cls(teacher, classes, args)
-
     def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
         for number, rows in parts:
             yield number, self.encode(rows)
@@ -94,6 +84,16 @@ class LocalReader:
         return key, len(counts), int((counts > 0).sum()), encode(ids.numpy(), counts, vocab, "compressed", *found)
 
 
+def load_reader(
+    args: SEKDConfig, attention: str | None, classes: int, packed: bool, device: torch.device | None = None
+) -> LocalReader:
+    """A reader of the teacher that ``args`` names, on ``device``, or else on this process's accelerator or CPU."""
+    teacher: Any = freeze(load_teacher(str(args.teacher_model_name_or_path), args, attention))
+    teacher = teacher.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    check_head(teacher, packed)
+    return LocalReader(teacher, classes, args)
+
+
 def sample_draws(key: bytes, seed: int, rows: int, draws: int) -> torch.Tensor:
     """The numbers in [0, 1) that choose the classes of a sample, [rows draws]."""
     number = int.from_bytes(hashlib.blake2b(key + seed.to_bytes(8, "little"), digest_size=8).digest(), "little")
@@ -121,7 +121,11 @@ class RayReaders:
             actor = ray.remote(max_restarts=-1, max_task_retries=3, **share)(_Actor)
             # A sum over threads rounds as their number says.
             self.actors: list[Any] = [actor.remote(load, torch.get_num_threads()) for _ in range(workers)]
-            facts = ray.get([a.facts.remote() for a in self.actors])
+            try:
+                facts = ray.get([a.facts.remote() for a in self.actors])
+            except ray.exceptions.RayActorError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise ValueError(f"a Ray worker cannot load the teacher: {reason}") from error
             if any(f != facts[0] for f in facts):
                 raise ValueError(f"the Ray workers loaded different teachers: {facts}; give them the same files")
             self.facts = facts[0]

@@ -1,0 +1,111 @@
+"""Ray's actors write the bytes that one process writes, also when one of them is killed."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCAB, make_model
+from test_cache import config, contents
+
+from sekd.cache.build import build_cache
+from sekd.cache.readers import LocalReader, RayReaders, load_reader
+from sekd.cache.store import key_of
+from sekd.cli import main
+from sekd.data import prepare
+from sekd.scores import entropy
+from sekd.teachers import CachedTeacher, LiveTeacher
+
+
+def test_a_byte_of_teacher_entropy(tmp_path, tokenizer, pairs):
+    """What a cached teacher says of a batch: its entropy, off by at most half a 255th of ln V."""
+    from sekd.data import Sample, collate
+    from sekd.types import Batch
+
+    args = config(tmp_path, cache_teacher_entropy=True, kd_temperature=2.0)
+    dataset, model = prepare(pairs, tokenizer, args), make_model("untied", 1)
+    store = build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, str(tmp_path / "cache"))
+    batch = Batch(**collate([Sample(**dataset[i]) for i in (3, 0, 7)], 122))
+    _, probs, found = CachedTeacher(store, {row["sample_id"]: key_of(row) for row in dataset}).rows(batch)
+    live = LiveTeacher(model)
+    exact = entropy(live.logits(*live.rows(batch)).log_softmax(-1))
+    assert (found - exact).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
+    assert exact.std() > 0.1
+    torch.testing.assert_close(probs.sum(1), torch.ones(len(exact)))
+
+
+@pytest.fixture
+def models(tmp_path, tokenizer, texts):
+    for name, seed in (("student", 0), ("teacher", 1)):
+        make_model("untied", seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    texts.to_json(tmp_path / "texts.jsonl")
+    return tmp_path
+
+
+class OneIsKilled:
+    """Readers of which one is killed once its first part is here."""
+
+    def __init__(self, readers):
+        self.readers, self.facts, self.killed = readers, readers.facts, []
+
+    def encode_all(self, parts):
+        for found in self.readers.encode_all(parts):
+            if not self.killed:
+                self.killed = actors()[:1]
+                os.kill(self.killed[0], signal.SIGKILL)
+            yield found
+
+
+def actors():
+    """The processes of Ray's actors of ours."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::_Actor"):
+                found.append(int(path.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_ray_builds_the_same_bytes_although_a_worker_is_killed(models, tokenizer, texts):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    args = config(models / "run", teacher_model_name_or_path=str(models / "teacher"), cache_teacher_entropy=True)
+    dataset = prepare(texts, tokenizer, args)
+    load = partial(load_reader, args, None, VOCAB, True)
+    build_cache(dataset, load(args.device), tokenizer, args, str(models / "here"), shard_samples=2)
+    gone = config(models / "run", teacher_model_name_or_path=str(models / "gone"))
+    with pytest.raises(ValueError, match=r"a Ray worker cannot load the teacher: .*gone"):
+        RayReaders(1, partial(load_reader, gone, None, VOCAB, True))
+    readers = RayReaders(2, load)
+    try:
+        assert len(actors()) == 2
+        killing = OneIsKilled(readers)
+        build_cache(dataset, killing, tokenizer, args, str(models / "ray"), shard_samples=2)
+    finally:
+        readers.close()
+    assert len(list((models / "ray").glob("shard-*.arrow"))) > 8
+    assert killing.killed
+    assert contents(models / "ray") == contents(models / "here")
+    assert not actors()
+
+
+@pytest.mark.slow
+def test_the_command_builds_through_ray(models, capsys):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    (models / "recipe.yaml").write_text(
+        f"output_dir: {models}/run\nmodel_name_or_path: {models}/student\nmax_length: 40\nreport_to: none\n"
+        f"teacher_model_name_or_path: {models}/teacher\ndataset_name: {models}/texts.jsonl\nrollout_engine: hf\n"
+    )
+    build = ["cache", "build", str(models / "recipe.yaml"), "--output"]
+    assert main([*build, str(models / "ray"), "--engine", "ray", "--num-workers", "2", "--seed", "3"]) == 0
+    assert "bytes a row" in capsys.readouterr().out
+    assert main([*build, str(models / "here"), "--seed", "3"]) == 0
+    assert contents(models / "ray") == contents(models / "here")
+    assert main([*build, str(models / "more"), "--num-workers", "2"]) == 2
+    assert "--num-workers 2: it is the number of Ray actors; add --engine ray" in capsys.readouterr().err
+    assert not (models / "more").exists()
