@@ -114,7 +114,7 @@ def one_seed(options: argparse.Namespace, train: Dataset, held_out: Dataset, see
         trainer = SEKDTrainer(options.student, args=args, train_dataset=train)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return trainer.model
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
     def evaluate(student: Any) -> dict[str, float]:
         trainer = SEKDTrainer(student, args=full, train_dataset=held_out, eval_dataset=held_out)

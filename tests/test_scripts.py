@@ -1,4 +1,4 @@
-"""The study runs, resumes where it stopped, and refuses to mix settings."""
+"""The benchmarks print their tables; the study runs, resumes where it stopped, and refuses to mix settings."""
 
 import csv
 import json
@@ -15,21 +15,27 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def study(tmp_path, tokenizer, texts):
-    pytest.importorskip("matplotlib", reason="the tables' plot needs the extra `report`")
+def run(tmp_path, tokenizer, texts):
+    """A function that runs a script on tiny models."""
     for name, seed in (("student", 0), ("teacher", 1)):
         make_model("untied", seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     texts.to_json(tmp_path / "text.jsonl")
 
-    def run(*options):
-        command = [sys.executable, str(ROOT / "scripts" / "study_selection.py")]
-        command += [str(tmp_path / part) for part in ("student", "teacher", "text.jsonl")]
-        command += ["--output_dir", str(tmp_path / "study"), "--max_length", "32", "--eval_samples", "4", *options]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    def run(script, *options, text=True):
+        command = [sys.executable, str(ROOT / "scripts" / script), str(tmp_path / "student"), str(tmp_path / "teacher")]
+        command += [str(tmp_path / "text.jsonl")] * text + [*options]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
-    return tmp_path / "study", run
+    return run
+
+
+@pytest.fixture
+def study(tmp_path, run):
+    pytest.importorskip("matplotlib", reason="the tables' plot needs the extra `report`")
+    options = ["--output_dir", str(tmp_path / "study"), "--max_length", "32", "--eval_samples", "4"]
+    return tmp_path / "study", lambda *more: run("study_selection.py", *options, *more)
 
 
 def test_the_study_resumes_and_writes_its_tables(study):
@@ -51,3 +57,33 @@ def test_the_study_resumes_and_writes_its_tables(study):
     other = run("--steps", "3", "--seeds", "1", "--methods", "Full KD")
     assert other.returncode != 0
     assert "is of a study with other settings (before, now): {'steps': (2, 3)}" in other.stderr
+
+
+def test_bench_step(run):
+    done = run("bench_step.py", "--tokens", "16", "--rounds", "1", text=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SE-KD 20%" in done.stdout
+    assert "Full KD, dense logits" in done.stdout
+
+
+def test_bench_cache(run):
+    done = run("bench_cache.py", "--max_length", "32", "--sequences", "16", "--class_samples", "16", "--rounds", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if "on disk, everything counted" in line)
+    stored = float(line.split("│")[2].split()[0])
+    assert 10 < stored < 100
+    assert "build over the bare forward" in done.stdout
+
+
+def test_bench_3x_goes_on_where_it_stopped(run, tmp_path):
+    options = ["--max_length", "32", "--sequences", "20", "--eval_samples", "4", "--class_samples", "16"]
+    options += ["--output_dir", str(tmp_path / "bench"), "--batch", "4", "--seeds"]
+    assert run("bench_3x.py", *options, "1").returncode == 0
+    first = (tmp_path / "bench" / "1.json").stat().st_mtime_ns
+    done = run("bench_3x.py", *options, "1", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "bench" / "1.json").stat().st_mtime_ns == first, "a finished seed was repeated"
+    result = json.loads((tmp_path / "bench" / "2.json").read_text())
+    assert result["seconds"].keys() == {"Full KD", "scoring", "construction", "cached training"}
+    assert result["held out"]["SE-KD_3X"]["perplexity"] > 1
+    assert "SE-KD_3X, cache reused" in done.stdout

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""How fast the teacher cache is built and read, and how far its size is from an ideal coder's.
+
+    python scripts/bench_cache.py STUDENT TEACHER 'text/*.jsonl' [--sequences 64] [--rounds 5]
+
+`bare forward` is the teacher's own forward with logits, a sample at a time as the build reads them; `build` is all that
+`sekd cache build` does with them. They take turns within a round; medians over rounds are printed. `train` is a step
+from the cache, forward and backward, on 20 % of the positions. The floor is the order-0 entropy of what is stored: the
+number of classes of a row, its ids as a set, and their counts, each under its own frequencies in this very cache, whose
+tables are not counted.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from sekd import SEKDConfig
+from sekd.cache.build import build_cache
+from sekd.cache.codec import Decoded, encode
+from sekd.cache.readers import LocalReader
+from sekd.cache.store import Store, key_of, write_shard
+from sekd.data import Sample, collate, load_rows, prepare
+from sekd.distill import Method, distill
+from sekd.models import freeze, load_model, run_inside, vocab_rows
+from sekd.teachers import CachedTeacher
+from sekd.types import Batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("teacher")
+    parser.add_argument("text", help="json, jsonl, csv or parquet files with a text column")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--class_samples", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        bench(options, folder)
+
+
+def bench(options: argparse.Namespace, folder: str) -> None:
+    """Time everything on the first sequences of the text, and print the tables."""
+    args = SEKDConfig(
+        os.path.join(folder, "run"),
+        max_length=options.max_length,
+        max_prompt_length=options.max_length - 1,
+        class_selection="rs_kd",
+        class_samples=options.class_samples,
+        disable_tqdm=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.student)
+    dataset = prepare(load_rows(options.text), tokenizer, args).take(options.sequences)
+    student = load_model(options.student, dtype=torch.float32).to(args.device).train()
+    teacher: Any = freeze(load_model(options.teacher, dtype=torch.bfloat16)).to(args.device)
+    reader = LocalReader(teacher, vocab_rows(student), args)
+    samples = [Sample(**row) for row in dataset]
+    inputs = [Batch(**{k: v.to(args.device) for k, v in collate([s], 0).items()}) for s in samples]
+    numbers = itertools.count()
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in inputs:
+            teacher(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+
+    def build() -> Store:
+        return build_cache(dataset, reader, tokenizer, args, os.path.join(folder, f"cache{next(numbers)}"))
+
+    store = build()
+    keys = [key_of(row) for row in dataset]
+    decoded = [store.read(key) for key in keys]
+    encoded = reader.encode(list(dataset))
+    method = Method.of(args, reader.facts["vocab"])
+    source = CachedTeacher(store, {row["sample_id"]: key for row, key in zip(dataset, keys, strict=True)})
+    batches = [
+        Batch(**{k: v.to(args.device) for k, v in collate(samples[i : i + options.batch], 0).items()})
+        for i in range(0, len(samples), options.batch)
+    ]
+
+    def train() -> None:
+        for batch in batches:
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+                loss, _ = run_inside(student, lambda b: distill(student, source, b, method), batch)
+            loss.backward()
+            student.zero_grad()
+
+    vocab = reader.facts["vocab"]
+    work: dict[str, Callable[[], Any]] = {
+        "bare forward": bare,
+        "build": build,
+        "train": train,
+        "encode": lambda: [encode(d.ids, d.counts.astype(np.int64), vocab) for d in decoded],
+        "write, synced": lambda: write_shard(os.path.join(folder, "shard.arrow"), encoded),
+        "open": lambda: Store(store.folder),
+        "read and decode": lambda: [store.read(key) for key in keys],
+        "to tensors": lambda: [source.rows(batch) for batch in batches],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(options.rounds + 1):  # the first round warms up
+        for name, function in work.items():
+            started = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - started)
+    show(store, decoded, {name: statistics.median(times[1:]) for name, times in seconds.items()})
+
+
+def show(store: Store, decoded: list[Decoded], seconds: dict[str, float]) -> None:
+    """Print rows a second, the ratios that matter, and sizes beside the floor."""
+    rows = sum(len(d.ids) for d in decoded)
+    speed = Table("", "rows a second", title=f"{rows:,} rows, medians", title_justify="left")
+    for name, second in seconds.items():
+        speed.add_row(name, f"{rows / second:,.0f}")
+    overhead = seconds["build"] / seconds["bare forward"] - 1
+    speed.add_section()
+    speed.add_row("build over the bare forward", f"{100 * overhead:+.0f} %")
+    faster = seconds["train"] / seconds["to tensors"]
+    speed.add_row("to tensors, of training's speed", f"{faster:,.0f}x")
+    size = Table("", "bytes a row", title="size", title_justify="left")
+    stored = sum(shard["bytes"] for shard in store.manifest["shards"]) / rows
+    for name, bits in (parts := floor(decoded)).items():
+        size.add_row(f"{name}, order-0 entropy", f"{bits / 8 / rows:.1f}")
+    total = sum(parts.values()) / 8 / rows
+    size.add_row("floor: their sum", f"{total:.1f}")
+    size.add_row("on disk, everything counted", f"{stored:.1f} ({stored / total:.2f} of the floor)")
+    draws, vocab = store.fingerprint["class_samples"], store.fingerprint["vocab"]
+    size.add_row("fixed slots, 3 bytes a draw", f"{3 * draws}")
+    size.add_row("full fp16 logits", f"{2 * vocab:,}")
+    for table in (speed, size):
+        for column in table.columns[1:]:
+            column.justify = "right"
+        Console().print(table)
+
+
+def floor(decoded: list[Decoded]) -> dict[str, float]:
+    """Bits of all rows under an ideal order-0 coder of each kind of number."""
+    used = [d.counts > 0 for d in decoded]
+    lengths = np.concatenate([u.sum(1) for u in used])
+    ids = np.concatenate([d.ids[u] for d, u in zip(decoded, used, strict=True)])
+    counts = np.concatenate([d.counts[u] for d, u in zip(decoded, used, strict=True)])
+    # The order of a row's classes says nothing: log2 k! bits less.
+    orders = np.cumsum(np.log2(np.arange(1, lengths.max() + 1)))[lengths - 1].sum()
+    return {
+        "number of classes": entropy_bits(lengths),
+        "ids as a set": entropy_bits(ids) - float(orders),
+        "counts": entropy_bits(counts),
+    }
+
+
+def entropy_bits(values: np.ndarray) -> float:
+    _, found = np.unique(values, return_counts=True)
+    return float(-(found * np.log2(found / found.sum())).sum())
+
+
+if __name__ == "__main__":
+    main()
