@@ -27,6 +27,7 @@ from sekd.teachers import LiveTeacher
 from sekd.types import Batch
 
 CHUNK_ROWS = 256
+RETRIES = 3
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -118,7 +119,7 @@ class RayReaders:
         try:
             there = ray.cluster_resources()
             share = {f"num_{name.lower()}s": min(1, there.get(name, 0) / workers) for name in ("CPU", "GPU")}
-            actor = ray.remote(max_restarts=-1, max_task_retries=3, **share)(_Actor)
+            actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(_Actor)
             # A sum over threads rounds as their number says.
             self.actors: list[Any] = [actor.remote(load, torch.get_num_threads()) for _ in range(workers)]
             try:
@@ -145,7 +146,14 @@ class RayReaders:
             (done,), _ = self.ray.wait(list(running))
             number, actor = running.pop(done)
             free.append(actor)
-            yield number, self.ray.get(done)
+            try:
+                samples = self.ray.get(done)
+            except self.ray.exceptions.RayActorError as error:
+                raise RuntimeError(
+                    f"the Ray worker of shard {number} died {1 + RETRIES} times, out of memory perhaps; the finished "
+                    "shards stay, and the same command goes on"
+                ) from error
+            yield number, samples
 
     def close(self) -> None:
         """End the actors, and the Ray that was started here."""
