@@ -39,7 +39,11 @@ class Head:
 
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in float32."""
-        return self.finish(self.projection(hidden)[:, : self.vocab])
+        return self.finish(self.project(hidden))
+
+    def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """The linear layer alone, in its own type; :meth:`finish` makes logits of what it gives."""
+        return self.projection(hidden)[:, : self.vocab]
 
     def converted(self) -> "Head":
         """The same head with its weight converted to autocast's type now, and not again for each chunk of rows.

@@ -26,7 +26,8 @@ from sekd.scores import entropy
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
 
-CHUNK_ROWS = 256
+# Whatever head_chunk_rows is: the last bits of a logit may depend on how many rows pass the head with it.
+CHUNK_ROWS, FEW_ROWS = 256, 16
 RETRIES = 3
 Rows = Sequence[Mapping[str, Any]]
 
@@ -47,8 +48,7 @@ class LocalReader:
     def __init__(self, teacher: Any, classes: int, args: SEKDConfig) -> None:
         vocab = min(classes, vocab_rows(teacher))
         self.teacher = LiveTeacher(teacher, vocab)
-        # Fixed chunks: the last bits of a logit may depend on how many rows pass the head with it.
-        self.method = replace(Method.of(args, vocab), class_selection="rs_kd", chunk_rows=CHUNK_ROWS)
+        self.method = replace(Method.of(args, vocab), class_selection="rs_kd")
         self.with_entropy = args.cache_teacher_entropy
         self.facts = {
             "weights": weights_fingerprint(teacher),
@@ -66,23 +66,34 @@ class LocalReader:
 
     @torch.no_grad()
     def _encode(self, row: Mapping[str, Any]) -> Encoded:
+        head, method = self.teacher.head, self.method
         device: Any = self.teacher.model.device
         inputs = collate([Sample(**row)], 0)
-        hidden = self.teacher.rows(Batch(**{name: tensor.to(device) for name, tensor in inputs.items()}))
-        key, method = key_of(row), self.method
+        batch = {name: tensor.to(device) for name, tensor in inputs.items()}
+        (hidden,), key = self.teacher.rows(Batch(**batch)), key_of(row)
 
-        def of_chunk(draws: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-            logits = self.teacher.logits(*hidden)
+        def of_chunk(projected: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
+            logits = head.finish(projected)
             target = drawn(logits, draws, method)
             columns = target.ids, target.probs
             return (*columns, entropy(logits.log_softmax(-1))) if self.with_entropy else columns
 
-        draws = sample_draws(key, method.seed, len(hidden[0]), method.class_samples)
-        ids, probs, *entropies = (t.cpu() for t in in_chunks(of_chunk, (draws.to(device), *hidden), method.chunk_rows))
+        draws = sample_draws(key, method.seed, len(hidden), method.class_samples).to(device)
+        # A CPU multiplies many rows faster, and takes the softmax of few rows faster, since these stay in its cache.
+        few = FEW_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
+        found = [
+            in_chunks(of_chunk, (head.project(some), their_draws), few)
+            for some, their_draws in zip(hidden.split(CHUNK_ROWS), draws.split(CHUNK_ROWS), strict=True)
+        ]
+        ids, probs, *entropies = (torch.cat(column).cpu() for column in zip(*found, strict=True))
         counts = (probs * method.class_samples).round().long().numpy()
-        vocab = self.teacher.head.classes
-        found = [entropy_to_bytes(e, vocab) for e in entropies]
-        return key, len(counts), int((counts > 0).sum()), encode(ids.numpy(), counts, vocab, "compressed", *found)
+        codes = [entropy_to_bytes(e, head.classes) for e in entropies]
+        return (
+            key,
+            len(counts),
+            int((counts > 0).sum()),
+            encode(ids.numpy(), counts, head.classes, "compressed", *codes),
+        )
 
 
 def load_reader(
