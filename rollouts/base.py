@@ -10,6 +10,10 @@ Weights = nn.Module | Iterable[tuple[str, Tensor]]
 """A model, or its weights under their checkpoint names."""
 
 
+class RolloutError(RuntimeError):
+    """No rollout came within the time that was given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion and how it came about.

@@ -77,13 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sekd: stopped", file=sys.stderr)
         return 130
-    except (_WrongInput, FloatingPointError) as error:
+    except (_WrongInput, _Stopped, FloatingPointError) as error:
         print(f"sekd: {error}", file=sys.stderr)
         return 2 if isinstance(error, _WrongInput) else 1
 
 
 class _WrongInput(Exception):
     """What a user gave cannot work; the message says why."""
+
+
+class _Stopped(Exception):
+    """Training stopped for a reason outside of it; the message says why."""
 
 
 @contextmanager
@@ -99,9 +103,13 @@ def run_train(options: argparse.Namespace) -> int:
     """``sekd train``."""
     with reading_input():
         trainer, resume = build(options.recipe, options.overrides)
+    from rollouts import RolloutError
+
     try:
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
+    except RolloutError as error:
+        raise _Stopped(f"{error}. --resume_from_checkpoint true goes on from here") from error
     finally:
         trainer.close()
     if trainer.is_world_process_zero():

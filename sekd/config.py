@@ -21,7 +21,7 @@ from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES, READS, options_of
 from sekd.scores import NORMALIZATIONS, SCORES, Scoring, make_scoring
 
-ENGINES = ("vllm", "hf")
+ENGINES = ("vllm", "vllm_server", "hf")
 
 
 def _help(text: str) -> dict:
@@ -160,6 +160,13 @@ class SEKDConfig(TrainingArguments):
 
     # Rollouts
     rollout_engine: str = field(default="vllm", metadata=_help(f"Who generates: {', '.join(ENGINES)}."))
+    rollout_server_urls: list[str] = field(
+        default_factory=lambda: ["http://127.0.0.1:8000"],
+        metadata=_help("Servers of rollout_engine vllm_server (scripts/serve_student.sh); they share the load."),
+    )
+    rollout_timeout: float = field(
+        default=600.0, metadata=_help("Seconds to wait for a rollout server: at the start, and for each answer.")
+    )
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 0 is greedy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus sampling: smallest set of this mass."))
     top_k: int = field(default=0, metadata=_help("Sample from the k likeliest tokens; 0 is all."))
@@ -217,6 +224,12 @@ class SEKDConfig(TrainingArguments):
         for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.rollout_timeout <= 0:
+            raise ValueError(f"rollout_timeout {self.rollout_timeout} must be above 0 seconds")
+        if bad := [url for url in self.rollout_server_urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"rollout_server_urls: {bad[0]!r} is no address; write http://127.0.0.1:8000")
+        if not self.rollout_server_urls and self.rollout_engine == "vllm_server":
+            raise ValueError("rollout_server_urls is empty: name the servers of rollout_engine vllm_server")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{prompt}}, the place of the prompt")
         if self.torch_compile:

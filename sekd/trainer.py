@@ -24,13 +24,13 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from rollouts import Rollout, RolloutEngine
+from rollouts import Rollout, RolloutEngine, RolloutError, VLLMServerEngine
 from sekd.checks import check_inputs
 from sekd.config import SEKDConfig
 from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
 from sekd.distill import Method, distill, kl_of_chosen
 from sekd.evaluate import held_out_sums, metrics_of
-from sekd.generation import make_engine
+from sekd.generation import check_served, make_engine
 from sekd.models import (
     check_head,
     check_head_columns,
@@ -249,7 +249,6 @@ class SEKDTrainer(Trainer):
     def _roll_out(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The same samples with completions by the student as it is now, from one call of the engine."""
         samples = [s for micro_batch in micro_batches for s in micro_batch]
-        self.engine = self.engine or make_engine(self.model, self.processing_class, self.args)
         started = time.monotonic()
         rollouts = self._generate(samples, self.state.global_step)
         lengths = [len(r.completion_ids) for r in rollouts]
@@ -270,11 +269,18 @@ class SEKDTrainer(Trainer):
         return [[next(new) for _ in micro_batch] for micro_batch in micro_batches]
 
     def _generate(self, samples: list[Sample], step: int) -> list[Rollout]:
-        assert self.engine is not None
-        shares_the_model = getattr(self.engine, "model", None) is unwrap(self.model)
-        self.engine.sync_weights(unwrap(self.model) if shares_the_model else full_weights(self.model_wrapped), step)
-        with self.accelerator.autocast():
-            return self.engine.generate([s.input_ids[: s.prompt_length] for s in samples])
+        is_new, prompts = self.engine is None, [s.input_ids[: s.prompt_length] for s in samples]
+        engine = self.engine = self.engine or make_engine(self.model, self.processing_class, self.args)
+        shares_the_model = getattr(engine, "model", None) is unwrap(self.model)
+        try:
+            engine.sync_weights(unwrap(self.model) if shares_the_model else full_weights(self.model_wrapped), step)
+            with self.accelerator.autocast():
+                if is_new and isinstance(engine, VLLMServerEngine):
+                    check_served(engine, self.model, prompts)
+                return engine.generate(prompts)
+        except RolloutError:
+            self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
+            raise
 
     # Around the steps
 
@@ -320,7 +326,6 @@ class SEKDTrainer(Trainer):
             data = self._prepare_data(data, self.processing_class, self.args)
         samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
-            self.engine = self.engine or make_engine(self.model, self.processing_class, self.args)
             # A step of its own for the seeds: the same noise at each evaluation, and none that training used.
             samples = [*map(from_rollout, samples, self._generate(samples, -1))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Serves a student for rollouts with vLLM's own server, in a terminal of its own; on a CPU too.
+#   bash scripts/serve_student.sh STUDENT [--port 8000] [--max-model-len 768] [more options of vLLM's server]
+# It listens on this machine only, since whoever reaches it can replace its weights; --host 0.0.0.0 opens it to a
+# network that you trust. The trainer sends weights as files, so both must see the run's output_dir.
+set -euo pipefail
+
+if (($# == 0)); then
+  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+fi
+student=$1
+shift
+port=8000
+arguments=("$@")
+for ((i = 0; i < $#; i++)); do
+  case ${arguments[i]} in
+    --port) port=${arguments[i + 1]:-} ;;
+    --port=*) port=${arguments[i]#*=} ;;
+  esac
+done
+python=$(dirname -- "${BASH_SOURCE[0]}")/../.venv/bin/python
+[[ -x $python ]] || python=python3
+
+options=(--enforce-eager)
+if ! nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
+  # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
+  options+=(--no-enable-chunked-prefill --max-num-batched-tokens 8192 --dtype bfloat16)
+  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
+fi
+export VLLM_SERVER_DEV_MODE=1 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
+
+cat <<LINES
+Add to the recipe:
+  model_name_or_path: $student
+  rollout_engine: vllm_server
+  rollout_server_urls: [http://127.0.0.1:$port]
+LINES
+exec "$python" -m vllm.entrypoints.openai.api_server --model "$student" --host 127.0.0.1 "${options[@]}" "$@"

@@ -1,0 +1,296 @@
+"""The server engine against a real vLLM server, also where it misbehaves, dies and comes back."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, make_tokenizer, make_vllm_model
+from test_rollouts import PROMPTS, model_logps
+from test_trainer import make_trainer, trained_weights
+from transformers import TrainerCallback
+
+from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMServerEngine
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+]
+
+
+class Server:
+    """`scripts/serve_student.sh` on a free port; it can be killed and started again."""
+
+    def __init__(self, model):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.model, self.url = str(model), f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = ["bash", str(ROOT / "scripts" / "serve_student.sh"), self.model, "--port", str(self.port)]
+        with open(f"{self.model}.log", "w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--max-model-len", "64"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "model"
+    make_vllm_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    found = Server(folder)
+    yield found
+    found.kill()
+
+
+@pytest.fixture
+def connect(server, tmp_path):
+    """A function that makes an engine of the server, or of other addresses."""
+    engines = []
+
+    def make(*urls, **options):
+        settings = dict(weights_folder=str(tmp_path / "weights"), max_completion_length=16, max_prompt_length=32)
+        settings |= dict(stop_token_ids=[EOS], timeout=240.0)
+        engines.append(VLLMServerEngine(urls or server.url, **settings | options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def largest_difference(engine, model, sequences):
+    bf16 = make_vllm_model().bfloat16()
+    bf16.load_state_dict(model.state_dict())
+    served = [torch.tensor(engine.logprobs(ids, engine.urls[0])) for ids in sequences]
+    return max((s - model_logps(bf16, ids)).abs().max().item() for s, ids in zip(served, sequences, strict=True))
+
+
+def test_log_probabilities_agree_after_a_sync_and_not_without(connect, tmp_path):
+    engine, model = connect(), make_vllm_model(3)
+    assert isinstance(engine, RolloutEngine)
+    engine.sync_weights(model, 0)
+    sequences = [r.prompt_ids + r.completion_ids for r in engine.generate([[i, i + 1, i + 2] for i in range(40)])]
+    assert sum(map(len, sequences)) > 500
+    assert largest_difference(engine, model, sequences) < 0.05
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    assert largest_difference(engine, model, sequences) > 0.2, "a skipped sync must show"
+    engine.sync_weights(model, 1)
+    assert largest_difference(engine, model, sequences) < 0.05
+    assert len(list((tmp_path / "weights").iterdir())) == 1, "old weights are removed"
+    engine.close()
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_rollouts_are_in_order_repeatable_and_stop(connect):
+    engine = connect()
+
+    def two_rounds(step):
+        engine.sync_weights(make_vllm_model(1), step)
+        return [engine.generate(PROMPTS * 5) for _ in range(2)]
+
+    first, second = two_rounds(7)
+    assert [r.prompt_ids for r in first] == PROMPTS * 5
+    assert {r.weights_step for r in first} == {7}
+    assert [r.completion_ids for r in first] != [r.completion_ids for r in second]
+    assert two_rounds(7) == [first, second]
+    for rollout in first + second:
+        assert (rollout.finish_reason == "stop") == (rollout.completion_ids[-1] == EOS)
+        assert EOS not in rollout.completion_ids[:-1]
+
+
+def test_greedy_tokens_are_those_of_transformers(connect):
+    model = make_vllm_model(1)
+    engine = connect(temperature=0.0, max_completion_length=8)
+    engine.sync_weights(model, 0)
+    bf16 = make_vllm_model(1).bfloat16()
+    expected = HFEngine(bf16, temperature=0.0, max_completion_length=8, stop_token_ids=[EOS]).generate(PROMPTS)
+    assert [r.completion_ids for r in engine.generate(PROMPTS)] == [r.completion_ids for r in expected]
+
+
+class Faulty(ThreadingHTTPServer):
+    """Stands before the real server, and spoils the completions that ``spoil`` says."""
+
+    daemon_threads = True
+
+    def __init__(self, target, spoil):
+        self.target, self.spoil, self.asked, self.lock = target, spoil, 0, threading.Lock()
+        super().__init__(("127.0.0.1", 0), Between)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Between(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        request = urllib.request.Request(
+            self.server.target + self.path, body or None, {"Content-Type": "application/json"}, method=self.command
+        )
+        with self.server.lock:
+            self.server.asked += "/completions" in self.path
+            number = self.server.asked
+        with urllib.request.urlopen(request) as response:
+            status, content = response.status, response.read()
+        if "/completions" in self.path:
+            status, content = self.server.spoil(number, status, content)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.headers["Content-Length"] = self.headers["Content-Length"] or "0"
+        self.do_POST()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def spoil_error(content):
+    return 500, b'{"error": "out of memory"}'
+
+
+def spoil_garbage(content):
+    return 200, b"<html>it works</html>"
+
+
+def spoil_fewer(content):
+    return 200, json.dumps(json.loads(content) | {"choices": []}).encode()
+
+
+def spoil_other_prompt(content):
+    answer = json.loads(content)
+    answer["choices"][0]["prompt_token_ids"] = [9, 9]
+    return 200, json.dumps(answer).encode()
+
+
+def spoil_hang(content):
+    time.sleep(6)
+    return 200, content
+
+
+FAULTS = [spoil_error, spoil_garbage, spoil_fewer, spoil_other_prompt, spoil_hang]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_faulty_server_spoils_is_asked_again(connect, server, fault):
+    """Every third of the first 12 answers is spoiled; the rollouts are those of a good server."""
+    good = connect()
+    good.sync_weights(make_vllm_model(1), 2)
+    expected = good.generate(PROMPTS * 3)
+    faulty = Faulty(server.url, lambda n, s, c: fault(c) if n <= 12 and n % 3 == 0 else (s, c))
+    engine = connect(faulty.url, request_timeout=3.0)
+    engine.sync_weights(make_vllm_model(1), 2)
+    assert engine.generate(PROMPTS * 3) == expected
+    assert faulty.asked > 12, "spoiled ones were asked again"
+    faulty.shutdown()
+
+
+def test_a_server_that_stays_faulty_is_named(connect, server):
+    faulty = Faulty(server.url, lambda n, s, c: spoil_error(c))
+    engine = connect(faulty.url)
+    engine.sync_weights(make_vllm_model(1), 2)
+    engine.timeout = 2.0
+    with pytest.raises(RolloutError, match=r"missing completions within 2 s.*127.0.0.1.*answered 500.*out of memory"):
+        engine.generate(PROMPTS)
+    faulty.shutdown()
+
+
+def test_a_dead_server_leaves_its_share_to_the_other(connect, server):
+    faulty = Faulty(server.url, lambda n, s, c: (s, c))
+    engine = connect(server.url, faulty.url)
+    engine.sync_weights(make_vllm_model(1), 2)
+    expected = engine.generate(PROMPTS * 3)
+    assert 0 < faulty.asked < 12, "both took part"
+    engine.sync_weights(make_vllm_model(1), 2)
+    faulty.shutdown()
+    faulty.server_close()
+    assert engine.generate(PROMPTS * 3) == expected
+
+
+def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenizer, pairs):
+    with pytest.raises(RolloutError, match=r"rollout server http://127.0.0.1:9 did not answer within 1 s .*; start it"):
+        connect("http://127.0.0.1:9", timeout=1.0)
+    with pytest.raises(
+        ValueError, match=r"has a context of 64 tokens, .* take up to 132; start it with --max-model-len 132"
+    ):
+        connect(max_prompt_length=100, max_completion_length=32)
+    with pytest.raises(ValueError, match="cannot load the student's weights: it serves another model"):
+        connect().sync_weights(make_vllm_model(vocab=256), 0)
+    options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_server_urls=[server.url], max_prompt_length=32)
+    wider = make_vllm_model(intermediate=128)  # vLLM takes the part of its weights that fits, and says nothing
+    trainer = make_trainer(tmp_path, tokenizer, pairs, wider, make_vllm_model(2), **options)
+    with pytest.raises(ValueError, match=r"computes other probabilities than the student .* it serves another model"):
+        trainer.train()
+
+
+SERVED = dict(lmbda=1.0, rollout_engine="vllm_server", max_completion_length=8, max_prompt_length=16, temperature=1.0)
+
+
+def served_trainer(folder, server, tokenizer, pairs, callbacks=(), **choices):
+    options = SERVED | dict(rollout_server_urls=[server.url], per_device_train_batch_size=2, rollout_timeout=240.0)
+    models = make_vllm_model(), make_vllm_model(1)
+    return make_trainer(folder, tokenizer, pairs, *models, dict(callbacks=[*callbacks]), **options | choices)
+
+
+class Record(TrainerCallback):
+    """The samples and weights of each step; kills the server before one of them."""
+
+    def __init__(self, server=None, at=None):
+        self.server, self.at, self.seen = server, at, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
+        if state.global_step == self.at:
+            self.server.kill()
+            self.server.start()
+
+
+def test_200_steps_with_a_restart_are_200_steps_without(tmp_path, server, tokenizer, pairs):
+    """The same weights at the end: every sample came once, in its order, from the student as it was then."""
+    plain = served_trainer(tmp_path / "plain", server, tokenizer, pairs, max_steps=200)
+    expected = trained_weights(plain)
+    restarting = Record(server, at=100)
+    cut = served_trainer(tmp_path / "cut", server, tokenizer, pairs, [restarting], max_steps=200)
+    found = trained_weights(cut)
+    assert restarting.seen == list(range(200))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (plain, cut)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_goes_on(tmp_path, server, tokenizer, pairs):
+    whole = trained_weights(served_trainer(tmp_path / "whole", server, tokenizer, pairs, max_steps=6))
+    gone = Faulty(server.url, lambda n, s, c: spoil_error(c) if n > 6 else (s, c))
+    options = dict(max_steps=6, rollout_server_urls=[gone.url], rollout_timeout=2.0)
+    trainer = served_trainer(tmp_path / "cut", server, tokenizer, pairs, **options)
+    with pytest.raises(RolloutError, match="answered 500"):
+        trainer.train()
+    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    assert 0 < trainer.state.global_step < 6
+    assert checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+    resumed = served_trainer(tmp_path / "cut", server, tokenizer, pairs, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, weight in resumed.model.named_parameters():
+        torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-5, atol=1e-6)
+    gone.shutdown()
