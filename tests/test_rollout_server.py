@@ -238,6 +238,9 @@ def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenize
         connect().sync_weights(make_vllm_model(vocab=256), 0)
     options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_server_urls=[server.url], max_prompt_length=32)
     wider = make_vllm_model(intermediate=128)  # vLLM takes the part of its weights that fits, and says nothing
+    with torch.no_grad():
+        for layer in wider.model.layers:
+            layer.mlp.down_proj.weight.mul_(50)
     trainer = make_trainer(tmp_path, tokenizer, pairs, wider, make_vllm_model(2), **options)
     with pytest.raises(ValueError, match=r"computes other probabilities than the student .* it serves another model"):
         trainer.train()
