@@ -45,7 +45,10 @@ def _inverse_transform(probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"])
     # About the fewest values to add up, V / size + U * size; vocabularies are often multiples of a power of 2.
     size = 1 << max(math.isqrt(vocab // draws.shape[1]).bit_length() - 1, 0)
     blocks = (nn.functional.pad(probs, (0, -vocab % size)) if vocab % size else probs).unflatten(1, (-1, size))
-    block, rest = _first_over(blocks.sum(-1), draws)
+    sums = blocks.sum(-1, dtype=torch.float32)
+    if not ((sums.sum(-1) > 0) & sums.isfinite().all(-1)).all():
+        raise FloatingPointError("the teacher's distribution is not finite at some position")
+    block, rest = _first_over(sums, draws)
     inside, _ = _first_over(blocks.gather(1, block[..., None].expand(-1, -1, size)), rest[..., None])
     return block * size + inside[..., 0]
 

@@ -273,9 +273,13 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, 
     from sekd.config import SEKDConfig
 
     if not os.path.isfile(recipe):
-        raise ValueError(f"recipe {recipe!r}: no such file")
-    with open(recipe) as file:
-        keys = yaml.safe_load(file)
+        what = "is a folder; a recipe is a YAML file" if os.path.isdir(recipe) else "no such file"
+        raise ValueError(f"recipe {recipe!r}: {what}")
+    try:
+        with open(recipe) as file:
+            keys = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"recipe {recipe!r} is not a mapping of keys to values")
     records = (ScriptArguments, SEKDConfig, ModelConfig)

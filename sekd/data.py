@@ -83,7 +83,9 @@ def load_rows(
     if streaming:
         raise ValueError(f"split {split!r} slices a stream, whose length is unknown; set dataset_streaming: false")
     spans = ReadInstruction.from_spec("train" + split[split.index("[") :]).to_absolute({"train": len(dataset)})
-    return dataset.select([i for span in spans for i in range(span.from_ or 0, span.to or len(dataset))])
+    return dataset.select(
+        [i for span in spans for i in range(span.from_ or 0, len(dataset) if span.to is None else span.to)]
+    )
 
 
 def prepare(

@@ -117,7 +117,11 @@ def distill(
             target = trim(SparseTargets(*teacher_rows[:2]))
         else:
             draws = uniform((weights > 0).sum(1) * method.class_samples, generator, torch.float64)
-            target = sparse_targets(teacher, teacher_rows, draws.view(-1, method.class_samples).to(rows.device), method)
+            draws = draws.view(-1, method.class_samples).to(rows.device)
+            try:
+                target = sparse_targets(teacher, teacher_rows, draws, method)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} of samples {batch.sample_ids.tolist()}") from error
         losses, divergences, found = sparse_losses(head, rows, targets, target, method, step)
 
     sums = {

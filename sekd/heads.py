@@ -51,10 +51,9 @@ class Head:
         Only a plain linear layer is: one that hooks or wrappers know about is called as it is.
         """
         linear = self.projection
-        device = next(linear.parameters()).device.type
-        if not torch.is_autocast_enabled(device) or not _is_plain(linear):
+        if not _is_plain(linear) or not torch.is_autocast_enabled(linear.weight.device.type):
             return self
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(linear.weight.device.type)
         return self if linear.weight.dtype == dtype else replace(self, projection=_Converted(linear, dtype))
 
     def finish(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:

@@ -118,6 +118,11 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
             f"teacher_cache {store.folder!r} is of teacher {theirs[0]!r}, revision {theirs[1]}; the recipe names "
             f"{ours[0]!r}, revision {ours[1]}, in teacher_model_name_or_path"
         )
+    if ours[0] is not None and args.teacher_dtype not in ("auto", found["dtype"]):
+        raise ValueError(
+            f"teacher_cache {store.folder!r} is of a teacher in {found['dtype']}; the recipe has teacher_dtype "
+            f"{args.teacher_dtype}"
+        )
     return store
 
 

@@ -17,7 +17,7 @@ from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 from sekd import SEKDConfig
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, sample_draws
-from sekd.cache.store import MANIFEST, Store, key_of, locked
+from sekd.cache.store import MANIFEST, Store, key_of, locked, verify
 from sekd.classes import classes_at
 from sekd.cli import main
 from sekd.data import Sample, collate, prepare
@@ -252,8 +252,8 @@ def damage_manifest(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"shard-00001.arrow' has \d+ bytes instead of \d+; delete it and build again"),
-        (damage_remove, "shard-00001.arrow' is missing; build the cache again, the others stay"),
+        (damage_truncate, r"shard-00001.arrow' has \d+ bytes instead of \d+; delete it and build \(or pull\) again"),
+        (damage_remove, "shard-00001.arrow' is missing; build \(or pull\) the cache again, the others stay"),
         (damage_format, "has format 99, and this version of sekd reads 2; install the version that wrote it"),
         (damage_incomplete, "is not complete; run its `sekd cache build` again, it goes on"),
         (damage_manifest, "holds no manifest.json; build it with `sekd cache build RECIPE`"),
@@ -270,11 +270,11 @@ def test_damage_is_named_when_a_cache_is_opened(tmp_path, tokenizer, pairs, dama
 
 def test_a_flipped_bit_is_never_trained_on(tmp_path, tokenizer, pairs, capsys):
     store = make_cache(tmp_path / "cache", tokenizer, pairs)
-    assert not store.verify()
+    assert not verify(store.folder)
     damage_flip(tmp_path / "cache")
     damaged = Store(str(tmp_path / "cache"))
-    (problem,) = damaged.verify()
-    assert problem == "shard-00001.arrow: the checksum differs; delete it and build again"
+    (problem,) = verify(damaged.folder)
+    assert problem == "shard-00001.arrow: the checksum differs; delete it and build (or pull) again"
     (key,) = [key for key, place in damaged.places.items() if place == (1, 0)]
     with pytest.raises(ValueError, match=r"shard-00001.arrow', sample 0: the bytes are damaged: their checksum"):
         damaged.read(key)
@@ -282,13 +282,70 @@ def test_a_flipped_bit_is_never_trained_on(tmp_path, tokenizer, pairs, capsys):
     assert "shard-00001.arrow: the checksum differs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_remove])
+@pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_flip])
 def test_a_broken_shard_is_built_again_as_it_was(tmp_path, tokenizer, pairs, damage):
     make_cache(tmp_path / "cache", tokenizer, pairs)
     before = contents(tmp_path / "cache")
     damage(tmp_path / "cache")
     make_cache(tmp_path / "cache", tokenizer, pairs)
     assert contents(tmp_path / "cache") == before
+
+
+STRANGE = {
+    "a list": lambda m: [1],
+    "of another program": lambda m: {"files": []},
+    "without fields": lambda m: {"format": m["format"]},
+    "an empty fingerprint": lambda m: m | {"fingerprint": {}},
+    "a vocabulary in words": lambda m: m | {"fingerprint": m["fingerprint"] | {"vocab": "x"}},
+    "an unknown form": lambda m: m | {"fingerprint": m["fingerprint"] | {"form": "zip"}},
+    "a shard elsewhere": lambda m: m | {"shards": [m["shards"][0] | {"file": "../x.arrow"}]},
+    "no checksum": lambda m: m | {"shards": [{k: v for k, v in s.items() if k != "sha256"} for s in m["shards"]]},
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_strange_manifest_is_refused_in_one_line(tmp_path, tokenizer, pairs, capsys, strange):
+    make_cache(tmp_path / "cache", tokenizer, pairs)
+    manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
+    (tmp_path / "cache" / MANIFEST).write_text(json.dumps(STRANGE[strange](manifest)))
+    capsys.readouterr()
+    for command in ("info", "verify"):
+        assert main(["cache", command, str(tmp_path / "cache")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "manifest.json" in line
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        make_cache(tmp_path / "cache", tokenizer, pairs)
+
+
+def test_verify_names_every_broken_shard_and_missing_samples(tmp_path, tokenizer, pairs, capsys):
+    folder = tmp_path / "cache"
+    make_cache(folder, tokenizer, pairs)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"shards": manifest["shards"][:-1]}))
+    assert verify(str(folder)) == [
+        "manifest.json: it lists other samples than it was built from; build (or pull) again"
+    ]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    damage_truncate(folder)
+    (folder / "shard-00003.arrow").unlink()
+    first, second = verify(str(folder))
+    assert "shard-00001.arrow" in first
+    assert "shard-00003.arrow' is missing" in second
+
+
+def test_a_teacher_that_is_not_finite_stops_the_build_with_the_sample(tmp_path, tokenizer, pairs):
+    args = config(tmp_path)
+    dataset, teacher = prepare(pairs, tokenizer, args), make_model("untied", 1)
+    token = dataset[5]["input_ids"][0]
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[token] = float("nan")
+    first = next(row["sample_id"] for row in dataset if token in row["input_ids"][:-1])
+    reader = LocalReader(teacher, VOCAB, args)
+    with pytest.raises(FloatingPointError, match=rf"not finite at some position of sample {first}; look at it"):
+        build_cache(dataset, reader, tokenizer, args, str(tmp_path / "cache"))
+    trainer = make_trainer(tmp_path, tokenizer, pairs, None, teacher, class_selection="rs_kd", max_steps=8)
+    with pytest.raises(FloatingPointError, match=r"teacher's distribution is not finite .* of samples \["):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         name = self.path.split("?")[0].rpartition("/")[2]
-        if "/revision/" in self.path:
+        if "/revision/" in self.path or self.path.endswith("/api/datasets/me/cache"):
             self.answer(dict(id="me/cache", sha=COMMIT, siblings=[{"rfilename": n} for n in self.files]))
         elif "/tree/" in self.path:
             self.answer([dict(type="file", path=n, size=len(b), oid="0") for n, b in self.files.items()])
@@ -83,9 +83,11 @@ def hub(tmp_path):
     settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
     environment = {**os.environ, **settings, "HF_HOME": str(tmp_path / "home")}
 
-    def run(*command):
+    def run(*command, **variables):
         command = [sys.executable, "-m", "sekd.cli", "cache", *map(str, command)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment | variables, timeout=120, check=False
+        )
 
     yield Hub.files, run
     server.shutdown()
@@ -135,3 +137,15 @@ def test_a_repository_of_something_else(tmp_path, hub):
     refused = run("pull", "me/cache", tmp_path / "pulled")
     assert refused.returncode == 2
     assert "sekd: dataset repository 'me/cache' holds no manifest.json, so it is no cache of sekd" in refused.stderr
+    files["manifest.json"] = b"[1]"
+    refused = run("pull", "me/cache", tmp_path / "pulled")
+    assert refused.returncode == 2
+    assert "manifest.json' is not the manifest of a teacher cache" in refused.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_not_called_empty(tmp_path, hub):
+    _, run = hub
+    refused = run("pull", "me/cache", tmp_path / "pulled", HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2
+    assert "offline" in refused.stderr
+    assert "no cache of sekd" not in refused.stderr

@@ -64,7 +64,7 @@ def test_a_recipe_says_its_own_numbers(tmp_path, tokenizer, capsys):
     status, shown, _ = plan(capsys, recipe)
     assert status == 0
     assert "512,000 positions, 128 classes, 32 draws, 20 % of the samples" in shown
-    assert row_of(shown, "SE-KD_3X, sekd (at most)")[0] == "19.4"
+    assert row_of(shown, "SE-KD_3X, sekd (before compression)")[0] == "19.4"
     status, shown, _ = plan(capsys, recipe, "--vocab", 1000, "--positions", 10)
     assert "10 positions, 1,000 classes" in shown
 
@@ -78,3 +78,5 @@ def test_what_a_plan_lacks_is_named(capsys):
     status, _, error = plan(capsys, "--positions", -5, "--vocab", 9, "--draws", 2)
     assert status == 2
     assert "--positions -5.0 must be above 0" in error
+    status, _, error = plan(capsys, "--positions", 5, "--vocab", 9, "--draws", 65)
+    assert "--draws 65: a cache holds at most 64" in error

@@ -9,21 +9,22 @@ import pytest
 import torch
 from conftest import VOCAB, make_model
 from test_cache import config, contents
+from test_trainer import make_trainer
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, RayReaders, load_reader
 from sekd.cache.store import key_of
 from sekd.cli import main
-from sekd.data import prepare
+from sekd.data import Sample, collate, prepare
+from sekd.distill import score_rows
+from sekd.models import head_of, hidden_states
 from sekd.scores import entropy
 from sekd.teachers import CachedTeacher, LiveTeacher
+from sekd.types import Batch
 
 
 def test_a_byte_of_teacher_entropy(tmp_path, tokenizer, pairs):
     """What a cached teacher says of a batch: its entropy, off by at most half a 255th of ln V."""
-    from sekd.data import Sample, collate
-    from sekd.types import Batch
-
     args = config(tmp_path, cache_teacher_entropy=True, kd_temperature=2.0)
     dataset, model = prepare(pairs, tokenizer, args), make_model("untied", 1)
     store = build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, str(tmp_path / "cache"))
@@ -34,6 +35,32 @@ def test_a_byte_of_teacher_entropy(tmp_path, tokenizer, pairs):
     assert (found - exact).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
     assert exact.std() > 0.1
     torch.testing.assert_close(probs.sum(1), torch.ones(len(exact)))
+
+
+def test_positions_by_the_teachers_entropy_from_a_cache(tmp_path, tokenizer, pairs):
+    """Chunks smaller than the batch, so that rows and their entropies must stay together."""
+    folder, choices = str(tmp_path / "cache"), dict(position_score="teacher_entropy", head_chunk_rows=3)
+    args = config(tmp_path, cache_teacher_entropy=True)
+    dataset, model = prepare(pairs, tokenizer, args), make_model("untied", 1)
+    build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, folder)
+    choices |= dict(max_length=40, max_prompt_length=20, class_samples=16, class_selection="rs_kd")
+    scores = []
+    for name, cache in (("cached", folder), ("live", None)):
+        trainer = make_trainer(tmp_path / name, tokenizer, pairs, None, model, teacher_cache=cache, **choices)
+        batch = Batch(**collate([Sample(**dataset[i]) for i in (3, 0, 7, 9)], 122))
+        method, teacher = trainer.method, trainer.teacher
+        rows = hidden_states(trainer.model, batch)[batch.valid]
+        arguments = rows, batch.targets[batch.valid], teacher.rows(batch), method.scoring, method.chunk_rows
+        scores.append(score_rows(head_of(trainer.model), teacher, *arguments)[0])
+    assert (scores[0] - scores[1]).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
+    assert scores[1].std() > 0.1
+    trainer = make_trainer(tmp_path / "cached", tokenizer, pairs, teacher_cache=folder, **choices)
+    trainer.train()
+
+    args = config(tmp_path)
+    build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, str(tmp_path / "without"))
+    with pytest.raises(ValueError, match="was built without it; build one with --cache_teacher_entropy true"):
+        make_trainer(tmp_path, tokenizer, pairs, teacher_cache=str(tmp_path / "without"), **choices)
 
 
 @pytest.fixture

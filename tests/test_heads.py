@@ -110,3 +110,6 @@ def test_the_weight_is_converted_once_and_only_where_that_helps():
         assert Head(linear).converted().projection is linear, "a wrapper's hook must run"
         adapted = torch.nn.Sequential(torch.nn.Linear(8, 30))
         assert Head(adapted).converted().projection is adapted
+        linear = torch.nn.Linear(8, 30)
+        linear.forward = lambda rows: rows  # a wrapper's own
+        assert Head(linear).converted().projection is linear

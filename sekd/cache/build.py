@@ -1,6 +1,5 @@
 """Build a cache: the teacher reads every kept sample once, and a few sampled classes of each row are kept."""
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -18,9 +17,11 @@ from sekd.cache.readers import RayReaders, Reader, load_reader
 from sekd.cache.store import (
     MANIFEST,
     Store,
+    data_name,
     key_of,
     locked,
     read_manifest,
+    read_sample,
     read_shard,
     sha256,
     shard_name,
@@ -63,15 +64,21 @@ def fingerprint_of(
         "dtype": facts["dtype"],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab": facts["vocab"],
-        "data": hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest(),
+        "data": data_name(keys),
+        **_settings(args),
+        "form": "compressed",
+        "shard_samples": shard_samples,
+    }
+
+
+def _settings(args: SEKDConfig) -> dict[str, Any]:
+    return {
         "max_length": args.max_length,
         "packing": args.packing,
         "class_samples": args.class_samples,
         "temperature": args.kd_temperature,
         "seed": args.seed,
         "teacher_entropy": args.cache_teacher_entropy,
-        "form": "compressed",
-        "shard_samples": shard_samples,
     }
 
 
@@ -101,7 +108,7 @@ def build_cache(
     shards: dict[int, dict[str, Any]] = {}
     with locked(folder):
         fingerprint = fingerprint_of(keys, reader.facts, tokenizer, args, shard_samples)
-        _claim(folder, fingerprint)
+        listed = _claim(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
 
         def finish(number: int) -> None:
@@ -113,7 +120,7 @@ def build_cache(
 
         def missing() -> Iterator[tuple[int, list[Any]]]:
             for number, part in enumerate(parts):
-                if _is_whole(paths[number], [keys[i] for i in part]):
+                if _is_whole(paths[number], [keys[i] for i in part], listed.get(shard_name(number)), fingerprint):
                     finish(number)
                 else:
                     yield number, [dataset[i] for i in part]
@@ -126,27 +133,37 @@ def build_cache(
     return Store(folder)
 
 
-def _claim(folder: str, fingerprint: dict[str, Any]) -> None:
-    """Write an incomplete manifest, or check that the one there is of this cache."""
+def _claim(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
+    """Write an incomplete manifest, or check that the one there is of this cache; the checksums that it lists."""
     if not os.path.exists(os.path.join(folder, MANIFEST)):
         write_manifest(folder, fingerprint, None)
-        return
-    before = read_manifest(folder)["fingerprint"]
-    for name, meaning in MEANINGS.items():
-        if before.get(name) != fingerprint[name]:
+    manifest = read_manifest(folder)
+    _compare(folder, manifest["fingerprint"], fingerprint)
+    return {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+
+
+def _compare(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before[name] != value:
             raise ValueError(
-                f"{folder!r} holds a cache with another value of {meaning} ({before.get(name)}, now "
-                f"{fingerprint[name]}); name another folder, or delete it"
+                f"{folder!r} holds a cache with another value of {MEANINGS[name]} ({before[name]}, now {value}); name "
+                "another folder, or delete it"
             )
 
 
-def _is_whole(path: str, keys: list[bytes]) -> bool:
+def _is_whole(path: str, keys: list[bytes], checksum: str | None, fingerprint: dict[str, Any]) -> bool:
+    """Whether a shard is there as it was written: by its checksum, or else by decoding it."""
     if not os.path.exists(path):
         return False
+    if checksum is not None:
+        return sha256(path) == checksum
     try:
-        return read_shard(path).column("key").to_pylist() == keys
+        batch = read_shard(path)
+        for place in range(batch.num_rows):
+            read_sample(batch, place, path, fingerprint)
     except ValueError:
         return False
+    return batch.column("key").to_pylist() == keys
 
 
 def _describe(path: str) -> dict[str, Any]:
@@ -179,8 +196,13 @@ def build_of(
     """
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError('--engine ray needs Ray, which is not installed: run `pip install "sekd[ray]"`')
-    if (workers is not None and engine != "ray") or (workers is not None and workers < 1):
+    if workers is not None and (engine != "ray" or workers < 1):
         raise ValueError(f"--num-workers {workers}: it is the number of Ray actors; add --engine ray, and at least 1")
+    folder = str(args.teacher_cache)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"--output {folder!r} is a file; name a folder for the cache")
+    if os.path.exists(os.path.join(folder, MANIFEST)):  # what can be known before models load
+        _compare(folder, read_manifest(folder)["fingerprint"], _settings(args))
     tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
     if args.sample_fraction < 1:
         model = load_model(student, **{"dtype": torch.float32, **model_init_kwargs})
@@ -197,6 +219,6 @@ def build_of(
         "seq_lengths" in dataset.column_names,
     )
     if engine == "local":
-        return build_cache(dataset, load(args.device), tokenizer, args, str(args.teacher_cache))
+        return build_cache(dataset, load(args.device), tokenizer, args, folder)
     with closing(RayReaders(workers or 1, load)) as readers:
-        return build_cache(dataset, readers, tokenizer, args, str(args.teacher_cache))
+        return build_cache(dataset, readers, tokenizer, args, folder)

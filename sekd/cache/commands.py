@@ -1,6 +1,7 @@
 """``sekd cache``: its commands. What they need is imported when they run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,6 +61,10 @@ def cache_info(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         if not found.plan:
             if found.what is None or given:
                 raise ValueError("name a cache's folder, or add --plan to see what one would take")
+            if os.path.isfile(found.what):
+                raise ValueError(
+                    f"{found.what!r} is a file, not a cache's folder; add --plan for what a recipe would take"
+                )
             show_cache(Store(found.what))
             return 0
         known: dict[str, Any] = {"fraction": 1.0}
@@ -73,16 +78,16 @@ def cache_info(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def cache_verify(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """``sekd cache verify``."""
-    from sekd.cache.store import Store
+    from sekd.cache.store import read_manifest, verify
 
     parser.add_argument("folder")
     folder = parser.parse_args(argv).folder
     with reading_input():
-        store = Store(folder)
-    problems = store.verify()
+        shards = read_manifest(folder)["shards"]
+        problems = verify(folder)
     for problem in problems:
         print(f"sekd: {problem}", file=sys.stderr)
-    print(f"{folder}: {len(store.shards)} shards, {len(store.places):,} samples, {len(problems)} broken")
+    print(f"{folder}: {len(shards)} shards, {sum(s['samples'] for s in shards):,} samples, {len(problems)} broken")
     return 2 if problems else 0
 
 

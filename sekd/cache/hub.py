@@ -1,12 +1,11 @@
 """A cache as a dataset repository of the Hugging Face hub."""
 
-import json
 import os
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from sekd.cache.store import MANIFEST, Store, read_manifest
+from sekd.cache.store import MANIFEST, Store, read_manifest, verify
 
 CARD = """\
 ---
@@ -60,20 +59,19 @@ def pull(repo: str, folder: str, revision: str | None = None) -> Store:
         ValueError: a repository without a cache, a folder with another cache, or bytes that are not those pushed.
     """
     try:
-        manifest = hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=revision)
-    except EntryNotFoundError as error:
+        commit = HfApi().dataset_info(repo, revision=revision).sha  # a push in between must not mix two caches
+        manifest = hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=commit)
+    except RemoteEntryNotFoundError as error:
         raise ValueError(f"dataset repository {repo!r} holds no {MANIFEST}, so it is no cache of sekd") from error
-    with open(manifest) as file:
-        theirs = json.load(file)
+    theirs = read_manifest(os.path.dirname(manifest))
     if os.path.exists(os.path.join(folder, MANIFEST)) and read_manifest(folder)["fingerprint"] != theirs["fingerprint"]:
         raise ValueError(f"{folder!r} holds another cache than {repo!r}; name another folder, or delete it")
     names = [MANIFEST, *(shard["file"] for shard in theirs["shards"])]
-    snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=names)
+    snapshot_download(repo, repo_type="dataset", revision=commit, local_dir=folder, allow_patterns=names)
     return _whole(folder)
 
 
 def _whole(folder: str) -> Store:
-    store = Store(folder)
-    if problems := store.verify():
+    if problems := verify(folder):
         raise ValueError(f"the cache in {folder!r} is broken: {'; '.join(problems)}")
-    return store
+    return Store(folder)

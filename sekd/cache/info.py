@@ -7,10 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sekd.cache.codec import MAX_DRAWS, id_bits
 from sekd.cache.store import MANIFEST, Store
 
 BYTES_A_DRAW = 3
-"""Of the paper's fixed slots, and at most of ours (arXiv 2602.01395, section 7.1)."""
+"""Of the paper's fixed slots (arXiv 2602.01395, section 7.1)."""
 
 
 def show_cache(store: Store) -> None:
@@ -53,16 +54,20 @@ def is_cache(path: str) -> bool:
 def show_plan(positions: float, vocab: int, draws: int, fraction: float, per_row: float | None = None) -> None:
     """Print what a cache of so many positions would take: the paper's table 6 for one's own numbers.
 
-    ``per_row`` is what a cache of the same teacher took, in bytes; without it our own rows show what they take at most.
+    ``per_row`` is what a cache of the same teacher took, in bytes; without it our own rows show what the draws
+    of a long sample take before compression, if all are different.
 
     Raises:
         ValueError: numbers that no cache can have.
     """
     for name, value in {"positions": positions, "vocab": vocab, "draws": draws, "sample-fraction": fraction}.items():
         if not 0 < value < math.inf or (name == "sample-fraction" and value > 1):
-            raise ValueError(f"--{name} {value} must be above 0, and a fraction at most 1")
-    ours = per_row or 1 + BYTES_A_DRAW * draws
-    word = "measured" if per_row else "at most"
+            limit = " and at most 1" if name == "sample-fraction" else ""
+            raise ValueError(f"--{name} {value} must be above 0{limit}")
+    if draws > MAX_DRAWS:
+        raise ValueError(f"--draws {draws}: a cache holds at most {MAX_DRAWS}")
+    ours = per_row or 1 + (id_bits(vocab) + 6) // 8 * draws
+    word = "measured" if per_row else "before compression"
     title = f"{positions:,.0f} positions, {vocab:,} classes, {draws} draws, {100 * fraction:g} % of the samples"
     table = Table("", "bytes a position", "in all", "of Full KD's", title=title, title_justify="left")
     for column in table.columns[1:]:

@@ -81,10 +81,15 @@ class LocalReader:
         draws = sample_draws(key, method.seed, len(hidden), method.class_samples).to(device)
         # A CPU multiplies many rows faster, and takes the softmax of few rows faster, since these stay in its cache.
         few = FEW_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
-        found = [
-            in_chunks(of_chunk, (head.project(some), their_draws), few)
-            for some, their_draws in zip(hidden.split(CHUNK_ROWS), draws.split(CHUNK_ROWS), strict=True)
-        ]
+        try:
+            found = [
+                in_chunks(of_chunk, (head.project(some), their_draws), few)
+                for some, their_draws in zip(hidden.split(CHUNK_ROWS), draws.split(CHUNK_ROWS), strict=True)
+            ]
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error} of sample {row['sample_id']}; look at it, or try teacher_dtype"
+            ) from error
         ids, probs, *entropies = (torch.cat(column).cpu() for column in zip(*found, strict=True))
         counts = (probs * method.class_samples).round().long().numpy()
         codes = [entropy_to_bytes(e, head.classes) for e in entropies]
@@ -108,7 +113,9 @@ def load_reader(
 
 def sample_draws(key: bytes, seed: int, rows: int, draws: int) -> torch.Tensor:
     """The numbers in [0, 1) that choose the classes of a sample, [rows draws]."""
-    number = int.from_bytes(hashlib.blake2b(key + seed.to_bytes(8, "little"), digest_size=8).digest(), "little")
+    number = int.from_bytes(
+        hashlib.blake2b(key + seed.to_bytes(8, "little", signed=True), digest_size=8).digest(), "little"
+    )
     generator = torch.Generator().manual_seed(number % 2**63)
     return torch.rand(rows, draws, generator=generator, dtype=torch.float64)
 
@@ -164,6 +171,8 @@ class RayReaders:
                     f"the Ray worker of shard {number} died {1 + RETRIES} times, out of memory perhaps; the finished "
                     "shards stay, and the same command goes on"
                 ) from error
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # what went wrong there, as it would have here
             yield number, samples
 
     def close(self) -> None:

@@ -9,18 +9,34 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sekd.cache.codec import Decoded, decode
+from sekd.cache.codec import FORMS, Decoded, decode
 from sekd.progress import write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+FINGERPRINT: dict[str, Any] = {
+    "teacher": dict,
+    "dtype": str,
+    "tokenizer": str,
+    "vocab": int,
+    "data": str,
+    "max_length": int,
+    "packing": bool,
+    "class_samples": int,
+    "temperature": (int, float),
+    "seed": int,
+    "teacher_entropy": bool,
+    "form": str,
+    "shard_samples": int,
+}
+"""What must match for a cache to be the one that is asked for, with its types."""
 Encoded = tuple[bytes, int, int, bytes]
 """Of a sample: key, number of rows, number of classes in all rows, bytes."""
 SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
@@ -121,12 +137,36 @@ def read_manifest(folder: str) -> dict[str, Any]:
             manifest = json.load(file)
     except ValueError as error:
         raise ValueError(f"{path!r} cannot be read ({error}); delete it and build again") from error
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError(f"{path!r} is not the manifest of a teacher cache; name another folder")
+    if manifest["format"] != FORMAT:
         raise ValueError(
-            f"teacher_cache {folder!r} has format {manifest.get('format')}, and this version of sekd reads {FORMAT}; "
+            f"teacher_cache {folder!r} has format {manifest['format']}, and this version of sekd reads {FORMAT}; "
             "install the version that wrote it, or build it again"
         )
+    if wrong := _what_is_wrong(manifest):
+        raise ValueError(f"{path!r}: {wrong}; it was not written by this version of sekd, build the cache again")
     return manifest
+
+
+def _what_is_wrong(manifest: dict[str, Any]) -> str | None:
+    """The first thing in a manifest of this format that :func:`write_manifest` would not have written."""
+    found, shards = manifest.get("fingerprint"), manifest.get("shards")
+    if not isinstance(manifest.get("complete"), bool) or not isinstance(found, dict) or not isinstance(shards, list):
+        return "complete, fingerprint or shards are missing"
+    for name, kind in FINGERPRINT.items():
+        if not isinstance(found.get(name), kind) or (kind is int and isinstance(found[name], bool)):
+            return f"fingerprint {name} is {found.get(name)!r}"
+    if found["form"] not in FORMS or not {"name", "revision", "weights"} <= found["teacher"].keys():
+        return f"fingerprint form {found['form']!r} or teacher {found['teacher']!r} is unknown"
+    for number, shard in enumerate(shards):
+        kinds = {"samples": int, "rows": int, "classes": int, "bytes": int, "sha256": str}
+        if not isinstance(shard, dict) or shard.get("file") != shard_name(number):
+            return f"shard {number} is not {shard_name(number)!r}"
+        for name, kind in kinds.items():
+            if not isinstance(shard.get(name), kind):
+                return f"{shard['file']}: {name} is {shard.get(name)!r}"
+    return None
 
 
 def write_manifest(folder: str, fingerprint: dict[str, Any], shards: list[dict[str, Any]] | None) -> None:
@@ -146,15 +186,7 @@ class Store:
         self.shards = []
         self.places: dict[bytes, tuple[int, int]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
-            path = os.path.join(folder, shard["file"])
-            if not os.path.exists(path):
-                raise ValueError(f"cache shard {path!r} is missing; build the cache again, the others stay")
-            if os.path.getsize(path) != shard["bytes"]:
-                raise ValueError(
-                    f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; delete it "
-                    "and build again"
-                )
-            batch = read_shard(path)
+            batch = open_shard(folder, shard)
             self.shards.append(batch)
             self.places |= {key: (number, i) for i, key in enumerate(batch.column("key").to_pylist())}
 
@@ -168,28 +200,58 @@ class Store:
             ValueError: a damaged sample, with its shard.
         """
         number, place = self.places[key]
-        try:
-            data = memoryview(self.shards[number].column("data")[place].as_buffer())
-            found = decode(data, self.fingerprint["vocab"], self.fingerprint["form"])
-            if (found.counts.sum(1, dtype=np.int64) != self.fingerprint["class_samples"]).any():
-                raise ValueError("counts do not add up to the draws")
-            if (found.entropy is not None) != self.fingerprint["teacher_entropy"]:
-                raise ValueError("its rows have other fields than the manifest says")
-        except ValueError as error:
-            name = self.manifest["shards"][number]["file"]
-            raise ValueError(f"cache shard {name!r}, sample {place}: {error}; delete it and build again") from error
-        return found
+        return read_sample(self.shards[number], place, self.manifest["shards"][number]["file"], self.fingerprint)
 
-    def verify(self) -> list[str]:
-        """What is wrong with each broken shard: checksums, and every sample decoded."""
-        problems = []
-        for number, shard in enumerate(self.manifest["shards"]):
-            if sha256(os.path.join(self.folder, shard["file"])) != shard["sha256"]:
-                problems.append(f"{shard['file']}: the checksum differs; delete it and build again")
-                continue
-            try:
-                for key in self.shards[number].column("key").to_pylist():
-                    self.read(key)
-            except ValueError as error:
-                problems.append(str(error))
-        return problems
+
+def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
+    """A shard that the manifest lists (ValueError if it is missing or of another size)."""
+    path = os.path.join(folder, shard["file"])
+    if not os.path.exists(path):
+        raise ValueError(f"cache shard {path!r} is missing; build (or pull) the cache again, the others stay")
+    if os.path.getsize(path) != shard["bytes"]:
+        raise ValueError(
+            f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; delete it and build "
+            "(or pull) again"
+        )
+    return read_shard(path)
+
+
+def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mapping[str, Any]) -> Decoded:
+    """The rows of a sample (ValueError if they are damaged, with the shard's name)."""
+    try:
+        found = decode(memoryview(batch.column("data")[place].as_buffer()), fingerprint["vocab"], fingerprint["form"])
+        if (found.counts.sum(1, dtype=np.int64) != fingerprint["class_samples"]).any():
+            raise ValueError("counts do not add up to the draws")
+        if (found.entropy is not None) != fingerprint["teacher_entropy"]:
+            raise ValueError("its rows have other fields than the manifest says")
+    except ValueError as error:
+        raise ValueError(
+            f"cache shard {name!r}, sample {place}: {error}; delete it and build (or pull) again"
+        ) from error
+    return found
+
+
+def verify(folder: str) -> list[str]:
+    """What is wrong with a cache: each broken shard by its checksum, size or samples, and samples that are missing."""
+    manifest = read_manifest(folder)
+    problems, keys = [], []
+    for shard in manifest["shards"]:
+        try:
+            batch = open_shard(folder, shard)
+            if sha256(os.path.join(folder, shard["file"])) != shard["sha256"]:
+                raise ValueError(f"{shard['file']}: the checksum differs; delete it and build (or pull) again")
+            for place in range(batch.num_rows):
+                read_sample(batch, place, shard["file"], manifest["fingerprint"])
+            keys += batch.column("key").to_pylist()
+        except ValueError as error:
+            problems.append(str(error))
+    if not manifest["complete"]:
+        problems.append(f"{MANIFEST}: the cache is not complete; run its `sekd cache build` again, it goes on")
+    elif not problems and data_name(keys) != manifest["fingerprint"]["data"]:
+        problems.append(f"{MANIFEST}: it lists other samples than it was built from; build (or pull) again")
+    return problems
+
+
+def data_name(keys: Iterable[bytes]) -> str:
+    """A name of a set of samples, whatever their order; one that repeats counts once."""
+    return hashlib.blake2b(b"".join(sorted(set(keys))), digest_size=16).hexdigest()
