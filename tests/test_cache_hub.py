@@ -10,7 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_cache import contents, damage_flip, make_cache
+from test_cache import contents, make_cache
+from test_cache_faults import damage_flip
 
 pytestmark = pytest.mark.slow
 COMMIT = "0123456789" * 4
