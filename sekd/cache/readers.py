@@ -29,7 +29,7 @@ from sekd.types import Batch
 # Whatever head_chunk_rows is: the last bits of a logit may depend on how many rows pass the head with it.
 CHUNK_ROWS, FEW_ROWS = 256, 16
 RETRIES = 3
-Rows = Sequence[Mapping[str, Any]]
+Prepared = Sequence[Mapping[str, Any]]
 
 
 @runtime_checkable
@@ -38,7 +38,7 @@ class Reader(Protocol):
 
     facts: dict[str, Any]
 
-    def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
+    def encode_all(self, parts: Iterable[tuple[int, Prepared]]) -> Iterator[tuple[int, list[Encoded]]]:
         """Each numbered part, encoded, in any order."""
 
 
@@ -56,11 +56,11 @@ class LocalReader:
             "vocab": vocab,
         }
 
-    def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
+    def encode_all(self, parts: Iterable[tuple[int, Prepared]]) -> Iterator[tuple[int, list[Encoded]]]:
         for number, rows in parts:
             yield number, self.encode(rows)
 
-    def encode(self, rows: Rows) -> list[Encoded]:
+    def encode(self, rows: Prepared) -> list[Encoded]:
         """What the cache keeps of some samples."""
         return [self._encode(row) for row in rows]
 
@@ -152,7 +152,7 @@ class RayReaders:
             self.close()
             raise
 
-    def encode_all(self, parts: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, list[Encoded]]]:
+    def encode_all(self, parts: Iterable[tuple[int, Prepared]]) -> Iterator[tuple[int, list[Encoded]]]:
         todo, running = iter(parts), dict[Any, tuple[int, Any]]()
         free = self.actors * 2  # the next part waits at its actor, so that none is idle
         while True:
@@ -194,5 +194,5 @@ class _Actor:
     def facts(self) -> dict[str, Any]:
         return self.reader.facts
 
-    def encode(self, rows: Rows) -> list[Encoded]:
+    def encode(self, rows: Prepared) -> list[Encoded]:
         return self.reader.encode(rows)
