@@ -116,6 +116,7 @@ def test_training_from_the_cache_is_training_from_the_teacher(tmp_path, tokenize
     assert cached.state.log_history[0]["loss"] == pytest.approx(live.state.log_history[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_in_expectation_the_gradient_is_that_of_forward_kl(tmp_path, tokenizer, pairs):
     """The mean over 400 caches of other seeds lies within 5 standard errors of the dense gradient, everywhere."""
     data = pairs.select(range(3))

@@ -25,6 +25,7 @@ SPLITS = [{"position_policy": name} for name in POLICIES] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", SPLITS, ids=str)
 def test_steps_split_differently_have_the_same_gradient(tmp_path, tokenizer, pairs, choices):
     """1 x 8, 2 x 4 and 8 x 1 sequences, whose lengths and numbers of targets differ; three steps of them."""
