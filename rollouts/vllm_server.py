@@ -13,7 +13,7 @@ from http.client import HTTPException
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from tqdm.auto import tqdm
 
 from rollouts.base import Rollout, RolloutError, Weights, named_weights, request_seeds
@@ -21,9 +21,12 @@ from rollouts.base import Rollout, RolloutError, Weights, named_weights, request
 NEW_WEIGHTS = 3600.0
 """Seconds that a server may take to load weights."""
 
+BROKEN = "a load failed"
+"""The version of the weights of a server that must be started again."""
 
-class _Unavailable(Exception):
-    """A server that may answer later, or another one."""
+
+class _Unavailable(RolloutError):
+    """A server that may answer later, or another one may."""
 
 
 class VLLMServerEngine:
@@ -90,34 +93,21 @@ class VLLMServerEngine:
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         seeds = request_seeds(self.seed, self.step, self.round, len(prompts))
+        requests = dict(enumerate(zip(prompts, seeds, strict=True)))
         self.round += 1
         found: dict[int, Rollout] = {}
         reasons: dict[str, str] = {}
         deadline, pause = time.monotonic() + self.timeout, 0.5
-        while len(found) < len(prompts):
-            missing = [i for i in range(len(prompts)) if i not in found]
-            ready = [url for url in self.urls if self._has_weights(url, reasons)]
-            shares = {url: missing[n :: len(ready)] for n, url in enumerate(ready)}
-            futures = {
-                url: [(i, self.pool.submit(self._complete, url, prompts[i], seeds[i])) for i in share]
-                for url, share in shares.items()
-            }
-            before = len(found)
-            for url, requests in futures.items():
-                answers = {}
-                for i, future in requests:
-                    try:
-                        answers[i] = future.result()
-                    except _Unavailable as error:
-                        reasons[url] = str(error)
-                if self._has_weights(url, reasons, resend=False):
-                    found |= answers
-            if len(found) > before:
+        while requests:
+            answers = self._ask(requests, reasons)
+            found |= answers
+            requests = {i: request for i, request in requests.items() if i not in answers}
+            if answers:
                 deadline, pause = time.monotonic() + self.timeout, 0.5
             elif time.monotonic() > deadline:
                 raise RolloutError(
-                    f"no rollout server gave the {len(prompts) - len(found)} missing completions within "
-                    f"{self.timeout:.0f} s: {reasons}; start it again with scripts/serve_student.sh, or raise "
+                    f"no rollout server gave the {len(requests)} missing completions within {self.timeout:.0f} s: "
+                    f"{'; '.join(reasons.values())}. Start it again with scripts/serve_student.sh, or raise "
                     "rollout_timeout"
                 )
             else:
@@ -125,19 +115,32 @@ class VLLMServerEngine:
                 pause = min(2 * pause, 10.0)
         return [found[i] for i in range(len(prompts))]
 
+    def _ask(self, requests: dict[int, tuple[list[int], int | None]], reasons: dict[str, str]) -> dict[int, Rollout]:
+        """What the servers that hold this step's weights, still at the end, answered; why not, by URL."""
+        ready = [url for url in self.urls if self._has_weights(url, reasons)]
+        asked = {
+            url: {i: self.pool.submit(self._complete, url, *requests[i]) for i in list(requests)[n :: len(ready)]}
+            for n, url in enumerate(ready)
+        }
+        found: dict[int, Rollout] = {}
+        for url, futures in asked.items():
+            answers = {}
+            for i, future in futures.items():
+                try:
+                    answers[i] = future.result()
+                except _Unavailable as error:
+                    reasons[url] = str(error)
+            if self._has_weights(url, reasons, resend=False):
+                found |= answers
+        return found
+
     def sync_weights(self, model: Weights, step: int) -> None:
         self.step, self.round, old = step, 0, self.path
         self.version = f"{step}-{uuid.uuid4().hex[:12]}"
         self.path = os.path.join(self.weights_folder, self.version)
         os.makedirs(self.path)
-        weights, seen = {}, set()
-        for name, tensor in named_weights(model):
-            tensor = tensor.to("cpu", self.dtype or tensor.dtype).contiguous()
-            if tensor.data_ptr() in seen:  # tied; a file holds each tensor by itself
-                tensor = tensor.clone()
-            seen.add(tensor.data_ptr())
-            weights[name] = tensor
-        save_file(weights, os.path.join(self.path, "model.safetensors"))
+        weights = {name: tensor.to("cpu", self.dtype or tensor.dtype) for name, tensor in named_weights(model)}
+        save_torch_state_dict(weights, self.path)
         for url in self.urls:  # one that is down gets them when it is needed
             self._has_weights(url, {})
         if old:
@@ -164,16 +167,20 @@ class VLLMServerEngine:
             if choice["prompt_token_ids"] != prompt or reason not in ("stop", "length") or not ids:
                 raise ValueError(f"finish_reason {reason!r}, {len(ids)} tokens")
         except (KeyError, TypeError, ValueError) as error:
-            raise _Unavailable(f"answered with something else than a completion: {error}") from error
+            raise _Unavailable(f"rollout server {url} answered with no completion: {error}") from error
         return Rollout(prompt, ids, self.step, reason)
 
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:
         """Whether a server holds the weights of this step; they are sent again if it does not."""
         try:
             version = self._call(url, "/weight_info", timeout=30)["weight_version"]
+            if version == BROKEN:
+                raise ValueError(
+                    f"rollout server {url} once failed to load weights, and keeps some of others since; start it again"
+                )
             if self.version in (None, version):
                 return True
-            reasons[url] = "was started again"
+            reasons[url] = f"rollout server {url} was started again"
             if not resend:
                 return False
             self._load(url)
@@ -186,40 +193,32 @@ class VLLMServerEngine:
 
     def _load(self, url: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": self.path}}
-        for attempt in range(2):
-            try:
-                self._call(url, "/collective_rpc", body, NEW_WEIGHTS)
-                return
-            except _Unavailable as error:
-                if "collective_rpc method failed" not in str(error):
-                    raise
-                # It runs, and cannot. After weights that did not fit, vLLM fails once more with ones that do.
-                if attempt:
-                    raise ValueError(
-                        f"rollout server {url} cannot load the student's weights: it serves another model, or does "
-                        f"not see {self.path}"
-                    ) from error
+        try:
+            self._call(url, "/collective_rpc", body, NEW_WEIGHTS)
+        except _Unavailable as error:
+            if "collective_rpc method failed" not in str(error):
+                raise
+            # It runs, and cannot. From here on it would take weights without complaint and keep some of the old.
+            self._call(url, "/update_weight_version", {"new_version": BROKEN})
+            raise ValueError(
+                f"rollout server {url} cannot load the student's weights: it serves another model, or does not see "
+                f"{self.path}; start it again with model_name_or_path"
+            ) from error
 
     def _wait_for(self, url: str) -> None:
-        deadline, reason = time.monotonic() + self.timeout, ""
-        bar = None
-        while True:
-            try:
-                self._call(url, "/health", timeout=10)
-                break
-            except _Unavailable as error:
-                reason = str(error)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RolloutError(
-                    f"rollout server {url} did not answer within {self.timeout:.0f} s ({reason}); start it with "
-                    "scripts/serve_student.sh, or raise rollout_timeout"
-                )
-            bar = bar or tqdm(desc=f"waiting for {url}", total=round(self.timeout), unit="s", leave=False)
-            bar.update(round(self.timeout - left) - bar.n)
-            time.sleep(min(1.0, left))
-        if bar is not None:
-            bar.close()
+        deadline = time.monotonic() + self.timeout
+        with tqdm(desc=f"waiting for {url}", total=round(self.timeout), unit="s", leave=False, delay=1.0) as bar:
+            while True:
+                try:
+                    return self._call(url, "/health", timeout=10)
+                except _Unavailable as error:
+                    if (left := deadline - time.monotonic()) <= 0:
+                        raise RolloutError(
+                            f"rollout server {url} did not answer within {self.timeout:.0f} s ({error}); start it "
+                            "with scripts/serve_student.sh, or raise rollout_timeout"
+                        ) from error
+                bar.update(round(self.timeout - left) - bar.n)
+                time.sleep(min(1.0, left))
 
     def _check(self, url: str, context: int) -> None:
         (model, *_) = self._call(url, "/v1/models")["data"]
@@ -248,8 +247,9 @@ class VLLMServerEngine:
             text = error.read().decode(errors="replace")[:500]
             if 400 <= error.code < 500 and error.code not in (408, 429):
                 raise ValueError(f"rollout server {url}{path} refused: {error.code} {text}") from error
-            raise _Unavailable(f"answered {error.code} {text}") from error
+            raise _Unavailable(f"rollout server {url} answered {error.code} {text}") from error
         except (urllib.error.URLError, HTTPException, OSError) as error:
-            raise _Unavailable(f"does not answer: {getattr(error, 'reason', error)}") from error
+            reason = getattr(error, "reason", error)
+            raise _Unavailable(f"rollout server {url} does not answer: {reason}") from error
         except ValueError as error:
-            raise _Unavailable(f"answered with something else than JSON: {error}") from error
+            raise _Unavailable(f"rollout server {url} answered with no JSON: {error}") from error

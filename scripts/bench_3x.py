@@ -118,6 +118,7 @@ def one_seed(options: argparse.Namespace, train: Dataset, held_out: Dataset, see
 
     def evaluate(student: Any) -> dict[str, float]:
         trainer = SEKDTrainer(student, args=full, train_dataset=held_out, eval_dataset=held_out)
+        trainer.remove_callback(PrinterCallback)
         metrics = trainer.evaluate()
         return {name: metrics[f"eval_{name}"] for name in METRICS}
 

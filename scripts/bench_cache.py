@@ -132,7 +132,7 @@ def show(store: Store, decoded: list[Decoded], seconds: dict[str, float]) -> Non
     faster = seconds["train"] / seconds["to tensors"]
     speed.add_row("to tensors, of training's speed", f"{faster:,.0f}x")
     size = Table("", "bytes a row", title="size", title_justify="left")
-    stored = sum(shard["bytes"] for shard in store.manifest["shards"]) / rows
+    stored = store.total("bytes") / rows
     for name, bits in (parts := floor(decoded)).items():
         size.add_row(f"{name}, order-0 entropy", f"{bits / 8 / rows:.1f}")
     total = sum(parts.values()) / 8 / rows

@@ -167,13 +167,13 @@ def _check_cache(args: Any) -> None:
         raise ValueError(f"teacher_cache holds rs_kd targets; class_selection {args.class_selection!r} needs a teacher")
     if args.class_samples > 64:
         raise ValueError(f"class_samples {args.class_samples} with teacher_cache: counts have 6 bits; use at most 64")
-    if (scoring := args.scoring) is not None and scoring.needs_teacher:
-        needy = [name for name in scoring.names if SCORES[name].needs_teacher and name != "teacher_entropy"]
-        if needy:
-            raise ValueError(
-                f"teacher_cache lacks what {', '.join(needy)} of position_policy {args.position_policy!r} needs: the "
-                "teacher's whole distribution; use position_score: student_entropy or student_ce, or leave it out"
-            )
+    names = args.scoring.names if args.scoring is not None else ()
+    # A cache may hold the teacher's entropy; whether this one does is known when it is opened.
+    if needy := [name for name in names if SCORES[name].needs_teacher and name != "teacher_entropy"]:
+        raise ValueError(
+            f"teacher_cache lacks what {', '.join(needy)} of position_policy {args.position_policy!r} needs: the "
+            "teacher's whole distribution; use position_score: student_entropy or student_ce, or leave it out"
+        )
     if args.sample_fraction < 1 and args.sample_score not in ("student_entropy", "student_ce", "random"):
         raise ValueError(
             f"sample_score {args.sample_score!r} needs a teacher, and teacher_cache stands in for it; choose "

@@ -25,18 +25,23 @@ def sample_classes(
 
 def classes_at(teacher_probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]) -> SparseTargets:
     """:func:`sample_classes` by inverse transform of given numbers in [0, 1), so that draws can be seeded by row."""
-    drawn = _inverse_transform(teacher_probs, draws).sort(dim=1).values
+    drawn, is_sound = _inverse_transform(teacher_probs, draws)
+    drawn = drawn.sort(dim=1).values
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = is_new.cumsum(1) - 1
     ids = torch.zeros_like(drawn).scatter_(1, slot, drawn)
     counts = torch.zeros(drawn.shape, device=drawn.device)
     counts = counts.scatter_add_(1, slot, torch.ones_like(counts))
-    return SparseTargets(ids, counts / draws.shape[1])
+    # A teacher that overflowed must end in a loss that is nan, as over all classes; looking here would cost a sync.
+    return SparseTargets(ids, (counts / draws.shape[1]).masked_fill(~is_sound[:, None], torch.nan))
 
 
-def _inverse_transform(probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]) -> Int[Tensor, "N U"]:
-    """The class at which the running sum of a row passes a draw's part of the row's sum.
+def _inverse_transform(
+    probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]
+) -> tuple[Int[Tensor, "N U"], Bool[Tensor, " N"]]:
+    """The class at which the running sum of a row passes a draw's part of the row's sum; and which rows have a sum
+    that is finite and above 0.
 
     In two steps, blocks of classes and then the classes of each draw's block: a running sum over all classes, which
     needs float64 since float32 loses the tail of a large vocabulary, would take longer than the softmax.
@@ -46,25 +51,25 @@ def _inverse_transform(probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"])
     size = 1 << max(math.isqrt(vocab // draws.shape[1]).bit_length() - 1, 0)
     blocks = (nn.functional.pad(probs, (0, -vocab % size)) if vocab % size else probs).unflatten(1, (-1, size))
     sums = blocks.sum(-1, dtype=torch.float32)
-    if not ((sums.sum(-1) > 0) & sums.isfinite().all(-1)).all():
-        raise FloatingPointError("the teacher's distribution is not finite at some position")
     block, rest = _first_over(sums, draws)
     inside, _ = _first_over(blocks.gather(1, block[..., None].expand(-1, -1, size)), rest[..., None])
-    return block * size + inside[..., 0]
+    whole = sums.sum(-1)
+    return block * size + inside[..., 0], whole.isfinite() & (whole > 0)
 
 
 def _first_over(values: Float[Tensor, "*R C"], draws: Float[Tensor, "*R U"]) -> tuple[Tensor, Tensor]:
     """Where the running sum passes each draw's part of the whole, and how far into that value, in [0, 1)."""
     ends = values.cumsum(-1, dtype=torch.float64)
     aim = (draws * ends[..., -1:]).minimum(ends[..., -1:].nextafter(torch.zeros_like(ends[..., -1:])))
-    place = torch.searchsorted(ends, aim, right=True)  # never a value of 0, nor behind the last one
+    # Never a value of 0; nor behind the last one, unless the values are no distribution.
+    place = torch.searchsorted(ends, aim, right=True).clamp(max=values.shape[-1] - 1)
     begin = torch.where(place > 0, ends.gather(-1, (place - 1).clamp(min=0)), 0)
     return place, (aim - begin) / (ends.gather(-1, place) - begin)
 
 
 def trim(target: SparseTargets) -> SparseTargets:
     """Without the slots that no row uses; used slots come first."""
-    width = int((target.probs > 0).sum(1).max()) if len(target.probs) else 1
+    width = int((target.probs != 0).sum(1).max()) if len(target.probs) else 1
     return SparseTargets(target.ids[:, :width], target.probs[:, :width])
 
 
@@ -77,7 +82,7 @@ def top_k_classes(teacher_probs: Float[Tensor, "N V"], num_classes: int) -> Spar
 def sparse_forward_kl(student_logp: Float[Tensor, "N K"], target: SparseTargets) -> Float[Tensor, " N"]:
     """sum_v p~(v) (log p~(v) - log q(v)) over the kept classes v; ``student_logp`` is log q at ``target.ids``."""
     logs = target.probs.clamp(min=torch.finfo(target.probs.dtype).tiny).log()
-    return (target.probs * (logs - student_logp)).where(target.probs > 0, 0).sum(-1)
+    return (target.probs * (logs - student_logp)).where(target.probs != 0, 0).sum(-1)
 
 
 def negative_classes(vocab: int, count: int, seed: int) -> Int[Tensor, " M"]:

@@ -117,11 +117,7 @@ def distill(
             target = trim(SparseTargets(*teacher_rows[:2]))
         else:
             draws = uniform((weights > 0).sum(1) * method.class_samples, generator, torch.float64)
-            draws = draws.view(-1, method.class_samples).to(rows.device)
-            try:
-                target = sparse_targets(teacher, teacher_rows, draws, method)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} of samples {batch.sample_ids.tolist()}") from error
+            target = sparse_targets(teacher, teacher_rows, draws.view(-1, method.class_samples).to(rows.device), method)
         losses, divergences, found = sparse_losses(head, rows, targets, target, method, step)
 
     sums = {
@@ -150,14 +146,11 @@ def score_rows(
     """The scores that the policy reads, and the student's entropy, of each row."""
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        q, p, H_p = head(rows).log_softmax(-1), None, None
-        if scoring.needs_teacher and isinstance(teacher, CachedTeacher):
-            H_p = teacher_rows[2]
-        elif scoring.needs_teacher and teacher is not None:
-            p = teacher.logits(*teacher_rows).log_softmax(-1)
-        scores = scoring.of(Rows(q, targets, p, H_p))
-        known = scoring.names.index("student_entropy") if "student_entropy" in scoring.names else None
-        return scores, entropy(q) if known is None else scores[:, known]
+        q = head(rows).log_softmax(-1)
+        known = teacher.for_scores(*teacher_rows) if teacher and scoring.needs_teacher else {}
+        scores = scoring.of(Rows(q, targets, **known))
+        column = scoring.names.index("student_entropy") if "student_entropy" in scoring.names else None
+        return scores, entropy(q) if column is None else scores[:, column]
 
     scores, entropies = in_chunks(of_chunk, (rows, targets, *teacher_rows), chunk_rows)
     return scores, entropies

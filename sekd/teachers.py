@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sekd.cache.codec import entropy_from_bytes
-from sekd.cache.store import Store, key_of
+from sekd.cache.store import FINGERPRINT, Store, key_of
 from sekd.config import SEKDConfig
 from sekd.models import head_of, hidden_states, tokenizer_fingerprint
 from sekd.types import Batch
@@ -26,6 +26,9 @@ class Teacher(Protocol):
 
     def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
         """Logits (or log-probabilities) of a chunk of those rows."""
+
+    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
+        """What it knows of a chunk of those rows, as the fields of :class:`sekd.scores.Rows`."""
 
 
 class LiveTeacher:
@@ -43,6 +46,9 @@ class LiveTeacher:
     def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
         (hidden,) = rows
         return self.head(hidden)
+
+    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
+        return {"teacher_logp": self.logits(*rows).log_softmax(-1)}
 
 
 class CachedTeacher:
@@ -84,6 +90,10 @@ class CachedTeacher:
     def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
         raise ValueError("a cache holds sampled classes only; leave teacher_cache out to use the teacher itself")
 
+    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
+        _, _, entropy = rows
+        return {"teacher_entropy": entropy}
+
 
 def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
     """The cache of a recipe.
@@ -94,17 +104,17 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
     store = Store(str(args.teacher_cache))
     found = store.fingerprint
     wanted = {
-        "tokenizer": (tokenizer_fingerprint(tokenizer), "the tokenizer or its chat template"),
-        "class_samples": (args.class_samples, "class_samples"),
-        "temperature": (args.kd_temperature, "kd_temperature"),
-        "max_length": (args.max_length, "max_length"),
-        "packing": (args.packing, "packing"),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "class_samples": args.class_samples,
+        "temperature": args.kd_temperature,
+        "max_length": args.max_length,
+        "packing": args.packing,
     }
-    for name, (value, meaning) in wanted.items():
+    for name, value in wanted.items():
         if found[name] != value:
             raise ValueError(
-                f"teacher_cache {store.folder!r} was built with another value of {meaning} ({found[name]}, the recipe "
-                f"has {value}); use the recipe that it was built with, or build a new one"
+                f"teacher_cache {store.folder!r} was built with another value of {FINGERPRINT[name][1]} "
+                f"({found[name]}, the recipe has {value}); use the recipe that it was built with, or build a new one"
             )
     if "teacher_entropy" in (args.scoring.names if args.scoring else ()) and not found["teacher_entropy"]:
         raise ValueError(

@@ -279,7 +279,8 @@ class SEKDTrainer(Trainer):
                     check_served(engine, self.model, prompts)
                 return engine.generate(prompts)
         except RolloutError:
-            self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
+            if self.is_in_train:
+                self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
             raise
 
     # Around the steps

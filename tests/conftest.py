@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -92,6 +93,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}<assistant> {% endif %}"
     )
     return made
+
+
+def save_pair(folder: Path, tokenizer: PreTrainedTokenizerFast, texts: Dataset | None = None) -> None:
+    """A student, a teacher, and texts.jsonl if there are texts, in a folder: what a recipe names."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        make_model("untied", seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    if texts is not None:
+        texts.to_json(folder / "texts.jsonl")
 
 
 def words(generator: random.Random, low: int, high: int) -> str:

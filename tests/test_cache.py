@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
+from conftest import VOCAB, make_model, save_pair
 from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 
 from sekd import SEKDConfig
@@ -157,10 +157,7 @@ def chosen_rows(trainer, batch):
 def test_build_info_verify_and_train(tmp_path, tokenizer, texts, capsys):
     import yaml
 
-    for name, seed in (("student", 0), ("teacher", 1)):
-        make_model("untied", seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    texts.to_json(tmp_path / "texts.jsonl")
+    save_pair(tmp_path, tokenizer, texts)
     keys = dict(output_dir=str(tmp_path / "run"), model_name_or_path=str(tmp_path / "student"), rollout_engine="hf")
     keys |= dict(teacher_model_name_or_path=str(tmp_path / "teacher"), dataset_name=str(tmp_path / "texts.jsonl"))
     keys |= dict(max_length=40, max_steps=6, sample_fraction=0.5, report_to="none", save_strategy="no", logging_steps=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
+from conftest import VOCAB, make_model, save_pair
 from test_cache import config, contents
 from test_trainer import make_trainer
 
@@ -65,10 +65,7 @@ def test_positions_by_the_teachers_entropy_from_a_cache(tmp_path, tokenizer, pai
 
 @pytest.fixture
 def models(tmp_path, tokenizer, texts):
-    for name, seed in (("student", 0), ("teacher", 1)):
-        make_model("untied", seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    texts.to_json(tmp_path / "texts.jsonl")
+    save_pair(tmp_path, tokenizer, texts)
     return tmp_path
 
 

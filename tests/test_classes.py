@@ -70,6 +70,18 @@ def test_a_class_without_probability_is_never_drawn():
     torch.testing.assert_close(trim(target).probs, torch.tensor([[501 / 1001, 500 / 1001]]))
 
 
+def test_a_row_that_is_no_distribution_ends_in_a_loss_that_is_nan():
+    """And the rows beside it do not notice."""
+    p = torch.full((5, 100), 0.01)
+    p[0, 3], p[1, 50], p[2] = torch.nan, torch.inf, 0.0
+    draws = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for rows in (slice(0, 5), slice(0, 3)):
+        target = trim(classes_at(p[rows], draws[rows]))
+        loss = sparse_forward_kl(torch.zeros(len(target.ids), 100).log_softmax(-1).gather(1, target.ids), target)
+        assert loss[:3].isnan().all()
+        assert loss[3:].isfinite().all()
+
+
 def test_the_tail_of_a_large_vocabulary_is_reached():
     """In float32, adding 1e-9 to a running sum near 1 changes nothing, and a third of this mass would vanish."""
     vocab = 200_000

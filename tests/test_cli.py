@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_vllm_model
+from conftest import make_model, make_vllm_model, save_pair
 from transformers import AutoModelForCausalLM
 
 from sekd.cli import main, parse_recipe, recipe_folder
@@ -22,9 +22,7 @@ from sekd.progress import as_recipe
 @pytest.fixture
 def recipe(tmp_path, tokenizer, pairs):
     """A recipe that runs here in seconds."""
-    for name, seed in (("student", 0), ("teacher", 1)):
-        make_model("untied", seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_pair(tmp_path, tokenizer)
     pairs.to_json(tmp_path / "pairs.jsonl")
     keys = {
         "output_dir": str(tmp_path / "run"),

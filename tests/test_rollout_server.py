@@ -127,6 +127,19 @@ def test_greedy_tokens_are_those_of_transformers(connect):
     assert [r.completion_ids for r in engine.generate(PROMPTS)] == [r.completion_ids for r in expected]
 
 
+def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(connect, server):
+    """vLLM says nothing and keeps some of the old weights: log-probabilities were off by 0.5 and more."""
+    with pytest.raises(ValueError, match="cannot load the student's weights: it serves another model"):
+        connect().sync_weights(make_vllm_model(vocab=256), 0)
+    with pytest.raises(ValueError, match="once failed to load weights, and keeps some of others since; start it again"):
+        connect().sync_weights(make_vllm_model(5), 0)
+    server.kill()
+    server.start()
+    engine, model = connect(), make_vllm_model(5)
+    engine.sync_weights(model, 1)
+    assert largest_difference(engine, model, [list(range(1, 60))]) < 0.05
+
+
 class Faulty(ThreadingHTTPServer):
     """Stands before the real server, and spoils the completions that ``spoil`` says."""
 
@@ -234,8 +247,6 @@ def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenize
         ValueError, match=r"has a context of 64 tokens, .* take up to 132; start it with --max-model-len 132"
     ):
         connect(max_prompt_length=100, max_completion_length=32)
-    with pytest.raises(ValueError, match="cannot load the student's weights: it serves another model"):
-        connect().sync_weights(make_vllm_model(vocab=256), 0)
     options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_server_urls=[server.url], max_prompt_length=32)
     wider = make_vllm_model(intermediate=128)  # vLLM takes the part of its weights that fits, and says nothing
     with torch.no_grad():
@@ -292,6 +303,9 @@ def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_goes_on(tmp_path
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert 0 < trainer.state.global_step < 6
     assert checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+    with pytest.raises(RolloutError, match="answered 500"):
+        served_trainer(tmp_path / "fresh", server, tokenizer, pairs, **options).evaluate(pairs.select(range(2)))
+    assert not list((tmp_path / "fresh").glob("checkpoint-*")), "nothing was trained"
     resumed = served_trainer(tmp_path / "cut", server, tokenizer, pairs, max_steps=6)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for name, weight in resumed.model.named_parameters():

@@ -6,14 +6,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, make_vllm_model
+from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
 from test_scores import oracle
-from test_trainer import make_trainer
-from transformers import BitsAndBytesConfig
+from test_trainer import make_trainer, qlora_student
 
 from sekd import SEKDConfig
 from sekd.data import prepare
@@ -239,12 +237,7 @@ def test_a_pool_keeps_the_order_and_the_columns_of_the_stream(tmp_path, tokenize
 
 def test_a_quantized_student_can_choose_samples(tmp_path, tokenizer, pairs):
     pytest.importorskip("bitsandbytes")
-    make_vllm_model(intermediate=128).save_pretrained(tmp_path / "student")
-    options = dict(
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
-        model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
-    )
-    student = str(tmp_path / "student")
+    student, options = qlora_student(tmp_path)
     trainer = make_trainer(tmp_path, tokenizer, pairs, student, None, options, sample_fraction=0.25)
     assert len(trainer.train_dataset) == 16
     trainer.train()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import save_pair
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -17,14 +17,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def run(tmp_path, tokenizer, texts):
     """A function that runs a script on tiny models."""
-    for name, seed in (("student", 0), ("teacher", 1)):
-        make_model("untied", seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    texts.to_json(tmp_path / "text.jsonl")
+    save_pair(tmp_path, tokenizer, texts)
 
     def run(script, *options, text=True):
         command = [sys.executable, str(ROOT / "scripts" / script), str(tmp_path / "student"), str(tmp_path / "teacher")]
-        command += [str(tmp_path / "text.jsonl")] * text + [*options]
+        command += [str(tmp_path / "texts.jsonl")] * text + [*options]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 

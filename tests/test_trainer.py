@@ -247,16 +247,20 @@ def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmb
             assert torch.equal(p, before[name.replace(".base_layer", "")]), name
 
 
+def qlora_student(folder):
+    """A saved student, and the trainer's options that load it in 4 bits with an adapter."""
+    make_vllm_model(intermediate=128).save_pretrained(folder / "student")
+    return str(folder / "student"), dict(
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+        model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
+    )
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_a_quantized_student_learns_through_its_adapter(tmp_path, tokenizer, pairs, lmbda):
     """QLoRA trainers elsewhere have had a loss of zero (TRL #2217)."""
     pytest.importorskip("bitsandbytes")
-    make_vllm_model(intermediate=128).save_pretrained(tmp_path / "student")
-    options = dict(
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
-        model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
-    )
-    student = str(tmp_path / "student")
+    student, options = qlora_student(tmp_path)
     trainer = make_trainer(
         tmp_path / "run", tokenizer, pairs, student, None, options, lmbda=lmbda, max_steps=4, learning_rate=0.01
     )

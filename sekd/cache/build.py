@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from sekd.cache.codec import MAX_DRAWS
 from sekd.cache.readers import RayReaders, Reader, load_reader
 from sekd.cache.store import (
-    MANIFEST,
+    FINGERPRINT,
     Store,
     data_name,
+    is_cache,
     key_of,
     locked,
     read_manifest,
@@ -32,22 +33,6 @@ from sekd.config import SEKDConfig
 from sekd.data import check_same_tokenizer
 from sekd.models import load_model, tokenizer_fingerprint
 from sekd.samples import choose_samples, prepare_all
-
-MEANINGS = {
-    "teacher": "teacher_model_name_or_path, its revision or weights",
-    "dtype": "teacher_dtype",
-    "tokenizer": "the tokenizer",
-    "vocab": "the common vocabulary of student and teacher",
-    "data": "the data (dataset_name, dataset_train_split, sample selection, max_length, packing or the template)",
-    "class_samples": "class_samples",
-    "temperature": "kd_temperature",
-    "seed": "seed",
-    "max_length": "max_length",
-    "packing": "packing",
-    "teacher_entropy": "cache_teacher_entropy",
-    "form": "the codec",
-    "shard_samples": "the samples of a shard",
-}
 
 
 def fingerprint_of(
@@ -135,7 +120,7 @@ def build_cache(
 
 def _claim(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
     """Write an incomplete manifest, or check that the one there is of this cache; the checksums that it lists."""
-    if not os.path.exists(os.path.join(folder, MANIFEST)):
+    if not is_cache(folder):
         write_manifest(folder, fingerprint, None)
     manifest = read_manifest(folder)
     _compare(folder, manifest["fingerprint"], fingerprint)
@@ -146,8 +131,8 @@ def _compare(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if before[name] != value:
             raise ValueError(
-                f"{folder!r} holds a cache with another value of {MEANINGS[name]} ({before[name]}, now {value}); name "
-                "another folder, or delete it"
+                f"{folder!r} holds a cache with another value of {FINGERPRINT[name][1]} ({before[name]}, now "
+                f"{value}); name another folder, or delete it"
             )
 
 
@@ -201,7 +186,7 @@ def build_of(
     folder = str(args.teacher_cache)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--output {folder!r} is a file; name a folder for the cache")
-    if os.path.exists(os.path.join(folder, MANIFEST)):  # what can be known before models load
+    if is_cache(folder):  # what can be known before models load
         _compare(folder, read_manifest(folder)["fingerprint"], _settings(args))
     tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
     if args.sample_fraction < 1:

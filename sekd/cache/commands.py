@@ -45,8 +45,8 @@ def cache_build(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def cache_info(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """``sekd cache info``."""
-    from sekd.cache.info import is_cache, measured, show_cache, show_plan
-    from sekd.cache.store import Store
+    from sekd.cache.info import measured, show_cache, show_plan
+    from sekd.cache.store import Store, is_cache
 
     parser.add_argument("what", nargs="?", metavar="DIR|RECIPE")
     parser.add_argument("--plan", action="store_true")

@@ -5,7 +5,7 @@ import os
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from sekd.cache.store import MANIFEST, Store, read_manifest, verify
+from sekd.cache.store import MANIFEST, Store, is_cache, read_manifest, verify
 
 CARD = """\
 ---
@@ -35,11 +35,16 @@ def push(folder: str, repo: str, private: bool = False) -> str:
         ValueError: an incomplete or broken cache, with what is wrong.
     """
     store = _whole(folder)
-    shards, found = store.manifest["shards"], store.fingerprint
-    rows, samples = (sum(shard[name] for shard in shards) for name in ("rows", "samples"))
-    teacher, draws, vocab = found["teacher"]["name"], found["class_samples"], found["vocab"]
-    card = CARD.format(teacher=teacher, rows=rows, samples=samples, draws=draws, vocab=vocab, repo=repo)
-    files = [MANIFEST, *(shard["file"] for shard in shards)]
+    found = store.fingerprint
+    card = CARD.format(
+        repo=repo,
+        teacher=found["teacher"]["name"],
+        rows=store.total("rows"),
+        samples=store.total("samples"),
+        draws=found["class_samples"],
+        vocab=found["vocab"],
+    )
+    files = [MANIFEST, *(shard["file"] for shard in store.manifest["shards"])]
     added = [CommitOperationAdd(name, os.path.join(folder, name)) for name in files]
     api = HfApi()
     address = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -64,7 +69,7 @@ def pull(repo: str, folder: str, revision: str | None = None) -> Store:
     except RemoteEntryNotFoundError as error:
         raise ValueError(f"dataset repository {repo!r} holds no {MANIFEST}, so it is no cache of sekd") from error
     theirs = read_manifest(os.path.dirname(manifest))
-    if os.path.exists(os.path.join(folder, MANIFEST)) and read_manifest(folder)["fingerprint"] != theirs["fingerprint"]:
+    if is_cache(folder) and read_manifest(folder)["fingerprint"] != theirs["fingerprint"]:
         raise ValueError(f"{folder!r} holds another cache than {repo!r}; name another folder, or delete it")
     names = [MANIFEST, *(shard["file"] for shard in theirs["shards"])]
     snapshot_download(repo, repo_type="dataset", revision=commit, local_dir=folder, allow_patterns=names)

@@ -1,14 +1,13 @@
 """What a cache holds, and what one would take, as tables."""
 
 import math
-import os
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sekd.cache.codec import MAX_DRAWS, id_bits
-from sekd.cache.store import MANIFEST, Store
+from sekd.cache.store import Store
 
 BYTES_A_DRAW = 3
 """Of the paper's fixed slots (arXiv 2602.01395, section 7.1)."""
@@ -16,14 +15,14 @@ BYTES_A_DRAW = 3
 
 def show_cache(store: Store) -> None:
     """Print samples, rows, sizes and the origin of a cache."""
-    found, shards = store.fingerprint, store.manifest["shards"]
-    samples, rows, classes, size = (sum(s[key] for s in shards) for key in ("samples", "rows", "classes", "bytes"))
+    found = store.fingerprint
+    samples, rows, classes, size = map(store.total, ("samples", "rows", "classes", "bytes"))
     draws, vocab = found["class_samples"], found["vocab"]
     per_row = size / max(rows, 1)
     slots, entropy = BYTES_A_DRAW * draws, "a byte a row" if found["teacher_entropy"] else "not kept"
     table = Table(title=f"teacher cache {store.folder}", title_justify="left", show_header=False)
     for name, value in {
-        "samples": f"{samples:,} in {len(shards)} shards",
+        "samples": f"{samples:,} in {len(store.shards)} shards",
         "rows": f"{rows:,}",
         "size": f"{size / 2**20:,.2f} MiB, {per_row:.1f} bytes a row",
         "classes a row": f"{classes / max(rows, 1):.1f} of {draws} draws, {vocab:,} in the vocabulary",
@@ -41,14 +40,8 @@ def show_cache(store: Store) -> None:
 def measured(folder: str) -> dict[str, Any]:
     """Vocabulary, draws and bytes a row of the cache in a folder, for :func:`show_plan`."""
     store = Store(folder)
-    rows, size = (sum(shard[key] for shard in store.manifest["shards"]) for key in ("rows", "bytes"))
-    found = store.fingerprint
-    return {"vocab": found["vocab"], "draws": found["class_samples"], "per_row": size / max(rows, 1)}
-
-
-def is_cache(path: str) -> bool:
-    """Whether a folder holds a cache, or the beginning of one."""
-    return os.path.exists(os.path.join(path, MANIFEST))
+    found, per_row = store.fingerprint, store.total("bytes") / max(store.total("rows"), 1)
+    return {"vocab": found["vocab"], "draws": found["class_samples"], "per_row": per_row}
 
 
 def show_plan(positions: float, vocab: int, draws: int, fraction: float, per_row: float | None = None) -> None:

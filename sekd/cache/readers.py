@@ -81,24 +81,20 @@ class LocalReader:
         draws = sample_draws(key, method.seed, len(hidden), method.class_samples).to(device)
         # A CPU multiplies many rows faster, and takes the softmax of few rows faster, since these stay in its cache.
         few = FEW_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
-        try:
-            found = [
-                in_chunks(of_chunk, (head.project(some), their_draws), few)
-                for some, their_draws in zip(hidden.split(CHUNK_ROWS), draws.split(CHUNK_ROWS), strict=True)
-            ]
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{error} of sample {row['sample_id']}; look at it, or try teacher_dtype"
-            ) from error
+        found = [
+            in_chunks(of_chunk, (head.project(some), their_draws), few)
+            for some, their_draws in zip(hidden.split(CHUNK_ROWS), draws.split(CHUNK_ROWS), strict=True)
+        ]
         ids, probs, *entropies = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+        if not probs.isfinite().all():
+            raise FloatingPointError(
+                f"the teacher's distribution is not finite at some position of sample {row['sample_id']}; look at it, "
+                "or choose another teacher_dtype"
+            )
         counts = (probs * method.class_samples).round().long().numpy()
         codes = [entropy_to_bytes(e, head.classes) for e in entropies]
-        return (
-            key,
-            len(counts),
-            int((counts > 0).sum()),
-            encode(ids.numpy(), counts, head.classes, "compressed", *codes),
-        )
+        data = encode(ids.numpy(), counts, head.classes, "compressed", *codes)
+        return key, len(counts), int((counts > 0).sum()), data
 
 
 def load_reader(
@@ -131,15 +127,16 @@ class RayReaders:
         import ray
 
         self.ray, self.started = ray, not ray.is_initialized()
+        self.actors: list[Any] = []
         if self.started:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that this will change
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
             there = ray.cluster_resources()
             share = {f"num_{name.lower()}s": min(1, there.get(name, 0) / workers) for name in ("CPU", "GPU")}
             actor = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(_Actor)
             # A sum over threads rounds as their number says.
-            self.actors: list[Any] = [actor.remote(load, torch.get_num_threads()) for _ in range(workers)]
+            self.actors = [actor.remote(load, torch.get_num_threads()) for _ in range(workers)]
             try:
                 facts = ray.get([a.facts.remote() for a in self.actors])
             except ray.exceptions.RayActorError as error:

@@ -21,22 +21,27 @@ from sekd.progress import write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-FINGERPRINT: dict[str, Any] = {
-    "teacher": dict,
-    "dtype": str,
-    "tokenizer": str,
-    "vocab": int,
-    "data": str,
-    "max_length": int,
-    "packing": bool,
-    "class_samples": int,
-    "temperature": (int, float),
-    "seed": int,
-    "teacher_entropy": bool,
-    "form": str,
-    "shard_samples": int,
+FINGERPRINT: dict[str, tuple[Any, str]] = {
+    "teacher": (dict, "teacher_model_name_or_path, its revision or weights"),
+    "dtype": (str, "teacher_dtype"),
+    "tokenizer": (str, "the tokenizer or its chat template"),
+    "vocab": (int, "the common vocabulary of student and teacher"),
+    "data": (
+        str,
+        "the data (dataset_name, dataset_train_split, sample selection, max_length, packing or the template)",
+    ),
+    "max_length": (int, "max_length"),
+    "packing": (bool, "packing"),
+    "class_samples": (int, "class_samples"),
+    "temperature": ((int, float), "kd_temperature"),
+    "seed": (int, "seed"),
+    "teacher_entropy": (bool, "cache_teacher_entropy"),
+    "form": (str, "the codec"),
+    "shard_samples": (int, "the samples of a shard"),
 }
-"""What must match for a cache to be the one that is asked for, with its types."""
+"""What must match for a cache to be the one that is asked for: type, and what a user calls it."""
+SHARD = {"samples": int, "rows": int, "classes": int, "bytes": int, "sha256": str}
+AGAIN = "delete it and build (or pull) again"
 Encoded = tuple[bytes, int, int, bytes]
 """Of a sample: key, number of rows, number of classes in all rows, bytes."""
 SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
@@ -94,9 +99,9 @@ def read_shard(path: str) -> pa.RecordBatch:
         reader = pa.ipc.open_file(pa.memory_map(path))
         batch = reader.get_batch(0)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"cache shard {path!r} cannot be read ({error}); delete it and build again") from error
+        raise ValueError(f"cache shard {path!r} cannot be read ({error}); {AGAIN}") from error
     if batch.schema != SCHEMA:
-        raise ValueError(f"cache shard {path!r} has not the columns of this version; delete it and build again")
+        raise ValueError(f"cache shard {path!r} has not the columns of this version; {AGAIN}")
     return batch
 
 
@@ -123,6 +128,11 @@ def locked(folder: str) -> Iterator[None]:
         os.close(handle)
 
 
+def is_cache(folder: str) -> bool:
+    """Whether a folder holds a cache, or the beginning of one."""
+    return os.path.exists(os.path.join(folder, MANIFEST))
+
+
 def read_manifest(folder: str) -> dict[str, Any]:
     """What a cache says of itself.
 
@@ -130,13 +140,13 @@ def read_manifest(folder: str) -> dict[str, Any]:
         ValueError: no cache there, or one of another format.
     """
     path = os.path.join(folder, MANIFEST)
-    if not os.path.exists(path):
+    if not is_cache(folder):
         raise ValueError(f"teacher_cache {folder!r} holds no {MANIFEST}; build it with `sekd cache build RECIPE`")
     try:
         with open(path) as file:
             manifest = json.load(file)
     except ValueError as error:
-        raise ValueError(f"{path!r} cannot be read ({error}); delete it and build again") from error
+        raise ValueError(f"{path!r} cannot be read ({error}); {AGAIN}") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError(f"{path!r} is not the manifest of a teacher cache; name another folder")
     if manifest["format"] != FORMAT:
@@ -154,16 +164,15 @@ def _what_is_wrong(manifest: dict[str, Any]) -> str | None:
     found, shards = manifest.get("fingerprint"), manifest.get("shards")
     if not isinstance(manifest.get("complete"), bool) or not isinstance(found, dict) or not isinstance(shards, list):
         return "complete, fingerprint or shards are missing"
-    for name, kind in FINGERPRINT.items():
+    for name, (kind, _) in FINGERPRINT.items():
         if not isinstance(found.get(name), kind) or (kind is int and isinstance(found[name], bool)):
             return f"fingerprint {name} is {found.get(name)!r}"
     if found["form"] not in FORMS or not {"name", "revision", "weights"} <= found["teacher"].keys():
         return f"fingerprint form {found['form']!r} or teacher {found['teacher']!r} is unknown"
     for number, shard in enumerate(shards):
-        kinds = {"samples": int, "rows": int, "classes": int, "bytes": int, "sha256": str}
         if not isinstance(shard, dict) or shard.get("file") != shard_name(number):
             return f"shard {number} is not {shard_name(number)!r}"
-        for name, kind in kinds.items():
+        for name, kind in SHARD.items():
             if not isinstance(shard.get(name), kind):
                 return f"{shard['file']}: {name} is {shard.get(name)!r}"
     return None
@@ -190,6 +199,10 @@ class Store:
             self.shards.append(batch)
             self.places |= {key: (number, i) for i, key in enumerate(batch.column("key").to_pylist())}
 
+    def total(self, field: str) -> int:
+        """Of all shards: ``samples``, ``rows``, ``classes`` or ``bytes``."""
+        return sum(shard[field] for shard in self.manifest["shards"])
+
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
 
@@ -209,10 +222,7 @@ def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
     if not os.path.exists(path):
         raise ValueError(f"cache shard {path!r} is missing; build (or pull) the cache again, the others stay")
     if os.path.getsize(path) != shard["bytes"]:
-        raise ValueError(
-            f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; delete it and build "
-            "(or pull) again"
-        )
+        raise ValueError(f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; {AGAIN}")
     return read_shard(path)
 
 
@@ -225,9 +235,7 @@ def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mappi
         if (found.entropy is not None) != fingerprint["teacher_entropy"]:
             raise ValueError("its rows have other fields than the manifest says")
     except ValueError as error:
-        raise ValueError(
-            f"cache shard {name!r}, sample {place}: {error}; delete it and build (or pull) again"
-        ) from error
+        raise ValueError(f"cache shard {name!r}, sample {place}: {error}; {AGAIN}") from error
     return found
 
 
@@ -239,7 +247,7 @@ def verify(folder: str) -> list[str]:
         try:
             batch = open_shard(folder, shard)
             if sha256(os.path.join(folder, shard["file"])) != shard["sha256"]:
-                raise ValueError(f"{shard['file']}: the checksum differs; delete it and build (or pull) again")
+                raise ValueError(f"{shard['file']}: the checksum differs; {AGAIN}")
             for place in range(batch.num_rows):
                 read_sample(batch, place, shard["file"], manifest["fingerprint"])
             keys += batch.column("key").to_pylist()
