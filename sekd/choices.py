@@ -1,4 +1,4 @@
-"""Which choices of a selection make sense together: the one place that refuses those that do not.
+"""Which choices make sense together: the one place that refuses those that do not.
 
 The functions take the configuration (:class:`sekd.config.SEKDConfig`) and raise ValueError with the field, the value
 and the remedy.
@@ -70,6 +70,7 @@ def check_selection(args: Any) -> None:
     if args.position_skip < 0:
         raise ValueError(f"position_skip {args.position_skip} must not be negative; 0 skips no position")
     _check_score(args)
+    _check_score_source(args)
     _check_divergence(args)
     _check_classes(args)
     if args.teacher_cache is not None:
@@ -79,10 +80,30 @@ def check_selection(args: Any) -> None:
         raise ValueError(f"sample_fraction {args.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
     if args.sample_pool is not None and (isinstance(args.sample_pool, bool) or args.sample_pool < 1):
         raise ValueError(f"sample_pool {args.sample_pool} must be at least 1; it counts samples")
-    for name in ("samples_file", "teacher_cache"):
+    for name in ("samples_file", "teacher_cache", "rollouts"):
         if getattr(args, name) == "":
             raise ValueError(f"{name} is empty; name a path, or leave it out")
     _warn_of_unused(args)
+
+
+def check_prompts(args: Any) -> None:
+    """Prompts of text, and prompts that the teacher alone sees."""
+    length, most = args.text_prompt_length, args.max_prompt_length
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= most):
+        raise ValueError(
+            f"text_prompt_length {length} must be a whole number from 1 to max_prompt_length {most}; change either"
+        )
+    named = " and ".join(args.teacher_context)
+    if named and args.teacher_cache is not None:
+        raise ValueError(
+            f"{named} with teacher_cache {args.teacher_cache!r}: a cache holds the teacher's rows behind the student's "
+            "prompts; leave teacher_cache out, or the teacher's context"
+        )
+    if named and args.supervise_prompt:
+        raise ValueError(
+            f"supervise_prompt true with {named}: the teacher reads another prompt, so only completions can be "
+            "compared; set supervise_prompt: false, or leave the teacher's context out"
+        )
 
 
 def _check_score(args: Any) -> None:
@@ -107,6 +128,22 @@ def _check_score(args: Any) -> None:
         raise ValueError(
             f"position_score has a negative weight, and position_policy {policy!r} takes scores for proportions; use "
             "weights of 0 or more, or position_policy: top_k"
+        )
+
+
+def _check_score_source(args: Any) -> None:
+    one_of("score_source", args.score_source, ("exact", "rollout"))
+    if args.score_logprobs < 1:
+        raise ValueError(f"score_logprobs {args.score_logprobs} must be at least 1; 20 agree with exact scores well")
+    if args.score_source == "exact":
+        return
+    if args.lmbda == 0:
+        raise ValueError("score_source 'rollout' with lmbda 0: nothing is rolled out; use score_source: exact")
+    names = args.scoring.names if args.scoring is not None else ()
+    if names != ("student_entropy",):
+        raise ValueError(
+            f"score_source 'rollout' gives student_entropy alone, and position_policy {args.position_policy!r} reads "
+            f"{', '.join(names) or 'no score'}; use score_source: exact"
         )
 
 

@@ -163,17 +163,16 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
         if resume is None:
             raise ValueError(f"resume_from_checkpoint: there is no checkpoint in output_dir {args.output_dir!r}")
-    streaming = script.dataset_streaming
-    train = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, streaming)
-    held_out = None
+    train, held_out = _training_rows(script, args), None
     if args.eval_on_start or args.eval_strategy != "no":
         name = args.eval_dataset_name or script.dataset_name
-        if args.eval_dataset_name is None and is_local(name) and "[" not in script.dataset_test_split:
+        sliced = "[" in script.dataset_test_split
+        if name is None or (args.eval_dataset_name is None and is_local(name) and not sliced):
             raise ValueError(
                 "evaluation needs data of its own: set eval_dataset_name, or slice the file, for example "
                 "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
             )
-        held_out = load_rows(name, script.dataset_config, script.dataset_test_split, streaming)
+        held_out = load_rows(name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
     trainer = SEKDTrainer(
         model=model.model_name_or_path,
         args=args,
@@ -195,11 +194,9 @@ def score(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, An
     script, args, model = _parse_run(recipe, overrides)
     if args.sample_fraction == 1:
         raise ValueError("sample_fraction is 1, which keeps every sample; set it, for example --sample_fraction 0.2")
-    from sekd.data import load_rows
     from sekd.samples import choose_of
 
-    rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
-    return args, choose_of(rows, model.model_name_or_path, args, _model_options(model))
+    return args, choose_of(_training_rows(script, args), model.model_name_or_path, args, _model_options(model))
 
 
 def build_cache_of(
@@ -216,9 +213,8 @@ def build_cache_of(
     if args.teacher_model_name_or_path is None:
         raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
     from sekd.cache.build import build_of
-    from sekd.data import load_rows
 
-    rows = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
+    rows = _training_rows(script, args)
     return build_of(rows, model.model_name_or_path, args, _model_options(model), engine, workers)
 
 
@@ -244,11 +240,29 @@ def _parse_run(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any, Any]:
     script, args, model = parse_recipe(recipe, overrides)
     if model.model_name_or_path is None:
         raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
-    if script.dataset_name is None:
+    if script.dataset_name is None and args.rollouts is None:
         raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
-    if script.dataset_streaming:
+    if script.dataset_streaming and args.rollouts is None:
         args.check_stream()
     return script, args, model
+
+
+def _training_rows(script: Any, args: Any) -> Any:
+    """The data of a recipe; the rollouts that it replays in its place."""
+    from sekd.data import load_rows
+    from sekd.rows import ROLLOUT_COLUMNS
+
+    if args.rollouts is None:
+        config, split = script.dataset_config, script.dataset_train_split
+        return load_rows(script.dataset_name, config, split, script.dataset_streaming)
+    path = os.path.abspath(os.path.expanduser(args.rollouts))  # a path, though it may look like a hub id
+    rows = load_rows(path, field="rollouts")
+    if missing := [column for column in ROLLOUT_COLUMNS if column not in rows.column_names]:
+        raise ValueError(
+            f"rollouts {args.rollouts!r} lacks the columns {' and '.join(missing)}: write it with save_rollouts, or "
+            "name other data in dataset_name"
+        )
+    return rows
 
 
 def _model_options(model: Any) -> dict[str, Any]:

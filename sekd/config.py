@@ -11,6 +11,7 @@ from sekd.choices import (
     POLICY_OPTIONS,
     SAMPLE_SCORES,
     check_numbers,
+    check_prompts,
     check_selection,
     one_of,
     read_score,
@@ -83,6 +84,14 @@ class SEKDConfig(TrainingArguments):
             '{"student_entropy": 1.0, "kl": 0.5}.'
         ),
     )
+    score_source: str = field(
+        default="exact",
+        metadata=_help(
+            "Where student_entropy comes from: exact is a pass of the head over all positions; rollout takes it from "
+            "the sampler's score_logprobs largest log-probabilities, in on-policy steps."
+        ),
+    )
+    score_logprobs: int = field(default=20, metadata=_help("K of score_source rollout."))
     score_normalization: str = field(
         default="none",
         metadata=_help(f"Each score within its sequence, before weights apply: {', '.join(NORMALIZATIONS)}."),
@@ -143,6 +152,24 @@ class SEKDConfig(TrainingArguments):
         default=None, metadata=_help("Variables of the chat template, for example {enable_thinking: false}.")
     )
     system_prompt: str | None = field(default=None, metadata=_help("System turn before each chat prompt."))
+    teacher_system_prompt: str | None = field(
+        default=None,
+        metadata=_help("System turn of chat prompts that the teacher sees in the place of the student's."),
+    )
+    teacher_prompt_prefix: str | None = field(
+        default=None,
+        metadata=_help(
+            "Text that the teacher alone sees before the prompt, or before the last user turn of a chat. {column} "
+            "becomes the row's value of that column, as in 'The answer is {answer}. '; other braces stay as they are."
+        ),
+    )
+    text_prompt_length: int | None = field(
+        default=None,
+        metadata=_help(
+            "On-policy from plain text: the first so many tokens of a document are the prompt, and the student writes "
+            "on. Documents that are not longer are dropped and counted."
+        ),
+    )
     supervise_prompt: bool = field(default=False, metadata=_help("Distil prompt tokens too (off-policy)."))
     packing: bool = field(default=True, metadata=_help("Pack text into max_length; documents never see each other."))
     max_length: int = field(default=1024, metadata=_help("Longest training sequence, in tokens."))
@@ -152,6 +179,10 @@ class SEKDConfig(TrainingArguments):
         metadata=_help("Prompts over max_prompt_length: error stops, drop drops and counts them."),
     )
 
+    rollouts: str | None = field(
+        default=None,
+        metadata=_help("Replay a file of rollouts (save_rollouts) off-policy instead of dataset_name."),
+    )
     eval_dataset_name: str | None = field(
         default=None,
         metadata=_help("Held-out data, like dataset_name; dataset_test_split of dataset_name if not given."),
@@ -171,9 +202,31 @@ class SEKDConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata=_help("Nucleus sampling: smallest set of this mass."))
     top_k: int = field(default=0, metadata=_help("Sample from the k likeliest tokens; 0 is all."))
     min_p: float = field(default=0.0, metadata=_help("Drop tokens under this share of the likeliest."))
+    repetition_penalty: float = field(
+        default=1.0, metadata=_help("Divide by this the chance of tokens that are there already; 1 is none.")
+    )
+    stop_strings: list[str] = field(
+        default_factory=list, metadata=_help("Strings that end a completion, beside the stop tokens.")
+    )
     max_completion_length: int = field(default=256, metadata=_help("Longest completion, in tokens."))
     vllm_gpu_memory_utilization: float = field(default=0.3, metadata=_help("Share of the GPU that vLLM may take."))
+    vllm_sleep: bool = field(
+        default=False, metadata=_help("Let vLLM give the GPU's memory back between rounds (rollout_engine vllm).")
+    )
     vllm_kv_cache_gib: float = field(default=1.0, metadata=_help("vLLM's key-value cache on a CPU, in GiB."))
+    rollouts_per_prompt: int = field(
+        default=1, metadata=_help("Completions of each prompt; batch sizes count completions, and epochs are longer.")
+    )
+    rollout_batches: int = field(
+        default=1, metadata=_help("Optimizer steps whose rollouts are written in one round, by the weights before it.")
+    )
+    rollout_staleness: int = field(
+        default=0,
+        metadata=_help("1 writes the next round's rollouts while this one is trained on (rollout_engine vllm_server)."),
+    )
+    save_rollouts: bool = field(
+        default=False, metadata=_help("Keep all rollouts in rollouts.jsonl in output_dir; --rollouts replays them.")
+    )
     log_completions_steps: int = field(default=50, metadata=_help("Print a few rollouts every so often; 0 is never."))
 
     # Memory
@@ -193,6 +246,9 @@ class SEKDConfig(TrainingArguments):
             self.class_selection = "rs_kd"  # what a cache holds
         if self.divergence is None:
             self.divergence = "reverse_kl" if self.lmbda > 0 and self.class_selection == "full" else "forward_kl"
+        if self.rollouts is not None:
+            # Last: a replayed on-policy recipe keeps its divergence. Nothing is generated.
+            self.lmbda, self.rollouts_per_prompt, self.score_source = 0.0, 1, "exact"
         self.position_score = read_score(self.position_score)
         self._check()
         if not _has_accelerator():
@@ -207,6 +263,7 @@ class SEKDConfig(TrainingArguments):
         own = [f for f in fields(self) if f.name in SEKDConfig.__annotations__]
         check_numbers(self, [f.name for f in own if f.type in (int, float, "int", "float")])
         check_selection(self)
+        check_prompts(self)
         one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
         one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
         one_of("rollout_engine", self.rollout_engine, ENGINES)
@@ -224,6 +281,30 @@ class SEKDConfig(TrainingArguments):
         for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 leaves chances alone")
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise ValueError(f"stop_strings {self.stop_strings!r}: an empty one would end everything; leave it out")
+        for name in ("rollouts_per_prompt", "rollout_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.rollouts_per_prompt > 1 and self.lmbda < 1 and self.rollouts is None:
+            raise ValueError(
+                f"rollouts_per_prompt {self.rollouts_per_prompt} with lmbda {self.lmbda}: steps that learn from the "
+                "data would see each sample so often; set lmbda: 1, or rollouts_per_prompt: 1"
+            )
+        if self.rollouts_per_prompt > 1 and self.temperature == 0:
+            raise ValueError(
+                f"rollouts_per_prompt {self.rollouts_per_prompt} with temperature 0 writes the same completion again; "
+                "raise the temperature"
+            )
+        if self.rollout_staleness not in (0, 1):
+            raise ValueError(f"rollout_staleness {self.rollout_staleness} is neither 0 nor 1, a round ahead at most")
+        if self.rollout_staleness and self.rollout_engine != "vllm_server":
+            raise ValueError(
+                f"rollout_staleness 1 with rollout_engine {self.rollout_engine!r}, which generates on the trainer's "
+                "own device: there is nothing to gain; use rollout_engine: vllm_server, or rollout_staleness: 0"
+            )
         if self.rollout_timeout <= 0:
             raise ValueError(f"rollout_timeout {self.rollout_timeout} must be above 0 seconds")
         if bad := [url for url in self.rollout_server_urls if not url.startswith(("http://", "https://"))]:
@@ -249,6 +330,11 @@ class SEKDConfig(TrainingArguments):
                 f"sample_fraction {self.sample_fraction} of a stream is unknown, since it has no length; set "
                 "sample_pool to the number of its first samples to choose from, or dataset_streaming: false"
             )
+
+    @property
+    def teacher_context(self) -> list[str]:
+        """The fields, of those that let the teacher see another prompt than the student, that are set."""
+        return [n for n in ("teacher_system_prompt", "teacher_prompt_prefix") if getattr(self, n) is not None]
 
     @property
     def scoring(self) -> Scoring | None:

@@ -1,13 +1,14 @@
 """Datasets in, token batches out. The only place where targets are shifted.
 
-Three kinds of rows are read: prompt and completion (text or chat messages), whole conversations (``messages``), and
-plain ``text``. Each becomes a :class:`Sample`, and samples become a batch in :func:`collate`.
+Five kinds of rows are read: prompt and completion as text, or as chat messages, whole conversations (``messages``),
+plain ``text``, and rollouts that were written before (``prompt_ids`` and ``completion_ids``). :mod:`sekd.rows` makes
+tokens of them. Each becomes a :class:`Sample`, and samples become a batch in :func:`collate`.
 """
 
 import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from rollouts import Rollout
 from sekd.config import SEKDConfig
+from sekd.rows import ENCODERS, check_kind, kind_of
 from sekd.types import IGNORE
 
 logger = logging.get_logger(__name__)
@@ -28,13 +30,19 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(slots=True)
 class Sample:
-    """One training sequence. ``supervised`` marks the tokens that are targets; ``seq_lengths`` the packed documents."""
+    """One training sequence. ``supervised`` marks the tokens that are targets; ``seq_lengths`` the packed documents.
+
+    ``teacher_prompt_ids`` is what the teacher reads in the place of the prompt, if that is something else;
+    ``entropies`` are those of the distributions that a rollout's completion was drawn from, one a token.
+    """
 
     input_ids: list[int]
     supervised: list[int]
     sample_id: int
     prompt_length: int = 0
     seq_lengths: list[int] | None = None
+    teacher_prompt_ids: list[int] | None = None
+    entropies: list[float] | None = None
 
 
 def is_local(name: str) -> bool:
@@ -43,12 +51,12 @@ def is_local(name: str) -> bool:
 
 
 def load_rows(
-    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False, field: str = "dataset_name"
 ) -> Dataset | IterableDataset:
     """Rows of a local json, jsonl, csv or parquet file (or folder, or glob of them), or else of a hub dataset.
 
     Files are one split, whatever ``split`` calls it; a slice such as ``train[:64]`` or ``train[90%:]`` selects from
-    their rows. Of several files the columns that all of them have are kept.
+    their rows. Of several files the columns that all of them have are kept. Errors name ``field``.
 
     Raises:
         ValueError: a file or folder that is not there or holds nothing readable.
@@ -59,19 +67,17 @@ def load_rows(
     pattern = os.path.join(path, "**") if os.path.isdir(path) else path
     files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.splitext(f)[1] in BUILDERS)
     if not files:
-        raise ValueError(f"dataset_name {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
+        raise ValueError(f"{field} {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
     if len({os.path.splitext(f)[1] for f in files}) > 1:
-        raise ValueError(
-            f"dataset_name {name!r} mixes kinds of files; name those of one kind, such as 'folder/*.jsonl'"
-        )
+        raise ValueError(f"{field} {name!r} mixes kinds of files; name those of one kind, such as 'folder/*.jsonl'")
     if empty := [f for f in files if not os.path.getsize(f)]:
-        raise ValueError(f"dataset_name {name!r}: {empty[0]} is empty")
+        raise ValueError(f"{field} {name!r}: {empty[0]} is empty")
     try:
         kind = BUILDERS[os.path.splitext(files[0])[1]]
         parts = [load_dataset(kind, data_files=f, split="train", streaming=streaming) for f in files]
     except DatasetsError as error:
         cause = error.__cause__ or error
-        raise ValueError(f"dataset_name {name!r} cannot be read as {kind}: {cause}") from error
+        raise ValueError(f"{field} {name!r} cannot be read as {kind}: {cause}") from error
     if len(parts) > 1:
         columns = [
             c for c in get_dataset_column_names(parts[0]) if all(c in get_dataset_column_names(p) for p in parts)
@@ -91,7 +97,7 @@ def load_rows(
 def prepare(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
 ) -> Dataset | IterableDataset:
-    """Rows as the columns of :class:`Sample`, tokenized, cut to length, packed if they are text.
+    """Rows as the columns of :class:`Sample`, tokenized, cut to length, packed if they are text without prompts.
 
     Raises:
         ValueError: an empty dataset, a missing column (lists those there are), prompts over ``max_prompt_length``.
@@ -99,11 +105,15 @@ def prepare(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("the data is empty: the dataset and its split select no rows")
-    encode, is_text = _encoder(first, tokenizer, args)
-    in_memory = isinstance(dataset, Dataset)
+    kind = kind_of(first, args)
+    check_kind(kind, tokenizer, args)
+    encode, in_memory = ENCODERS[kind], isinstance(dataset, Dataset)
     progress: dict[str, Any] = {"desc": "Tokenizing"} if in_memory else {}
-    dataset = dataset.map(encode, remove_columns=list(first), **progress)
-    if is_text and args.packing:
+    known = {"tokenizer": tokenizer, "args": args}
+    dataset = dataset.map(encode, fn_kwargs=known, remove_columns=list(first), **progress)
+    if kind == "text_prompt":
+        dataset = _longer_than_prompt(dataset, args)
+    if kind == "text" and args.packing:
         if in_memory:
             progress = {"desc": "Packing"}
         dataset = pack_dataset(dataset, args.max_length, "bfd_split", progress)
@@ -115,10 +125,22 @@ def prepare(
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor]:
-    """The fields of :class:`sekd.types.Batch`, padded on the right.
+    """The fields of :class:`sekd.types.Batch`, padded on the right; the teacher's own where a sample has a prompt for
+    it, with as many targets in the same order."""
+    batch = _padded(samples, pad_token_id)
+    if any(sample.teacher_prompt_ids is not None for sample in samples):
+        theirs = _padded([*map(_as_the_teacher_reads, samples)], pad_token_id)
+        batch |= {f"teacher_{name}": grid for name, grid in theirs.items()}
+    if all(sample.entropies is not None for sample in samples):
+        entropy = torch.zeros(batch["targets"].shape)
+        for row, sample in zip(entropy, samples, strict=True):
+            row[sample.prompt_length : len(sample.input_ids)] = torch.tensor(sample.entropies)
+        batch["student_entropy"] = entropy.roll(-1, dims=1)  # a token was drawn from the row before it
+    return {**batch, "sample_ids": torch.tensor([s.sample_id for s in samples])}
 
-    Row t gets token t + 1 as its target where that token is supervised and does not begin a document.
-    """
+
+def _padded(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor]:
+    """Row t gets token t + 1 as its target where that token is supervised and does not begin a document."""
     width = max(len(s.input_ids) for s in samples)
     input_ids = torch.full((len(samples), width), pad_token_id)
     supervised = torch.zeros(len(samples), width, dtype=torch.bool)
@@ -133,15 +155,30 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor]:
     targets = torch.full_like(input_ids, IGNORE)
     is_target = supervised[:, 1:] & (position_ids[:, 1:] > 0)
     targets[:, :-1] = torch.where(is_target, input_ids[:, 1:], IGNORE)
-    sample_ids = torch.tensor([s.sample_id for s in samples])
-    return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids, "sample_ids": sample_ids}
+    return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids}
 
 
-def from_rollout(sample: Sample, rollout: Rollout) -> Sample:
+def _as_the_teacher_reads(sample: Sample) -> Sample:
+    """The same completion behind the teacher's prompt."""
+    prompt, behind = sample.teacher_prompt_ids, sample.prompt_length
+    if prompt is None:
+        return sample
+    supervised = [0, *sample.supervised[1:]]  # without a prompt, the student has no row for its first token
+    return replace(
+        sample,
+        input_ids=[*prompt, *sample.input_ids[behind:]],
+        supervised=[0] * len(prompt) + supervised[behind:],
+        prompt_length=len(prompt),
+    )
+
+
+def from_rollout(sample: Sample, rollout: Rollout, entropies: list[float] | None = None) -> Sample:
     """The sample with a generated completion in the place of its own; only what was generated is supervised."""
     ids = [*rollout.prompt_ids, *rollout.completion_ids]
     supervised = [0] * len(rollout.prompt_ids) + [1] * len(rollout.completion_ids)
-    return Sample(ids, supervised, sample.sample_id, len(rollout.prompt_ids))
+    theirs = sample.teacher_prompt_ids
+    length = len(rollout.prompt_ids)
+    return Sample(ids, supervised, sample.sample_id, length, teacher_prompt_ids=theirs, entropies=entropies)
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -156,153 +193,33 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         )
 
 
-Encoder = Callable[[Mapping[str, Any]], dict[str, Any]]
-
-
-def _encoder(first: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> tuple[Encoder, bool]:
-    """The function that tokenizes a row of this kind, and whether it is plain text."""
-    if args.prompt_column in first:
-        if args.completion_column not in first and args.lmbda < 1:
-            raise _missing(args, first, ["completion_column"])
-        is_chat = args.use_chat_template or isinstance(first[args.prompt_column], list)
-        encode = _encode_chat_pair if is_chat else _encode_pair
-    elif args.messages_column in first:
-        encode = _encode_messages
-    elif args.text_column in first and args.lmbda == 0:
-        encode = _encode_text
-    else:
-        raise _missing(args, first, ["prompt_column", "messages_column"] + ["text_column"] * (args.lmbda == 0))
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so no student could learn to stop: set tokenizer.eos_token")
-    if encode is not _encode_text and args.lmbda < 1 and args.max_length <= args.max_prompt_length:
+def _longer_than_prompt(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
+    """The documents of which something is left behind their prompt."""
+    limit = args.text_prompt_length
+    what = f"documents that are not longer than text_prompt_length {limit}"
+    kept = _keep(dataset, lambda row: len(row["input_ids"]) > row["prompt_length"], what)
+    if isinstance(kept, Dataset) and not len(kept):
+        longest = max(dataset["prompt_length"])
         raise ValueError(
-            f"max_length {args.max_length} leaves no room for completions behind prompts of max_prompt_length "
-            f"{args.max_prompt_length}; raise the first or lower the second"
+            f"text_prompt_length {limit}: no document is longer; the longest has {longest} tokens, so lower it"
         )
-    if encode is not _encode_pair and encode is not _encode_text and tokenizer.chat_template is None:
-        raise ValueError(
-            "the data is a conversation, but the tokenizer has no chat template: use text prompts, or set one"
-        )
-    return lambda row: encode(row, tokenizer, args), encode is _encode_text
-
-
-def _missing(args: SEKDConfig, first: Mapping[str, Any], fields: list[str]) -> ValueError:
-    wanted = " or ".join(f"{name}: {getattr(args, name)!r}" for name in fields)
-    return ValueError(
-        f"the data lacks {wanted}; its columns are {', '.join(map(repr, first))}. Set the field to one of them"
-    )
-
-
-def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    for column in (args.prompt_column, args.completion_column):
-        if not isinstance(row.get(column, ""), str):
-            raise ValueError(f"column {column!r} holds {row[column]!r}, which is not text")
-    prompt = tokenizer(args.prompt_template.replace("{prompt}", row[args.prompt_column]))["input_ids"]
-    completion: list[int] = []
-    if args.completion_column in row:
-        completion = tokenizer(row[args.completion_column], add_special_tokens=False)["input_ids"]
-        completion = [*completion, tokenizer.eos_token_id]
-    return _pair(prompt, completion, args)
-
-
-def _encode_chat_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    prompt, answer = row[args.prompt_column], row.get(args.completion_column)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": args.prompt_template.replace("{prompt}", prompt)}]
-        answer = [{"role": "assistant", "content": answer}] if answer is not None else None
-    return _chat_turn(_with_system(prompt, args), answer, tokenizer, args)
-
-
-def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    """Everything before the last answer is the prompt. Earlier answers are targets too, unless the template writes
-    them differently once the conversation goes on (Qwen3 drops their thinking): the student never wrote those."""
-    messages = _with_system(row[args.messages_column], args)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not answers:
-        raise ValueError(f"messages_column {args.messages_column!r}: a conversation has no assistant turn: {messages}")
-    *earlier, last = answers
-    sample = _chat_turn(messages[:last], [messages[last]], tokenizer, args)
-    ids = sample["input_ids"]
-    for i in earlier:
-        before = _render(messages[:i], tokenizer, args, add_generation_prompt=True)
-        after = _through_eos(_render(messages[: i + 1], tokenizer, args), tokenizer)
-        if ids[: len(after)] == after and after[: len(before)] == before:
-            sample["supervised"][len(before) : len(after)] = [1] * (len(after) - len(before))
-    return sample
-
-
-def _encode_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    ids = [*tokenizer(row[args.text_column])["input_ids"], tokenizer.eos_token_id]
-    sample = {"input_ids": ids, "supervised": [1] * len(ids)}
-    return sample if args.packing else {**sample, "prompt_length": 0}
-
-
-def _with_system(messages: list[dict[str, str]], args: SEKDConfig) -> list[dict[str, str]]:
-    if args.system_prompt is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": args.system_prompt}, *messages]
-
-
-def _chat_turn(
-    prompt: list[dict[str, str]],
-    answer: list[dict[str, str]] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SEKDConfig,
-) -> dict[str, Any]:
-    prompt_ids = _render(prompt, tokenizer, args, add_generation_prompt=True)
-    if answer is None:
-        return _pair(prompt_ids, [], args)
-    ids = _render([*prompt, *answer], tokenizer, args)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            "the chat template writes the prompt differently once the answer follows, so the answer's tokens cannot "
-            "be told apart; use text columns, or a template whose prompt is a prefix of the conversation"
-        )
-    return _pair(prompt_ids, _through_eos(ids[len(prompt_ids) :], tokenizer), args)
-
-
-def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, **options: bool
-) -> list[int]:
-    variables: Any = args.chat_template_kwargs or {}  # a dict: TrainingArguments parses text
-    return tokenizer.apply_chat_template(messages, return_dict=False, **options, **variables)
-
-
-def _through_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without what a template writes after the last EOS, since that is never generated."""
-    if tokenizer.eos_token_id not in ids:
-        return ids
-    return ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
-
-
-def _pair(prompt: list[int], completion: list[int], args: SEKDConfig) -> dict[str, Any]:
-    supervised = [int(args.supervise_prompt)] * len(prompt) + [1] * len(completion)
-    return {"input_ids": [*prompt, *completion], "supervised": supervised, "prompt_length": len(prompt)}
+    return kept
 
 
 def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
     """Over-long prompts are an error or dropped; sequences are cut to ``max_length``; what is lost is counted."""
-    in_memory, limit, dropped = isinstance(dataset, Dataset), args.max_prompt_length, 0
+    in_memory, limit = isinstance(dataset, Dataset), args.max_prompt_length
 
     def fits(row: Mapping[str, Any]) -> bool:
-        nonlocal dropped
-        length = row["prompt_length"]
-        if length <= limit:
-            return True
-        if args.overlong_prompts == "error":
-            raise ValueError(_overlong("a prompt of the stream is", length, args))
-        dropped += 1
-        if not in_memory and dropped in (1, 10, 100, 1000, 10_000, 100_000):
-            logger.warning(f"dropped {dropped} prompts over max_prompt_length {limit} so far")
-        return False
+        if row["prompt_length"] > limit and args.overlong_prompts == "error":
+            raise ValueError(_overlong("a prompt of the stream is", row["prompt_length"], args))
+        return row["prompt_length"] <= limit
 
-    if in_memory:
+    if in_memory and args.overlong_prompts == "error":
         longer = [length for length in dataset["prompt_length"] if length > limit]
-        if longer and args.overlong_prompts == "error":
-            raise ValueError(_overlong(f"{len(longer)} of {len(dataset)} prompts are", max(longer), args))
         if longer:
-            logger.warning(f"dropped {len(longer)} of {len(dataset)} prompts over max_prompt_length {limit}")
-    dataset = dataset.filter(fits)
+            raise ValueError(_overlong(f"{len(longer)} of {len(dataset)} prompts are", max(longer), args))
+    dataset = _keep(dataset, fits, f"prompts over max_prompt_length {limit}")
     if args.lmbda == 1:  # rollouts bring their own completions
         return dataset
     if in_memory:
@@ -313,11 +230,32 @@ def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Data
     def cut(row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: row[name][: args.max_length] for name in ("input_ids", "supervised")}
 
-    cut_rows = dataset.map(cut)
-    kept = cut_rows.filter(lambda row: any(row["supervised"][1:]) or args.lmbda > 0)
-    if in_memory and len(kept) < len(dataset):
-        logger.warning(f"dropped {len(dataset) - len(kept)} of {len(dataset)} samples that have no token to learn from")
-    return kept
+    def teaches(row: Mapping[str, Any]) -> bool:
+        return any(row["supervised"][1:]) or args.lmbda > 0
+
+    return _keep(dataset.map(cut), teaches, "samples that have no token to learn from")
+
+
+def _keep(
+    dataset: Dataset | IterableDataset, wanted: Callable[[Mapping[str, Any]], bool], what: str
+) -> Dataset | IterableDataset:
+    """The wanted rows. How many others there are is logged, of a stream as it goes on."""
+    if isinstance(dataset, Dataset):
+        kept = dataset.filter(wanted)
+        if len(kept) < len(dataset):
+            logger.warning(f"dropped {len(dataset) - len(kept)} of {len(dataset)} {what}")
+        return kept
+    dropped = 0
+
+    def wanted_of_stream(row: Mapping[str, Any]) -> bool:
+        nonlocal dropped
+        is_wanted = wanted(row)
+        dropped += not is_wanted
+        if not is_wanted and dropped in (1, 10, 100, 1000, 10_000, 100_000):
+            logger.warning(f"dropped {dropped} {what} so far")
+        return is_wanted
+
+    return dataset.filter(wanted_of_stream)
 
 
 def _overlong(who: str, longest: int, args: SEKDConfig) -> str:

@@ -45,7 +45,8 @@ FIELDS = {
     "sample_score": "sample_score",
     "seed": "seed",
     "tokenizer": "the tokenizer",
-    "data": "the data (dataset_name, its split, max_length, packing, supervise_prompt, sample_pool or the template)",
+    "data": "the data (dataset_name, its split, max_length, packing, supervise_prompt, sample_pool, the template, "
+    "teacher_system_prompt or teacher_prompt_prefix)",
     "student": "the student's weights (model_name_or_path, model_revision or dtype)",
     "teacher": "the teacher's weights (teacher_model_name_or_path, its revision or teacher_dtype)",
     "precision": "bf16 or fp16",
@@ -165,8 +166,8 @@ def score_samples(
 ) -> Float[Tensor, " n"]:
     """The mean of ``args.sample_score`` over the valid rows of each sample, in one pass of the frozen models.
 
-    A prompt without completion is scored on its own tokens; a sample without any row scores 0. Processes share the
-    work.
+    A prompt without completion is scored on its own tokens, which are the student's to both models; a sample without
+    any row scores 0. Processes share the work.
 
     Raises:
         FloatingPointError: a score that is not finite, with the sample.
@@ -209,7 +210,7 @@ def score_samples(
 
 def _scorable(sample: Sample) -> Sample:
     if not any(sample.supervised[1:]):
-        sample.supervised = [1] * len(sample.supervised)
+        sample.supervised, sample.teacher_prompt_ids = [1] * len(sample.supervised), None
     return sample
 
 
@@ -236,7 +237,7 @@ def _fingerprint(
 
 
 def data_fingerprint(dataset: Dataset) -> str:
-    """A hash of every sample's tokens, targets and documents, in their order."""
+    """A hash of every sample's tokens, targets, documents and teacher's prompts, in their order."""
     return hashlib.blake2b(b"".join(map(key_of, dataset)), digest_size=16).hexdigest()
 
 

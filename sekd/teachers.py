@@ -22,7 +22,10 @@ class Teacher(Protocol):
     """A source of teacher distributions, asked once a batch for its rows and then a chunk at a time for logits."""
 
     def rows(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the teacher keeps of the N valid rows of the batch: tensors of N rows, small against [N V]."""
+        """What the teacher keeps of the N valid rows of the batch: tensors of N rows, small against [N V].
+
+        A teacher that reads the tokens reads those of ``batch.for_teacher``.
+        """
 
     def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
         """Logits (or log-probabilities) of a chunk of those rows."""
@@ -40,6 +43,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> tuple[Float[Tensor, "N D"]]:
+        batch = batch.for_teacher
         return (hidden_states(self.model, batch)[batch.valid],)
 
     @torch.no_grad()

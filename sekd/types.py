@@ -1,8 +1,8 @@
 """The records that travel between modules, and the letters of their shapes.
 
-B sequences, T tokens, V vocabulary, D hidden size, N rows, K classes kept in a row, U class draws. Row (b, t) holds the
-two next-token distributions after token t: the teacher's p and the student's q; its target y is token t + 1. A row is
-*valid* if its target is supervised. All logs are natural.
+B sequences, T tokens (T2 where the teacher reads others), V vocabulary, D hidden size, N rows, K classes kept in a row,
+U class draws. Row (b, t) holds the two next-token distributions after token t: the teacher's p and the student's q; its
+target y is token t + 1. A row is *valid* if its target is supervised. All logs are natural.
 """
 
 from dataclasses import dataclass, fields
@@ -21,6 +21,7 @@ class Batch:
 
     ``attention_mask`` is needed for left padding only. Where it is None, attention is causal within each run of
     consecutive ``position_ids``: positions that restart separate packed documents, and right padding is never seen.
+    ``student_entropy`` is what the sampler knew of each valid row of a rollout, if it was asked.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -28,6 +29,22 @@ class Batch:
     position_ids: Int[Tensor, "B T"]
     sample_ids: Int[Tensor, " B"]
     attention_mask: Int[Tensor, "B T"] | None = None
+    student_entropy: Float[Tensor, "B T"] | None = None
+    teacher_input_ids: Int[Tensor, "B T2"] | None = None
+    teacher_targets: Int[Tensor, "B T2"] | None = None
+    teacher_position_ids: Int[Tensor, "B T2"] | None = None
+
+    @property
+    def for_teacher(self) -> "Batch":
+        """What the teacher reads: the same completions behind its own prompts, where it has some, or else the batch.
+
+        Each sequence has as many valid rows in both, in the same order.
+        """
+        if self.teacher_input_ids is None:
+            return self
+        assert self.teacher_targets is not None
+        assert self.teacher_position_ids is not None
+        return Batch(self.teacher_input_ids, self.teacher_targets, self.teacher_position_ids, self.sample_ids)
 
     @property
     def valid(self) -> Bool[Tensor, "B T"]:

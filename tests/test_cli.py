@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_vllm_model, save_pair
+from conftest import EOS, make_model, make_vllm_model, save_pair
 from transformers import AutoModelForCausalLM
 
 from sekd.cli import main, parse_recipe, recipe_folder
@@ -98,6 +99,56 @@ def test_train_evaluates_on_a_slice(recipe, tmp_path):
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     before, after = [log["eval_forward_kl"] for log in logs if "eval_forward_kl" in log]
     assert after < before
+
+
+@pytest.fixture
+def rollouts(tmp_path):
+    """A file as save_rollouts writes it."""
+    rows = [{"prompt_ids": [i, i + 1], "completion_ids": [i + 2, EOS], "sample_id": i, "step": 0} for i in range(8)]
+    words = [{"completion": f"w{i + 2} <eos>"} for i in range(8)]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(json.dumps(row | word) + "\n" for row, word in zip(rows, words, strict=True)))
+    return str(path)
+
+
+def test_rollouts_are_replayed_in_the_place_of_the_data(recipe, rollouts, tmp_path):
+    flags = ["--lmbda", "1", "--dataset_config", "main", "--dataset_train_split", "x", "--dataset_streaming", "true"]
+    keys = yaml.safe_load(Path(recipe).read_text())
+    del keys["dataset_name"]
+    Path(recipe).write_text(yaml.safe_dump(keys))
+    assert main(["train", recipe, *flags]) == 2
+    assert main(["train", recipe, *flags, "--rollouts", rollouts]) == 0
+    written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (written["lmbda"], written["divergence"], written["rollouts"]) == (0, "reverse_kl", rollouts)
+    assert main(["samples", recipe, *flags, "--rollouts", rollouts, "--sample_fraction", "0.5"]) == 0
+    assert len(json.loads((tmp_path / "run" / "samples.json").read_text())["kept"]) == 4
+
+
+def test_replayed_rollouts_are_evaluated_on_data_of_their_own(recipe, rollouts, tmp_path, capsys):
+    flags = ["--rollouts", rollouts, "--eval_on_start", "true", "--max_steps", "2"]
+    assert main(["train", recipe, *flags, "--dataset_test_split", "train[:8]"]) == 0
+    logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()][:8]
+    rows = sum(len(row["completion"].split()) + 1 for row in pairs)
+    assert [log["eval_rows"] for log in logs if "eval_rows" in log] == [rows]
+    keys = yaml.safe_load(Path(recipe).read_text())
+    del keys["dataset_name"]
+    Path(recipe).write_text(yaml.safe_dump(keys))
+    assert main(["train", recipe, *flags]) == 2
+    assert "evaluation needs data of its own: set eval_dataset_name" in capsys.readouterr().err
+
+
+def test_files_that_are_no_rollouts(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("nowhere", "nowhere': no such file"),
+        ("empty.jsonl", "empty.jsonl is empty"),
+        ("pairs.jsonl", "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: write it with save_"),
+        ("", "rollouts is empty; name a path, or leave it out"),
+    ):
+        (tmp_path / "empty.jsonl").write_text("")
+        assert main(["train", recipe, "--rollouts", name]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_resume_from_the_last_checkpoint(recipe, tmp_path):

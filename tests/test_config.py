@@ -52,6 +52,9 @@ def config(**kwargs):
         (dict(position_skip=1.5), "position_skip 1.5 must be a whole number"),
         (dict(gls_queue_size=10**9), "gls_queue_size 1000000000 must be from 1 to 10,000,000"),
         (dict(samples_file=""), "samples_file is empty; name a path, or leave it out"),
+        (dict(text_prompt_length=0), "text_prompt_length 0 must be a whole number from 1 to max_prompt_length 512"),
+        (dict(text_prompt_length=9, max_prompt_length=8), "text_prompt_length 9 must be .* to max_prompt_length 8"),
+        (dict(text_prompt_length=1.5), "text_prompt_length 1.5 must be a whole number"),
         (dict(teacher_cache="c", lmbda=0.5), "lmbda 0.5 with teacher_cache: a cache knows the data's rows"),
         (dict(teacher_cache="c", class_selection="top_k_classes"), "teacher_cache holds rs_kd targets"),
         (dict(teacher_cache="c", class_samples=65), "class_samples 65 with teacher_cache: counts have 6 bits"),
@@ -134,6 +137,9 @@ def test_the_divergence_follows_the_mode():
     assert config(lmbda=0.5).divergence == "reverse_kl"
     assert config(lmbda=1.0, divergence="jsd").divergence == "jsd"
     assert config(lmbda=1.0, class_selection="rs_kd").divergence == "forward_kl"
+    replayed = config(lmbda=1.0, rollouts="rollouts.jsonl")
+    assert (replayed.lmbda, replayed.divergence) == (0, "reverse_kl")
+    assert config(rollouts="rollouts.jsonl").divergence == "forward_kl"
 
 
 def test_scores_are_read_only_where_the_policy_looks_at_them():

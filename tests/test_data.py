@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import EOS
 from datasets import Dataset, IterableDataset
+from test_trainer import make_trainer
 from transformers import PreTrainedTokenizerFast
 
 from rollouts import Rollout
@@ -130,6 +131,107 @@ def test_streams(tokenizer, pairs, texts):
     assert packed == [*prepare(texts, tokenizer, config(max_length=64))]
 
 
+# Text whose first tokens are prompts
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
+def test_the_first_tokens_of_a_document_are_its_prompt(tokenizer, lmbda):
+    row, options = {"text": "w1 w2 w3 w4 w5"}, dict(lmbda=lmbda, text_prompt_length=2)
+    assert first([row], tokenizer, **options) == Sample([1, 2, 3, 4, 5, EOS], [0, 0, 1, 1, 1, 1], 0, 2)
+    limits = dict(max_length=4, max_prompt_length=8)  # which is no limit here: all prompts have 2 tokens
+    assert first([row], tokenizer, **options, **limits) == Sample([1, 2, 3, 4], [0, 0, 1, 1], 0, 2)
+    assert first([row], tokenizer, **options, supervise_prompt=True).supervised == [1] * 6
+    pair = {"prompt": "w1 w2 w3", "completion": "w4"}
+    assert first([pair], tokenizer, **options) == first([pair], tokenizer, lmbda=lmbda)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_documents_that_are_not_longer_than_a_prompt_are_dropped_and_counted(tokenizer, caplog, lmbda):
+    data = Dataset.from_list([{"text": " ".join(["w1"] * n)} for n in (1, 3, 2, 5)])
+    args = config(lmbda=lmbda, text_prompt_length=2)
+    kept = [*prepare(data, tokenizer, args)]
+    assert [(row["sample_id"], len(row["input_ids"])) for row in kept] == [(0, 4), (1, 6)]
+    assert "dropped 2 of 4 documents that are not longer than text_prompt_length 2" in caplog.text
+    caplog.clear()
+    assert [*prepare(data.to_iterable_dataset(), tokenizer, args)] == kept
+    assert "dropped 1 documents that are not longer than text_prompt_length 2 so far" in caplog.text
+    with pytest.raises(ValueError, match="text_prompt_length 5: no document is longer; the longest has 5 tokens"):
+        prepare(data, tokenizer, config(lmbda=lmbda, text_prompt_length=5))
+
+
+def test_a_run_on_policy_from_text(tmp_path, tokenizer, texts):
+    data = texts.to_iterable_dataset()
+    trainer = make_trainer(tmp_path, tokenizer, data, lmbda=1.0, text_prompt_length=4, max_completion_length=3)
+    collated, seen = trainer._collate, []
+    trainer._collate = lambda samples: seen.extend(samples) or collated(samples)
+    trainer.train()
+    prompts = [tokenizer(text)["input_ids"][:4] for text in texts["text"]]
+    assert len(seen) == 8
+    for sample in seen:
+        assert sample.input_ids[:4] in prompts
+        assert 5 <= len(sample.input_ids) <= 7
+
+
+def test_text_on_policy_needs_a_length_for_its_prompts(tokenizer):
+    with pytest.raises(ValueError, match=r"lmbda 0.5 needs prompts, .* \(text_column 'text'\): set text_prompt_length"):
+        first([{"text": "w1"}], tokenizer, lmbda=0.5)
+    with pytest.raises(ValueError, match="max_length 2 leaves no room behind a text_prompt_length of 2; raise"):
+        first([{"text": "w1"}], tokenizer, lmbda=1.0, max_length=2, text_prompt_length=2)
+
+
+# Rollouts that were written before
+
+
+def rollout_row(prompt, completion, **more):
+    words = " ".join(f"w{i}" if i != EOS else "<eos>" for i in completion)
+    return {"prompt_ids": prompt, "completion_ids": completion, "prompt": "w0", "completion": words, **more}
+
+
+def test_rollouts_are_taken_as_they_are(tmp_path, tokenizer):
+    rows = [
+        rollout_row([1, 2], [3, 4, EOS], sample_id=17, step=3, weights_step=3, finish_reason="stop"),
+        rollout_row([5], [6, 7], sample_id=4, step=4, weights_step=3, finish_reason="length"),
+    ]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for supervise_prompt in (False, True):
+        args = config(supervise_prompt=supervise_prompt)
+        samples = [Sample(**row) for row in prepare(load_rows(str(tmp_path / "rollouts.jsonl")), tokenizer, args)]
+        assert samples == [Sample([1, 2, 3, 4, EOS], [0, 0, 1, 1, 1], 0, 2), Sample([5, 6, 7], [0, 1, 1], 1, 1)]
+    bare = {"prompt_ids": [1], "completion_ids": [2, 200]}  # models pad their vocabularies
+    assert first([bare], tokenizer).input_ids == [1, 2, 200]
+
+
+def test_empty_rollouts_are_dropped_and_counted(tokenizer, caplog):
+    rows = [rollout_row([1, 2], []), rollout_row([1, 2], [3])]
+    assert len(prepare(Dataset.from_list(rows), tokenizer, config())) == 1
+    assert "dropped 1 of 2 samples that have no token to learn from" in caplog.text
+
+
+def test_rollouts_carry_the_teachers_prompts(tokenizer):
+    rows = [rollout_row([1], [2], teacher_prompt_ids=[9, 1]), rollout_row([1], [3], teacher_prompt_ids=None)]
+    found = [row["teacher_prompt_ids"] for row in prepare(Dataset.from_list(rows), tokenizer, config())]
+    assert found == [[9, 1], None]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    assert [row["teacher_prompt_ids"] for row in prepare(stream, tokenizer, config())] == found
+    args = config(teacher_prompt_prefix="w9 ")
+    assert prepare(Dataset.from_list(rows[:1]), tokenizer, args)[0]["teacher_prompt_ids"] == [9, 1]
+    with pytest.raises(ValueError, match="teacher_prompt_prefix cannot be put before tokens, and the rollouts lack"):
+        prepare(Dataset.from_list(rows), tokenizer, args)
+    with pytest.raises(ValueError, match=r"teacher_cache 'c' holds the teacher's rows behind .* or drop that column"):
+        first(rows, tokenizer, teacher_cache="c")
+    with pytest.raises(ValueError, match="'teacher_prompt_ids' holds no token"):
+        first([rollout_row([1], [2], teacher_prompt_ids=[])], tokenizer)
+
+
+def test_rollouts_of_another_tokenizer_or_without_token_ids(tokenizer):
+    with pytest.raises(ValueError, match="written with another tokenizer: the completion_ids of a row mean 'w3' here"):
+        first([{**rollout_row([1], [3]), "completion": "w4"}], tokenizer)
+    for bad in ([-1], [1.5], ["w1"], [True], None):
+        for column in ("prompt_ids", "completion_ids"):
+            with pytest.raises(ValueError, match=rf"column '{column}' holds .*, which is no token id"):
+                first([{**rollout_row([1], [2]), column: bad}], tokenizer)
+
+
 # What a user can get wrong
 
 
@@ -138,8 +240,8 @@ def test_missing_columns_are_named_beside_those_there_are(tokenizer):
         first([{"prompt": "w1", "answer": "w2"}], tokenizer)
     with pytest.raises(ValueError, match=r"prompt_column: 'prompt' or .* or text_column: 'text'; its columns are 'x'"):
         first([{"x": "w1"}], tokenizer)
-    with pytest.raises(ValueError, match=r"lacks prompt_column: 'prompt' or messages_column: 'messages'; its"):
-        first([{"text": "w1"}], tokenizer, lmbda=1.0)
+    with pytest.raises(ValueError, match=r"text_column: 'text'; its columns are 'x'"):
+        first([{"x": "w1"}], tokenizer, lmbda=1.0)
 
 
 def test_on_policy_needs_no_completions(tokenizer):

@@ -59,6 +59,8 @@ def test_every_recipe_starts(name, tmp_path, tokenizer, pairs, texts):
         "max_completion_length": 8,
         "save_strategy": "no",
     }
+    if "text_prompt_length" in keys:
+        flags["text_prompt_length"] = 16
     assert (
         main(["train", path(name), *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]) == 0
     )

@@ -48,10 +48,12 @@ SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa
 
 
 def key_of(row: Mapping[str, Any]) -> bytes:
-    """16 bytes that name a prepared sample by its tokens, targets and packed documents: whatever its place or batch."""
+    """16 bytes that name a prepared sample by its tokens, targets, packed documents and the teacher's own prompt:
+    whatever its place or batch."""
     digest = hashlib.blake2b(digest_size=16)
     lengths = row.get("seq_lengths") or [len(row["input_ids"])]
-    for part in (row["input_ids"], row["supervised"], lengths):
+    theirs = row.get("teacher_prompt_ids")
+    for part in (row["input_ids"], row["supervised"], lengths, *([] if theirs is None else [theirs])):
         digest.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype=np.int64).tobytes())
     return digest.digest()
 
