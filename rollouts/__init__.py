@@ -1,8 +1,17 @@
 """Generation for on-policy distillation: token ids in, token ids out. Knows nothing of distillation."""
 
-from rollouts.base import Rollout, RolloutEngine, RolloutError
+from rollouts.base import Adapter, Rollout, RolloutEngine, RolloutError, Sampling
 from rollouts.hf import HFEngine
 from rollouts.vllm_local import VLLMEngine
 from rollouts.vllm_server import VLLMServerEngine
 
-__all__ = ["HFEngine", "Rollout", "RolloutEngine", "RolloutError", "VLLMEngine", "VLLMServerEngine"]
+__all__ = [
+    "Adapter",
+    "HFEngine",
+    "Rollout",
+    "RolloutEngine",
+    "RolloutError",
+    "Sampling",
+    "VLLMEngine",
+    "VLLMServerEngine",
+]

@@ -1,13 +1,21 @@
 """transformers' own generation: slower than vLLM, and everywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 
-from rollouts.base import Rollout, Weights, named_weights, request_seeds
+from rollouts.base import Rollout, Sampling, Weights, named_weights, request_seeds
 
 
 class HFEngine:
@@ -16,8 +24,8 @@ class HFEngine:
     Args:
         model: a folder or hub id, or a model, which is then shared: handing that same model to
             :meth:`sync_weights` copies nothing.
-        stop_token_ids: tokens that end a completion, beside the model's own.
-        seed: makes sampling repeatable; None draws from torch's global generator.
+        tokenizer: finds stop strings; the one beside ``model`` if that is a name.
+        sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
     """
 
     def __init__(
@@ -26,29 +34,32 @@ class HFEngine:
         temperature: float = 1.0,
         max_completion_length: int = 256,
         *,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        stop_token_ids: Sequence[int] = (),
-        seed: int | None = 0,
         batch_size: int = 32,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **sampling: Any,
     ) -> None:
+        self.sampling = how = Sampling(temperature, max_completion_length, **sampling)
         self.model: Any = model
         if isinstance(model, str):
             self.model = AutoModelForCausalLM.from_pretrained(model)
+            tokenizer = tokenizer or (AutoTokenizer.from_pretrained(model) if how.stop else None)
         own = self.model.generation_config.eos_token_id
         own_ids = own if isinstance(own, list) else [own] if own is not None else []
-        self.stop_ids = [*dict.fromkeys([*own_ids, *stop_token_ids])]
-        sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p or None)
+        self.stop_ids = [*dict.fromkeys([*own_ids, *how.stop_token_ids])]
+        cuts = dict(temperature=temperature, top_p=how.top_p, top_k=how.top_k, min_p=how.min_p or None)
         self.generation = GenerationConfig(
             do_sample=temperature > 0,
-            **(sampling if temperature > 0 else {}),
+            **(cuts if temperature > 0 else {}),
+            repetition_penalty=how.repetition_penalty,
             max_new_tokens=max_completion_length,
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
             use_cache=True,
         )
-        self.batch_size, self.seed, self.step, self.round = batch_size, seed, 0, 0
+        self.tokenizer = tokenizer
+        if how.stop and tokenizer is None:
+            raise ValueError(f"stop {list(how.stop)!r} needs a tokenizer; pass it, or the model by its name")
+        self.batch_size, self.step, self.round = batch_size, 0, 0
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
@@ -56,7 +67,7 @@ class HFEngine:
         was_training, own = self.model.training, self.model.generation_config
         self.model.eval()
         self.model.generation_config = self.generation
-        seeds = request_seeds(self.seed, self.step, self.round, len(prompts))
+        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
         self.round += 1
         rollouts: list[Rollout] = []
         try:
@@ -70,20 +81,28 @@ class HFEngine:
     def _batch(self, prompts: Sequence[list[int]], seed: int | None) -> list[Rollout]:
         width = max(map(len, prompts))
         device = next(self.model.parameters()).device
-        ids = torch.full((len(prompts), width), self.generation.pad_token_id)
+        ids = torch.empty(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # generation appends on the right, so padding goes to the left
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            # Its own first token as padding: a repetition penalty looks at masked tokens too.
+            ids[row] = torch.tensor([*prompt[:1] * (width - len(prompt)), *prompt])
             mask[row, width - len(prompt) :] = 1
-        with torch.random.fork_rng(enabled=seed is not None):
+        stopped = _Stopped(self.tokenizer, self.sampling.stop, width, len(prompts))
+        with torch.random.fork_rng(enabled=seed is not None), _top(self.model, self.sampling.top_logprobs) as top:
             if seed is not None:
                 torch.manual_seed(seed)
-            output = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-        return [self._rollout(p, o) for p, o in zip(prompts, output[:, width:].tolist(), strict=True)]
+            output = self.model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), stopping_criteria=[stopped]
+            )
+        logprobs = torch.stack(top, dim=1).numpy() if top else [None] * len(prompts)
+        completions = output[:, width:].tolist()
+        return [self._rollout(*row) for row in zip(prompts, completions, stopped.ends, logprobs, strict=True)]
 
-    def _rollout(self, prompt: list[int], output: list[int]) -> Rollout:
-        end = next((i + 1 for i, token in enumerate(output) if token in self.stop_ids), None)
-        return Rollout(prompt, output[:end], self.step, "length" if end is None else "stop")
+    def _rollout(self, prompt: list[int], output: list[int], end: int | None, top: np.ndarray | None) -> Rollout:
+        token_end = next((i + 1 for i, token in enumerate(output) if token in self.stop_ids), None)
+        ends = [e for e in (token_end, end) if e is not None]
+        ids, reason = (output[: min(ends)], "stop") if ends else (output, "length")
+        return Rollout(prompt, ids, self.step, reason, None if top is None else top[: len(ids)])
 
     def sync_weights(self, model: Weights, step: int) -> None:
         if model is not self.model:
@@ -95,3 +114,42 @@ class HFEngine:
 
     def close(self) -> None:
         self.model = None
+
+
+class _Stopped(StoppingCriteria):
+    """Stops rows whose completion holds a stop string, and remembers their lengths.
+
+    transformers' own looks for them in the prompt too, knows few kinds of tokenizers, and tells no length, which is
+    lost once a stopped row is filled up with what may be a stop token.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], width: int, rows: int) -> None:
+        self.tokenizer, self.strings, self.width = tokenizer, strings, width
+        self.ends: list[int | None] = [None] * rows
+
+    def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
+        if self.strings:
+            texts = self.tokenizer.batch_decode(ids[:, self.width :], skip_special_tokens=True)
+            length = ids.shape[1] - self.width
+            hits = [any(string in text for string in self.strings) for text in texts]
+            self.ends = [end or (length if hit else None) for end, hit in zip(self.ends, hits, strict=True)]
+        return torch.tensor([end is not None for end in self.ends], device=ids.device)
+
+
+@contextmanager
+def _top(model: nn.Module, count: int) -> Iterator[list[Tensor]]:
+    """The ``count`` largest log-probabilities [B K] of each token that ``model`` is asked for in here.
+
+    Read from the model's own output: what ``generate`` keeps of its scores is of size B*T*V.
+    """
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output.logits[:, -1].float().log_softmax(-1).topk(count).values.cpu())
+
+    handle = model.register_forward_hook(keep) if count else None
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()

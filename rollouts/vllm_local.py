@@ -2,6 +2,8 @@
 
 import os
 import random
+import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollouts.base import Rollout, Weights, named_weights, request_seeds
+from rollouts.base import Adapter, Rollout, Sampling, Weights, named_weights, request_seeds
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be told to keep room for."""
 
 
 class VLLMEngine:
@@ -18,13 +23,15 @@ class VLLMEngine:
     Args:
         model: a folder or hub id. Weights arrive later by :meth:`sync_weights`; until then its own are used (step 0).
         max_prompt_length, max_completion_length: tokens; their sum is vLLM's context.
-        stop_token_ids: tokens that end a completion, beside the model's own.
         load_format: "dummy" reads no weights: the folder may hold the configuration alone, if a sync follows.
-        seed: makes sampling repeatable; None leaves it to vLLM.
+        lora_rank: of the adapters that :meth:`sync_weights` takes, for the weights of ``model``; 0 takes whole weights.
         gpu_memory_utilization, kv_cache_gib: what vLLM may take of a GPU, or of the memory on a CPU.
+        sleep: leave the GPU's memory to the trainer between a round and the next sync; a CPU has none to leave.
+        sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: an adapter that vLLM cannot take.
     """
 
     def __init__(
@@ -34,16 +41,15 @@ class VLLMEngine:
         max_completion_length: int = 256,
         *,
         max_prompt_length: int = 512,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        stop_token_ids: Sequence[int] = (),
-        seed: int | None = 0,
         dtype: str = "auto",
         load_format: str = "auto",
+        lora_rank: int = 0,
         gpu_memory_utilization: float = 0.3,
         kv_cache_gib: float = 1.0,
+        sleep: bool = False,
+        **sampling: Any,
     ) -> None:
+        self.sampling = how = Sampling(temperature, max_completion_length, **sampling)
         # Without these vLLM would start a second process, and pin this one's threads to single cores.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -52,59 +58,102 @@ class VLLMEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about vLLM's own code
             from vllm import LLM
+            from vllm.platforms import current_platform
 
-        context, options = max_prompt_length + max_completion_length, {}
-        if seed is not None and not torch.cuda.is_available():
+        context, options = max_prompt_length + max_completion_length, dict[str, Any]()
+        if how.seed is not None and not torch.cuda.is_available():
             # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
             options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
+        self.lora_rank = next((r for r in LORA_RANKS if r >= lora_rank), lora_rank) if lora_rank else 0
+        if lora_rank:
+            options |= {"enable_lora": True, "max_lora_rank": self.lora_rank, "max_loras": 1}
+        self.sleeps = sleep and current_platform.is_sleep_mode_available()
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.llm: Any = LLM(
             model,
             dtype=dtype,
             load_format=load_format,
             max_model_len=context,
+            max_logprobs=max(20, how.top_logprobs),
             enforce_eager=True,
             distributed_executor_backend="uni",
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not how.stop,  # it is for stop strings alone
             gpu_memory_utilization=gpu_memory_utilization,
-            seed=seed or 0,
+            enable_sleep_mode=self.sleeps,
+            seed=how.seed or 0,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **options,
         )
         # vLLM seeds every generator of the process; the trainer's draws must not depend on when an engine starts.
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        self.sampling = dict(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            max_tokens=max_completion_length,
-            stop_token_ids=list(stop_token_ids),
-            detokenize=False,
-        )
-        self.seed, self.step, self.round = seed, 0, 0
+        self.step, self.round = 0, 0
+        self.asleep, self.lora, self.loras = False, None, 0
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         from vllm import SamplingParams
 
-        seeds = request_seeds(self.seed, self.step, self.round, len(prompts))
+        self._wake()
+        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
         self.round += 1
+        options = self.sampling.for_vllm() | {"detokenize": bool(self.sampling.stop), "flat_logprobs": True}
         outputs = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
-            [SamplingParams(**self.sampling, seed=seed) for seed in seeds],
+            [SamplingParams(**options, seed=seed) for seed in seeds],
+            lora_request=self.lora,
             use_tqdm=False,
         )
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self.asleep = True
         return [
-            Rollout(ids, list(out.outputs[0].token_ids), self.step, out.outputs[0].finish_reason)
-            for ids, out in zip(prompts, outputs, strict=True)
+            Rollout(ids, list(out.token_ids), self.step, out.finish_reason, self._top(out.logprobs))
+            for ids, out in zip(prompts, (request.outputs[0] for request in outputs), strict=True)
         ]
 
+    def _top(self, flat: Any) -> np.ndarray | None:
+        """Of each position vLLM lists the sampled token and then the likeliest ones."""
+        if not self.sampling.top_logprobs:
+            return None
+        return np.array(flat.logprobs, np.float32).reshape(len(flat), -1)[:, 1:]
+
     def sync_weights(self, model: Weights, step: int) -> None:
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
+        self._wake()
+        if isinstance(model, Adapter):
+            self._send_adapter(model)
+        elif self.lora_rank:
+            raise ValueError("this engine was made for LoRA adapters (lora_rank); it takes no whole weights")
+        else:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
         self.llm.reset_prefix_cache()
         self.step, self.round = step, 0
+
+    def _send_adapter(self, adapter: Adapter) -> None:
+        """Under a new id each time, since vLLM takes an id that it knows for the adapter that it knows."""
+        from vllm.lora.request import LoRARequest
+
+        old, self.loras = self.lora, self.loras + 1
+        folder = tempfile.mkdtemp(prefix="sekd-adapter-")
+        try:
+            adapter.save(folder)
+            new = LoRARequest(f"adapter-{self.loras}", self.loras, folder)
+            if old is not None:
+                self.llm.llm_engine.remove_lora(old.lora_int_id)
+            self.llm.llm_engine.add_lora(new)  # it reads the file now, so that it may go
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"vLLM cannot take this LoRA adapter ({error}); choose other lora_target_modules"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.lora = new
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def close(self) -> None:
         if self.llm is not None:

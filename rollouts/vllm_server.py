@@ -1,22 +1,25 @@
 """vLLM over HTTP: its own OpenAI-compatible server, unmodified, on this machine or others."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from tqdm.auto import tqdm
 
-from rollouts.base import Rollout, RolloutError, Weights, named_weights, request_seeds
+from rollouts.base import Adapter, Rollout, RolloutError, Sampling, Weights, named_weights, request_seeds
 
 NEW_WEIGHTS = 3600.0
 """Seconds that a server may take to load weights."""
@@ -29,13 +32,22 @@ class _Unavailable(RolloutError):
     """A server that may answer later, or another one may."""
 
 
+class _Refused(ValueError):
+    """A request that a server will not answer, however often it is asked."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class VLLMServerEngine:
     """One or more vLLM servers that were started with VLLM_SERVER_DEV_MODE=1 (``scripts/serve_student.sh``).
 
-    Weights reach them as a file in ``weights_folder``, which they must see under the same name. Each server is told
-    the version of its weights and asked for it before and after a round: one that was started again in between gets
-    the weights again, and what it wrote without them is thrown away. Requests that fail are sent again, to the other
-    servers too; their seeds are their own, so the completions are the same whoever writes them.
+    Weights reach them as a file in ``weights_folder``, which they must see under the same name: all of them, or an
+    adapter alone, under a new name each time. Each server is asked for the version of its weights before and after a
+    round: one that was started again in between gets the weights again, and what it wrote without them is thrown away.
+    Requests that fail are sent again, to the other servers too; their seeds are their own, so the completions are the
+    same whoever writes them.
 
     Args:
         urls: of the servers, such as "http://127.0.0.1:8000"; they share the load.
@@ -43,6 +55,7 @@ class VLLMServerEngine:
         request_timeout: seconds for one answer; a server that hangs longer counts as dead.
         dtype: of the weights on their way; None leaves them as they are.
         parallel: requests in flight at each server.
+        sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
         RolloutError: no server answered within ``timeout``, by its URL.
@@ -58,47 +71,42 @@ class VLLMServerEngine:
         *,
         weights_folder: str,
         max_prompt_length: int = 512,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        stop_token_ids: Sequence[int] = (),
-        seed: int | None = 0,
         dtype: torch.dtype | None = None,
         timeout: float = 600.0,
         request_timeout: float = 600.0,
         parallel: int = 64,
+        **sampling: Any,
     ) -> None:
+        self.sampling = Sampling(temperature, max_completion_length, **sampling)
         self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
         self.timeout, self.request_timeout, self.dtype = timeout, request_timeout, dtype
         self.weights_folder = os.path.abspath(weights_folder)
-        self.sampling = dict(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            max_tokens=max_completion_length,
-            stop_token_ids=list(stop_token_ids),
-            return_token_ids=True,
-        )
-        self.seed, self.step, self.round = seed, 0, 0
+        self.step, self.round = 0, 0
         self.version: str | None = None  # until the first sync any weights will do
         self.path = ""
-        # The environment's proxies are for the way out, not for servers of one's own.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.is_adapter = False
+        self.connections: set[HTTPConnection] = set()
+        self.closed = threading.Event()
         self.pool = ThreadPoolExecutor(parallel * len(self.urls))
         context = max_prompt_length + max_completion_length
+        ranks = []
         for url in self.urls:
             self._wait_for(url)
-            self._check(url, context)
+            ranks.append(self._check(url, context))
+        self.lora_rank = min(ranks)
+        if max(ranks) and not self.lora_rank:
+            raise ValueError(f"some of rollout_server_urls have --enable-lora and some have not: {self.urls}")
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        seeds = request_seeds(self.seed, self.step, self.round, len(prompts))
+        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
         requests = dict(enumerate(zip(prompts, seeds, strict=True)))
         self.round += 1
         found: dict[int, Rollout] = {}
         reasons: dict[str, str] = {}
         deadline, pause = time.monotonic() + self.timeout, 0.5
         while requests:
+            if self.closed.is_set():
+                raise RolloutError("the rollout engine was closed in the middle of a round")
             answers = self._ask(requests, reasons)
             found |= answers
             requests = {i: request for i, request in requests.items() if i not in answers}
@@ -111,7 +119,7 @@ class VLLMServerEngine:
                     "rollout_timeout"
                 )
             else:
-                time.sleep(pause)
+                self.closed.wait(pause)
                 pause = min(2 * pause, 10.0)
         return [found[i] for i in range(len(prompts))]
 
@@ -135,40 +143,82 @@ class VLLMServerEngine:
         return found
 
     def sync_weights(self, model: Weights, step: int) -> None:
-        self.step, self.round, old = step, 0, self.path
-        self.version = f"{step}-{uuid.uuid4().hex[:12]}"
+        self.step, self.round, old, was_adapter = step, 0, self.path, self.is_adapter
+        self.version, self.is_adapter = f"{step}-{uuid.uuid4().hex[:12]}", isinstance(model, Adapter)
         self.path = os.path.join(self.weights_folder, self.version)
-        os.makedirs(self.path)
-        weights = {name: tensor.to("cpu", self.dtype or tensor.dtype) for name, tensor in named_weights(model)}
-        save_torch_state_dict(weights, self.path)
+        if isinstance(model, Adapter):
+            model.save(self.path)
+        elif self.lora_rank:
+            raise ValueError(
+                f"rollout servers {self.urls} were started with --enable-lora and take adapters only; start them "
+                "without it for whole or merged weights, or with a larger --max-lora-rank"
+            )
+        else:
+            # Copies: of two names of one weight a file would keep one, and vLLM's reload wants both.
+            weights = {
+                name: tensor.to("cpu", self.dtype or tensor.dtype, copy=True) for name, tensor in named_weights(model)
+            }
+            os.makedirs(self.path)
+            save_torch_state_dict(weights, self.path)
         for url in self.urls:  # one that is down gets them when it is needed
-            self._has_weights(url, {})
+            if self._has_weights(url, {}) and was_adapter:
+                self._forget(url, os.path.basename(old))
         if old:
             shutil.rmtree(old, ignore_errors=True)
 
+    def _forget(self, url: str, adapter: str) -> None:
+        with contextlib.suppress(_Unavailable, _Refused):  # one that was started again never had it
+            self._send(url, "/v1/unload_lora_adapter", {"lora_name": adapter}, timeout=10)
+
     def close(self) -> None:
+        self.closed.set()
+        for connection in [*self.connections]:  # a server may be in the middle of an answer, or hang
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
         self.pool.shutdown(cancel_futures=True)
+        if self.is_adapter:
+            for url in self.urls:
+                self._forget(url, os.path.basename(self.path))
+            self.is_adapter = False
         if self.path:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def logprobs(self, ids: list[int], url: str) -> list[float]:
         """A server's log-probability of each token but the first."""
         body = dict(prompt=ids, max_tokens=1, temperature=1.0, prompt_logprobs=0, return_token_ids=True)
+        body |= {"model": self.version} if self.is_adapter else {}
         (choice,) = self._call(url, "/v1/completions", body)["choices"]
         return [
             entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
         ]
 
     def _complete(self, url: str, prompt: list[int], seed: int | None) -> Rollout:
-        answer = self._call(url, "/v1/completions", {"prompt": prompt, "seed": seed, **self.sampling})
+        body = {"prompt": prompt, "seed": seed, "return_token_ids": True, **self.sampling.for_vllm()}
+        body |= {"return_tokens_as_token_ids": True}  # else two tokens that read alike would share an entry
+        body |= {"model": self.version} if self.is_adapter else {}
         try:
+            answer = self._call(url, "/v1/completions", body)
             (choice,) = answer["choices"]
             ids, reason = choice["token_ids"], choice["finish_reason"]
             if choice["prompt_token_ids"] != prompt or reason not in ("stop", "length") or not ids:
                 raise ValueError(f"finish_reason {reason!r}, {len(ids)} tokens")
+            return Rollout(prompt, ids, self.step, reason, self._top(choice))
         except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, _Refused) and not (self.is_adapter and error.code == 404):
+                raise
             raise _Unavailable(f"rollout server {url} answered with no completion: {error}") from error
-        return Rollout(prompt, ids, self.step, reason)
+
+    def _top(self, choice: dict[str, Any]) -> np.ndarray | None:
+        """The server lists the likeliest tokens, and the sampled one if it is not among them."""
+        count = self.sampling.top_logprobs
+        if not count:
+            return None
+        rows = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
+        found = np.array(rows, np.float32)
+        if found.shape != (len(choice["token_ids"]), count):
+            raise ValueError(f"log-probabilities of shape {found.shape}")
+        return found
 
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:
         """Whether a server holds the weights of this step; they are sent again if it does not."""
@@ -178,18 +228,38 @@ class VLLMServerEngine:
                 raise ValueError(
                     f"rollout server {url} once failed to load weights, and keeps some of others since; start it again"
                 )
+            if self.is_adapter:
+                loaded = {model["id"] for model in self._call(url, "/v1/models", timeout=30)["data"]}
+                version = self.version if self.version in loaded else version
             if self.version in (None, version):
                 return True
             reasons[url] = f"rollout server {url} was started again"
             if not resend:
                 return False
-            self._load(url)
+            if self.is_adapter:
+                self._load_adapter(url)
+            else:
+                self._load(url)
             self._call(url, "/reset_prefix_cache", {})
-            self._call(url, "/update_weight_version", {"new_version": self.version})
+            if not self.is_adapter:
+                self._call(url, "/update_weight_version", {"new_version": self.version})
         except _Unavailable as error:
             reasons[url] = str(error)
             return False
         return True
+
+    def _load_adapter(self, url: str) -> None:
+        body = {"lora_name": self.version, "lora_path": self.path}
+        try:
+            self._send(url, "/v1/load_lora_adapter", body, NEW_WEIGHTS)
+        except (_Unavailable, _Refused) as error:
+            if isinstance(error, _Unavailable) and "answered 500" not in str(error):
+                raise
+            raise ValueError(
+                f"rollout server {url} cannot load the student's LoRA adapter ({error}): it serves another model, does "
+                f"not see {self.path}, or cannot adapt these layers; start it again with model_name_or_path, "
+                "--enable-lora and --max-lora-rank, or choose other lora_target_modules"
+            ) from error
 
     def _load(self, url: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": self.path}}
@@ -220,36 +290,61 @@ class VLLMServerEngine:
                 bar.update(round(self.timeout - left) - bar.n)
                 time.sleep(min(1.0, left))
 
-    def _check(self, url: str, context: int) -> None:
-        (model, *_) = self._call(url, "/v1/models")["data"]
-        if model["max_model_len"] < context:
-            raise ValueError(
-                f"rollout server {url} has a context of {model['max_model_len']} tokens, and prompts and completions "
-                f"take up to {context}; start it with --max-model-len {context}"
-            )
+    def _check(self, url: str, context: int) -> int:
+        """The largest rank of a LoRA adapter that a server takes, 0 if it takes none; ValueError if it will not do."""
         try:
-            self._call(url, "/weight_info")
-        except ValueError as error:
+            info = self._call(url, "/server_info?config_format=json")
+        except _Refused as error:
             raise ValueError(
                 f"rollout server {url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1, as "
                 "scripts/serve_student.sh does"
             ) from error
+        config = info["vllm_config"]
+        longest, most = config["model_config"]["max_model_len"], config["model_config"]["max_logprobs"]
+        if longest < context:
+            raise ValueError(
+                f"rollout server {url} has a context of {longest} tokens, and prompts and completions take up to "
+                f"{context}; start it with --max-model-len {context}"
+            )
+        if most != -1 and most < self.sampling.top_logprobs:
+            raise ValueError(
+                f"rollout server {url} gives {most} log-probabilities a token, and {self.sampling.top_logprobs} are "
+                f"asked for; start it with --max-logprobs {self.sampling.top_logprobs}"
+            )
+        lora = config.get("lora_config")
+        if lora and not info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            raise ValueError(
+                f"rollout server {url} has --enable-lora and takes no adapters; start it with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, as scripts/serve_student.sh does"
+            )
+        return lora["max_lora_rank"] if lora else 0
 
     def _call(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """The server's answer as JSON; an empty one is None."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+        content = self._send(url, path, body, timeout)
         try:
-            with self.opener.open(request, timeout=timeout or self.request_timeout) as response:
-                content = response.read()
             return json.loads(content) if content else None
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")[:500]
-            if 400 <= error.code < 500 and error.code not in (408, 429):
-                raise ValueError(f"rollout server {url}{path} refused: {error.code} {text}") from error
-            raise _Unavailable(f"rollout server {url} answered {error.code} {text}") from error
-        except (urllib.error.URLError, HTTPException, OSError) as error:
-            reason = getattr(error, "reason", error)
-            raise _Unavailable(f"rollout server {url} does not answer: {reason}") from error
         except ValueError as error:
             raise _Unavailable(f"rollout server {url} answered with no JSON: {error}") from error
+
+    def _send(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
+        address = urlsplit(url)
+        kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        connection = kind(address.hostname or "", address.port, timeout=timeout or self.request_timeout)
+        self.connections.add(connection)
+        try:
+            method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
+            connection.request(method, address.path + path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            content = response.read()
+        except (HTTPException, OSError) as error:
+            raise _Unavailable(f"rollout server {url} does not answer: {error or type(error).__name__}") from error
+        finally:
+            self.connections.discard(connection)
+            connection.close()
+        if response.status == 200:
+            return content
+        text = f"{response.status} {content.decode(errors='replace')[:500]}"
+        if 400 <= response.status < 500 and response.status not in (408, 429):
+            raise _Refused(f"rollout server {url}{path} refused: {text}", response.status)
+        raise _Unavailable(f"rollout server {url} answered {text}")

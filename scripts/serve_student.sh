@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Serves a student for rollouts with vLLM's own server, in a terminal of its own; on a CPU too.
 #   bash scripts/serve_student.sh STUDENT [--port 8000] [--max-model-len 768] [more options of vLLM's server]
+# For a LoRA student add --enable-lora --max-lora-rank 32: then its adapter alone is sent, else merged weights.
 # It listens on this machine only, since whoever reaches it can replace its weights; --host 0.0.0.0 opens it to a
 # network that you trust. The trainer sends weights as files, so both must see the run's output_dir.
 set -euo pipefail
 
 if (($# == 0)); then
-  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 student=$1
@@ -28,7 +29,7 @@ if ! nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
   options+=(--no-enable-chunked-prefill --max-num-batched-tokens 8192 --dtype bfloat16)
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
 fi
-export VLLM_SERVER_DEV_MODE=1 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
+export VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
 
 cat <<LINES
 Add to the recipe:

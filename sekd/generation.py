@@ -1,24 +1,27 @@
 """Which rollout engine, with which student: the one place where a configuration becomes an engine."""
 
+import glob
 import os
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rollouts import HFEngine, RolloutEngine, VLLMEngine, VLLMServerEngine
+from rollouts import Adapter, HFEngine, RolloutEngine, VLLMEngine, VLLMServerEngine
+from rollouts.base import Weights
 from sekd.config import SEKDConfig
-from sekd.models import causal_lm, unwrap
+from sekd.models import adapter_of, base_weights, causal_lm, full_weights, unwrap
 
 MOST = 0.1
 """Mean difference of log-probabilities: bf16 rounds by hundredths, and another model is off by far more."""
 
 
 def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> RolloutEngine:
-    """The engine that ``args`` name, for ``model``, whose weights it gets before each round.
+    """The engine that ``args`` name, for ``model``, whose weights it gets before each round (:func:`sync`).
 
-    Every process of a run must call it.
+    Every process that has an engine of its own must call it.
     """
     lm = causal_lm(model)
     own_stops = lm.generation_config.eos_token_id
@@ -28,37 +31,69 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
         max_completion_length=args.max_completion_length,
         stop_token_ids=sorted(stops - {None}),
+        stop=args.stop_strings,
+        top_logprobs=args.score_logprobs if args.score_source == "rollout" else 0,
         seed=args.seed + 1_000_000 * args.process_index,
     )
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if args.rollout_engine == "hf":
-        return HFEngine(unwrap(model), **sampling)
+        return HFEngine(unwrap(model), **sampling, tokenizer=tokenizer)
     if args.rollout_engine == "vllm_server":
         return VLLMServerEngine(
             args.rollout_server_urls,
             **sampling,
             weights_folder=os.path.join(str(args.output_dir), "rollout_weights"),
             max_prompt_length=args.max_prompt_length,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            dtype=None if dtype == torch.float32 else dtype,
             timeout=args.rollout_timeout,
             request_timeout=args.rollout_timeout,
         )
-    # The weights arrive before each round, so vLLM needs the architecture only.
-    folder = os.path.join(str(args.output_dir), "rollout_config")
-    with args.main_process_first(desc="writing the rollout engine's config"):
-        if args.process_index == 0:
-            lm.config.architectures = [type(lm).__name__]  # a model that was never saved does not say
-            lm.config.save_pretrained(folder)
-    return VLLMEngine(
-        folder,
-        **sampling,
-        load_format="dummy",
-        max_prompt_length=args.max_prompt_length,
-        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-        kv_cache_gib=args.vllm_kv_cache_gib,
-    )
+    folder, adapter = os.path.join(str(args.output_dir), "rollout_config"), adapter_of(model)
+    lm.config.architectures = [type(lm).__name__]  # a model that was never saved does not say
+    lm.config.save_pretrained(folder)
+    if args.stop_strings:
+        tokenizer.save_pretrained(folder)
+    if adapter is not None:  # the weights below it come once, and adapters before each round
+        base = {name: tensor.to("cpu", dtype) for name, tensor in base_weights(model)}
+        save_torch_state_dict(base, folder)
+    try:
+        return VLLMEngine(
+            folder,
+            **sampling,
+            load_format="auto" if adapter is not None else "dummy",
+            lora_rank=adapter.rank if adapter is not None else 0,
+            max_prompt_length=args.max_prompt_length,
+            dtype=str(dtype).removeprefix("torch."),
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            kv_cache_gib=args.vllm_kv_cache_gib,
+            sleep=args.vllm_sleep,
+        )
+    finally:
+        for path in glob.glob(os.path.join(folder, "*.safetensors*")):
+            os.remove(path)
+
+
+def sync(engine: RolloutEngine | None, model: nn.Module, step: int, lora_rank: int = 0) -> None:
+    """Give an engine the student's weights: its own model is shared, an adapter of up to ``lora_rank`` goes alone to an
+    engine that holds what is below it, and all else are whole weights, adapters merged into copies. The student's own
+    weights never change.
+
+    A process without an engine takes its part in gathering the weights.
+    """
+    if engine is not None and getattr(engine, "model", None) is unwrap(model):
+        return engine.sync_weights(unwrap(model), step)
+    adapter = adapter_of(model) if lora_rank else None
+    weights: Weights = full_weights(model)
+    if adapter is not None and adapter.rank <= lora_rank:
+        weights = adapter
+    if engine is not None:
+        engine.sync_weights(weights, step)
+    elif not isinstance(weights, Adapter):
+        for _ in full_weights(model):
+            pass
 
 
 @torch.no_grad()

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rollouts import Adapter
 from sekd.config import SEKDConfig
 from sekd.heads import Head
 from sekd.types import Batch
@@ -190,6 +192,49 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".original_module." in name or any(name.startswith(f"{layer}.") for layer in layers):
             continue
         yield name.replace(".modules_to_save.default", ""), _whole(tensor)
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a LoRA student's adapter is for, as its checkpoint has them: one that is input and output
+    embedding once, under the first name, which is the one that vLLM loads."""
+    seen = set()
+    for name, tensor in causal_lm(model).state_dict(keep_vars=True).items():
+        if ".lora_" not in name and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name.replace(".base_layer.", "."), _whole(tensor)
+
+
+SERVED_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"} | {
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+}
+"""Fields of a LoraConfig by which vLLM computes as PEFT does; others must have their defaults."""
+NO_MATTER = {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """The student's adapter alone, whole tensors of it, if it is one that vLLM can apply: plain LoRA of linear layers
+    before the head. Without one, engines take :func:`full_weights`.
+
+    Under FSDP2 every rank must call it.
+    """
+    inner: Any = unwrap(model)
+    configs = getattr(inner, "peft_config", {})
+    if [*configs] != ["default"] or type(configs["default"]) is not LoraConfig:
+        return None
+    found, plain = configs["default"].to_dict(), LoraConfig().to_dict()
+    found["init_lora_weights"] = found["init_lora_weights"] in (False, "gaussian") or found["init_lora_weights"]
+    if any(found[name] != plain[name] for name in plain.keys() - SERVED_LORA - NO_MATTER):
+        return None
+    layers = {n: m for n, m in causal_lm(model).named_modules() if isinstance(m, BaseTunerLayer)}
+    if any("lm_head" in n or not isinstance(m.get_base_layer(), nn.Linear) for n, m in layers.items()):
+        return None
+    found |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    found |= {name: sorted(value) for name, value in found.items() if isinstance(value, set)}
+    weights = get_peft_model_state_dict(inner, save_embedding_layers=False)
+    return Adapter(found, {name: _whole(tensor) for name, tensor in weights.items()})
 
 
 def check_mergeable(model: nn.Module) -> None:

@@ -1,53 +1,32 @@
 """The server engine against a real vLLM server, also where it misbehaves, dies and comes back."""
 
 import importlib.util
-import json
-import os
-import signal
-import socket
-import subprocess
-import threading
-import time
-import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import EOS, make_tokenizer, make_vllm_model
+from peft import LoraConfig, get_peft_model
+from serving import (
+    Faulty,
+    Server,
+    spoil_error,
+    spoil_fewer,
+    spoil_garbage,
+    spoil_hang,
+    spoil_other_prompt,
+)
+from test_rollout_lora import change
 from test_rollouts import PROMPTS, model_logps
 from test_trainer import make_trainer, trained_weights
 from transformers import TrainerCallback
 
-from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMServerEngine
+from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMEngine, VLLMServerEngine
+from sekd.generation import sync
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
-
-
-class Server:
-    """`scripts/serve_student.sh` on a free port; it can be killed and started again."""
-
-    def __init__(self, model):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.model, self.url = str(model), f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self):
-        command = ["bash", str(ROOT / "scripts" / "serve_student.sh"), self.model, "--port", str(self.port)]
-        with open(f"{self.model}.log", "w") as log:
-            self.process = subprocess.Popen(
-                [*command, "--max-model-len", "64"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +80,51 @@ def test_log_probabilities_agree_after_a_sync_and_not_without(connect, tmp_path)
     assert not list((tmp_path / "weights").iterdir())
 
 
+def test_log_probabilities_agree_after_a_merged_copy(connect):
+    """DoRA is none of vLLM's adapters: merged weights are sent, a hundred times, and the student stays as it is."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear", use_dora=True)
+    model = get_peft_model(make_vllm_model(), lora)
+    change(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = connect()
+    for step in range(100):
+        sync(engine, model, step, engine.lora_rank)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    sequences = [r.prompt_ids + r.completion_ids for r in engine.generate([[i, i + 1, i + 2] for i in range(40)])]
+    assert sum(map(len, sequences)) > 500
+
+    def difference():
+        with torch.autocast("cpu", torch.bfloat16):
+            served = [torch.tensor(engine.logprobs(ids, engine.urls[0])) for ids in sequences]
+            pairs = zip(served, sequences, strict=True)
+            return max((s - model_logps(model, ids)).abs().max().item() for s, ids in pairs)
+
+    assert difference() < 0.05
+    change(model, 1)
+    assert difference() > 0.2, "a skipped sync must show"
+
+
+def test_stop_strings_and_log_probabilities_over_http(connect):
+    """Two tokens that read alike have an entry each, and the sampled one is not counted among the likeliest."""
+    model = make_vllm_model(1)
+    plain = connect()
+    plain.sync_weights(model, 4)
+    expected = plain.generate(PROMPTS)
+    stop = next(t for t in expected[0].completion_ids[2:-1] if 20 <= t < 100)
+    engine = connect(stop=[f"w{stop}"], top_logprobs=5)
+    engine.sync_weights(model, 4)
+    rollout, *_ = engine.generate(PROMPTS)
+    end = expected[0].completion_ids.index(stop) + 1
+    assert rollout.completion_ids == expected[0].completion_ids[:end]
+    assert rollout.finish_reason == "stop"
+    with torch.no_grad():
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        logp = make_vllm_model(1).bfloat16()(input_ids=ids).logits[0].float().log_softmax(-1)
+    top = logp[len(rollout.prompt_ids) - 1 : -1].topk(5).values
+    torch.testing.assert_close(torch.from_numpy(rollout.top_logprobs), top, atol=0.03, rtol=0)
+
+
 def test_rollouts_are_in_order_repeatable_and_stop(connect):
     engine = connect()
 
@@ -118,15 +142,6 @@ def test_rollouts_are_in_order_repeatable_and_stop(connect):
         assert EOS not in rollout.completion_ids[:-1]
 
 
-def test_greedy_tokens_are_those_of_transformers(connect):
-    model = make_vllm_model(1)
-    engine = connect(temperature=0.0, max_completion_length=8)
-    engine.sync_weights(model, 0)
-    bf16 = make_vllm_model(1).bfloat16()
-    expected = HFEngine(bf16, temperature=0.0, max_completion_length=8, stop_token_ids=[EOS]).generate(PROMPTS)
-    assert [r.completion_ids for r in engine.generate(PROMPTS)] == [r.completion_ids for r in expected]
-
-
 def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(connect, server):
     """vLLM says nothing and keeps some of the old weights: log-probabilities were off by 0.5 and more."""
     with pytest.raises(ValueError, match="cannot load the student's weights: it serves another model"):
@@ -140,65 +155,26 @@ def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(conne
     assert largest_difference(engine, model, [list(range(1, 60))]) < 0.05
 
 
-class Faulty(ThreadingHTTPServer):
-    """Stands before the real server, and spoils the completions that ``spoil`` says."""
-
-    daemon_threads = True
-
-    def __init__(self, target, spoil):
-        self.target, self.spoil, self.asked, self.lock = target, spoil, 0, threading.Lock()
-        super().__init__(("127.0.0.1", 0), Between)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Between(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        request = urllib.request.Request(
-            self.server.target + self.path, body or None, {"Content-Type": "application/json"}, method=self.command
-        )
-        with self.server.lock:
-            self.server.asked += "/completions" in self.path
-            number = self.server.asked
-        with urllib.request.urlopen(request) as response:
-            status, content = response.status, response.read()
-        if "/completions" in self.path:
-            status, content = self.server.spoil(number, status, content)
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self):
-        self.headers["Content-Length"] = self.headers["Content-Length"] or "0"
-        self.do_POST()
-
-    def log_message(self, *arguments):
-        pass
-
-
-def spoil_error(content):
-    return 500, b'{"error": "out of memory"}'
-
-
-def spoil_garbage(content):
-    return 200, b"<html>it works</html>"
-
-
-def spoil_fewer(content):
-    return 200, json.dumps(json.loads(content) | {"choices": []}).encode()
-
-
-def spoil_other_prompt(content):
-    answer = json.loads(content)
-    answer["choices"][0]["prompt_token_ids"] = [9, 9]
-    return 200, json.dumps(answer).encode()
-
-
-def spoil_hang(content):
-    time.sleep(6)
-    return 200, content
+def test_greedy_tokens_of_all_engines_are_the_same(server, connect, tmp_path):
+    """In float32, where no tie is near: with a penalty, and with stop strings."""
+    model = make_vllm_model(1)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    precise = Server(tmp_path / "model", "--dtype", "float32")
+    prompts = [[i, i + 3, i + 5][: 1 + i % 3] for i in range(20)]
+    options = dict(
+        temperature=0.0, max_completion_length=16, repetition_penalty=1.2, stop=[f"w{i}" for i in range(20, 100, 9)]
+    )
+    local = VLLMEngine(str(tmp_path / "model"), dtype="float32", max_prompt_length=32, **options)
+    engines = [HFEngine(str(tmp_path / "model"), **options), local, connect(precise.url, **options)]
+    found = []
+    for engine in engines:
+        engine.sync_weights(model, 1)
+        found.append(engine.generate(prompts))
+        engine.close()
+    precise.kill()
+    assert found[0] == found[1] == found[2]
+    assert {r.finish_reason for r in found[0]} == {"stop", "length"}
 
 
 FAULTS = [spoil_error, spoil_garbage, spoil_fewer, spoil_other_prompt, spoil_hang]

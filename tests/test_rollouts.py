@@ -2,10 +2,13 @@
 
 import copy
 import importlib.util
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import EOS, make_vllm_model
+from conftest import EOS, make_tokenizer, make_vllm_model
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -20,12 +23,14 @@ PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     make_vllm_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def vllm(folder):
-    engine = VLLMEngine(folder, max_completion_length=16, max_prompt_length=32, dtype="bfloat16")
+    options = dict(dtype="bfloat16", stop=["in no token"], top_logprobs=1)  # room for what a test asks for
+    engine = VLLMEngine(folder, max_completion_length=16, max_prompt_length=32, **options)
     yield engine
     engine.close()
 
@@ -38,6 +43,92 @@ def engine(request, folder):
         shared.sync_weights(make_vllm_model(), 0)
         return shared
     return HFEngine(folder, max_completion_length=16)
+
+
+@contextmanager
+def sampling(engine, **options):
+    """A vLLM that runs, sampling otherwise for a while."""
+    before = engine.sampling
+    engine.sampling = replace(before, **options)
+    yield
+    engine.sampling = before
+
+
+def sampled(kind, request, folder, **options):
+    """Greedy rollouts of the prompts, by one kind of engine."""
+    options = dict(temperature=0.0) | options
+    if kind == "hf":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        engine = HFEngine(model, max_completion_length=16, tokenizer=make_tokenizer(), **options)
+        return engine.generate(PROMPTS)
+    vllm = request.getfixturevalue("vllm")
+    vllm.sync_weights(make_vllm_model(), 0)
+    with sampling(vllm, **options):
+        return vllm.generate(PROMPTS)
+
+
+KINDS = pytest.mark.parametrize("kind", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
+
+
+@KINDS
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(kind, request, folder):
+    plain = sampled(kind, request, folder)
+    tokens = [t for r in plain for t in r.completion_ids[2:-1] if 20 <= t < 100]  # of two digits: in no other's name
+    rollouts = sampled(kind, request, folder, stop=[f"w{tokens[0]}", f"w{tokens[-1]}"])
+    stopped = 0
+    for before, now in zip(plain, rollouts, strict=True):
+        ends = [i for i, t in enumerate(before.completion_ids) if t in (tokens[0], tokens[-1])]
+        assert now.completion_ids == before.completion_ids[: ends[0] + 1 if ends else None]
+        assert now.finish_reason == ("stop" if ends else before.finish_reason)
+        stopped += bool(ends)
+    assert stopped
+
+
+@KINDS
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(kind, request, folder):
+    plain, tested = sampled(kind, request, folder), 0
+    for i, rollout in enumerate(plain):
+        ids = rollout.completion_ids
+        pair = rollout.prompt_ids[-1], ids[0]
+        if pair not in pairwise(ids):
+            assert sampled(kind, request, folder, stop=["w{} w{}".format(*pair)])[i] == rollout
+            tested += 1
+    assert tested
+
+
+@KINDS
+def test_a_repetition_penalty_is_on_the_tokens_of_the_sequence_alone(kind, request, folder):
+    """Greedy decoding by hand, without padding; a row is not penalised for its padding."""
+    model, penalty = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), 1.5
+    rollouts = sampled(kind, request, folder, repetition_penalty=penalty)
+    assert rollouts != sampled(kind, request, folder)
+    for rollout in rollouts:
+        ids = list(rollout.prompt_ids)
+        for token in rollout.completion_ids:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+            seen = sorted({*ids})
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            assert logits[token] >= logits.max() - 0.02, "up to bf16's ties"
+            ids.append(token)
+
+
+@KINDS
+def test_top_log_probabilities_are_those_before_temperature_and_penalty(kind, request, folder):
+    options = dict(temperature=0.5, top_p=0.9, repetition_penalty=1.2, top_logprobs=5)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for rollout in sampled(kind, request, folder, **options):
+        ids, length = rollout.prompt_ids + rollout.completion_ids, len(rollout.prompt_ids)
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        assert rollout.top_logprobs.shape == (len(rollout.completion_ids), 5)
+        found = torch.from_numpy(rollout.top_logprobs)
+        torch.testing.assert_close(found, logp[length - 1 : -1].topk(5).values, atol=0.03, rtol=0)
+
+
+def test_stop_strings_without_a_tokenizer_are_an_error():
+    with pytest.raises(ValueError, match=r"stop .* needs a tokenizer; pass it, or the model by its name"):
+        HFEngine(make_vllm_model(), stop=["w1"])
 
 
 def test_the_protocol(engine):
@@ -103,7 +194,8 @@ def vllm_logps(engine, ids):
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    (output,) = engine.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    prompt = [{"prompt_token_ids": ids}]
+    (output,) = engine.llm.generate(prompt, params, lora_request=engine.lora, use_tqdm=False)
     return torch.tensor(
         [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
     )
@@ -145,11 +237,8 @@ def test_greedy_engines_agree(folder, vllm):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     hf = HFEngine(model, temperature=0.0, max_completion_length=8)
     vllm.sync_weights(model, 0)
-    before, vllm.sampling["temperature"] = vllm.sampling["temperature"], 0.0
-    try:
+    with sampling(vllm, temperature=0.0):
         ours = vllm.generate(PROMPTS)
-    finally:
-        vllm.sampling["temperature"] = before
     for a, b in zip(ours, hf.generate(PROMPTS), strict=True):
         assert a.completion_ids[:8] == b.completion_ids
 

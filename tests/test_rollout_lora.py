@@ -1,0 +1,163 @@
+"""LoRA students: the adapter alone reaches vLLM, in this process and over HTTP, and equals a merged copy."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import EOS, make_tokenizer, make_vllm_model
+from peft import LoraConfig, get_peft_model
+from serving import Server
+from test_rollouts import PROMPTS, model_logps, vllm_logps
+from test_trainer import make_trainer
+
+from rollouts import VLLMEngine, VLLMServerEngine
+from sekd.generation import sync
+from sekd.models import adapter_of, full_weights
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+]
+
+
+def make_lora(**options):
+    """A tiny student whose adapter does much."""
+    settings = dict(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"])
+    adapted = get_peft_model(make_vllm_model(), LoraConfig(**settings | options))
+    change(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def change(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("served") / "base"
+    make_vllm_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    found = Server(folder, "--enable-lora", "--max-lora-rank", "8")
+    yield found
+    found.kill()
+
+
+@pytest.fixture(params=["in process", "server"])
+def engine(request, folder, tmp_path_factory):
+    """An engine of the base, and a function that gives its log-probabilities of some tokens."""
+    options = dict(max_completion_length=16, max_prompt_length=32, stop_token_ids=[EOS])
+    if request.param == "server":
+        url = request.getfixturevalue("server").url
+        found = VLLMServerEngine(url, weights_folder=str(tmp_path_factory.mktemp("weights")), timeout=240, **options)
+    else:
+        found = VLLMEngine(str(folder), dtype="bfloat16", lora_rank=4, **options)
+    yield found
+    found.close()
+
+
+def logps(engine, ids):
+    if isinstance(engine, VLLMServerEngine):
+        return torch.tensor(engine.logprobs(ids, engine.urls[0]))
+    return vllm_logps(engine, ids)
+
+
+def largest_difference(engine, model, sequences):
+    with torch.autocast("cpu", torch.bfloat16):
+        return max((logps(engine, ids) - model_logps(model, ids)).abs().max().item() for ids in sequences)
+
+
+def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engine):
+    model = make_lora()
+    sync(engine, model, 0, engine.lora_rank)
+    rollouts = engine.generate([[i, i + 1, i + 2] for i in range(40)])
+    assert {r.weights_step for r in rollouts} == {0}
+    sequences = [r.prompt_ids + r.completion_ids for r in rollouts]
+    assert sum(map(len, sequences)) > 500
+    assert largest_difference(engine, model, sequences) < 0.05
+    change(model, 1)
+    assert largest_difference(engine, model, sequences) > 0.2, "a skipped sync must show"
+    sync(engine, model, 1, engine.lora_rank)
+    assert largest_difference(engine, model, sequences) < 0.05
+    assert engine.generate(PROMPTS)[0].weights_step == 1
+
+
+def test_100_syncs_leave_the_student_as_it_is(engine):
+    model = make_lora()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for step in range(100):
+        sync(engine, model, step, engine.lora_rank)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    if isinstance(engine, VLLMServerEngine):
+        loaded = [m["id"] for m in engine._call(engine.urls[0], "/v1/models")["data"]]
+        assert len(loaded) == 2, "the base and one adapter; old ones are dropped"
+
+
+def test_whole_weights_are_refused_by_an_engine_for_adapters(engine):
+    with pytest.raises(ValueError, match=r"takes? .*(no whole weights|adapters only)"):
+        sync(engine, make_lora(), 0, 0)
+    with pytest.raises(ValueError, match=r"takes? .*(no whole weights|adapters only)"):
+        sync(engine, make_lora(r=16), 0, engine.lora_rank)
+
+
+def test_a_server_that_was_started_again_gets_the_adapter_again(server, tmp_path):
+    options = dict(weights_folder=str(tmp_path), max_completion_length=16, max_prompt_length=32, timeout=240)
+    engine, model = VLLMServerEngine(server.url, **options), make_lora()
+    sync(engine, model, 3, engine.lora_rank)
+    expected = engine.generate(PROMPTS)
+    sync(engine, model, 3, engine.lora_rank)
+    server.kill()
+    server.start()
+    assert engine.generate(PROMPTS) == expected
+    engine.close()
+
+
+ONE_STEP = dict(lmbda=1.0, max_steps=2, max_completion_length=12, max_prompt_length=16, temperature=1.0)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_lora_run_in_process(tmp_path, tokenizer, pairs, kind):
+    """DoRA is none of vLLM's adapters, so merged copies are sent."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=kind == "merged")
+    models, trained = (make_vllm_model(), make_vllm_model(1)), dict(peft_config=lora)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, *models, trained, rollout_engine="vllm", **ONE_STEP)
+    trainer.train()
+    assert (adapter_of(trainer.model) is not None) == (kind == "adapter")
+    engine = trainer.engine
+    assert (engine.lora is not None) == (kind == "adapter")
+    sync(engine, trainer.model, 2, engine.lora_rank)
+    ids = [1, 2, 3, *engine.generate([[1, 2, 3]])[0].completion_ids]
+    assert (vllm_logps(engine, ids) - model_logps(trainer.model, ids)).abs().max() < 1e-3
+    assert not list((tmp_path / "rollout_config").glob("*.safetensors")), "what vLLM has read is not kept"
+    trainer.close()
+
+
+def test_a_lora_run_over_http(tmp_path, tokenizer, pairs, server):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    options = ONE_STEP | dict(rollout_engine="vllm_server", rollout_server_urls=[server.url], rollout_timeout=240.0)
+    models = make_vllm_model(), make_vllm_model(1)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, *models, dict(peft_config=lora), **options)
+    trainer.train()
+    assert trainer.engine.is_adapter
+    trainer.close()
+
+
+def test_greedy_tokens_of_a_merged_copy_are_those_of_the_adapter(folder):
+    model = make_lora()
+    options = dict(temperature=0.0, max_completion_length=16, max_prompt_length=32, dtype="float32")
+    found = []
+    for lora_rank in (4, 0):
+        engine = VLLMEngine(str(folder), lora_rank=lora_rank, **options)
+        engine.sync_weights(adapter_of(model) if lora_rank else full_weights(model), 0)
+        found.append([r.completion_ids for r in engine.generate(PROMPTS)])
+        engine.close()
+    assert found[0] == found[1]
