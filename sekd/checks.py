@@ -35,7 +35,7 @@ def check_inputs(
             raise ValueError(
                 "teacher_cache needs data that can be counted; set sample_pool, or dataset_streaming: false"
             )
-    if args.world_size > 1 and args.lmbda > 0 and args.rollout_engine != "hf" and rollout_engine is None:
-        raise ValueError(f"rollout_engine {args.rollout_engine!r} works with a single process; use hf with several")
+    if args.world_size > 1 and args.lmbda > 0 and args.rollout_engine == "vllm" and rollout_engine is None:
+        raise ValueError("rollout_engine 'vllm' works with a single process; use vllm_server (or hf) with several")
     if is_deepspeed_zero3_enabled():
         raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")

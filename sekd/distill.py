@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 from sekd.classes import SampledHead, classes_at, negative_classes, sparse_forward_kl, top_k_classes, trim
 from sekd.config import SEKDConfig
-from sekd.heads import Head, in_chunks
+from sekd.heads import Head, chunked_entropy, in_chunks
 from sekd.losses import ON_LOG_PROBABILITIES, at_kd, at_kd_factors, forward_kl, reduce
 from sekd.models import head_of, hidden_states
 from sekd.policies import make_policy
-from sekd.ranking import Generators, eligible, uniform
+from sekd.ranking import Generators, eligible, top_k, uniform
 from sekd.scores import Rows, Scoring, cross_entropy, entropy
 from sekd.stateful import Bandit, Gls
 from sekd.teachers import CachedTeacher, Teacher
 from sekd.types import Batch, SparseTargets
+
+AGREEMENT_STEPS = 10
+"""Where the sampler's entropy chooses positions, every so many steps one sequence a batch is scored exactly too."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Method:
     vocab: int | None = None
     chunk_rows: int = 256
     seed: int = 0
+    fraction: float = 0.2
 
     @classmethod
     def of(cls, args: SEKDConfig, vocab: int | None = None) -> "Method":
@@ -69,6 +73,7 @@ class Method:
             vocab=vocab,
             chunk_rows=args.head_chunk_rows,
             seed=args.seed,
+            fraction=args.position_fraction,
         )
 
 
@@ -80,7 +85,8 @@ def distill(
     Divide by the number of sequences in the whole optimizer step. Call it inside the student's wrappers
     (:func:`sekd.models.run_inside`). The sums: ``tokens`` (padding included), ``rows`` (valid ones), ``entropy`` over
     ``entropy_rows`` (all valid rows; the chosen ones where no score was needed), and over ``selected_rows``
-    ``selected_entropy`` and ``divergence``.
+    ``selected_entropy`` and ``divergence``. With the sampler's entropy (``batch.student_entropy``) now and then those
+    of :func:`agreement`.
     """
     head = head_of(student, method.vocab).converted()
     rows = hidden_states(student, batch)[batch.valid]  # [N D], with graph
@@ -89,10 +95,17 @@ def distill(
 
     allowed = eligible(batch.valid, method.skip_first, batch.position_ids)
     scores, entropies = torch.zeros(batch.valid.shape, device=rows.device), None
+    checked: dict[str, Tensor] = {}
     if method.scoring is not None:
-        row_scores, entropies = score_rows(
-            head, teacher, rows, targets, teacher_rows, method.scoring, method.chunk_rows
-        )  # [N C] and [N], no graph
+        if batch.student_entropy is not None:  # the sampler's own, instead of a pass of the head
+            entropies = batch.student_entropy[batch.valid]
+            row_scores = entropies[:, None]
+            if step % AGREEMENT_STEPS == 0:
+                checked = agreement(head, rows, batch.valid, batch.student_entropy, method)
+        else:
+            row_scores, entropies = score_rows(
+                head, teacher, rows, targets, teacher_rows, method.scoring, method.chunk_rows
+            )  # [N C] and [N], no graph
         if not row_scores.isfinite().all():  # a policy might choose nothing, and the loss would be 0
             samples = batch.sample_ids.tolist()
             raise FloatingPointError(
@@ -125,12 +138,30 @@ def distill(
         "rows": batch.valid.sum(),
         "selected_rows": chosen.sum(),
         "divergence": divergences.sum(),
+        **checked,
     }
     if entropies is not None:
         sums |= {"selected_entropy": entropies[chosen].sum(), "entropy": entropies.sum(), "entropy_rows": sums["rows"]}
     elif found is not None:
         sums |= {"selected_entropy": found.sum(), "entropy": found.sum(), "entropy_rows": sums["selected_rows"]}
     return reduce(losses, weights[weights > 0]), sums
+
+
+@torch.no_grad()
+def agreement(
+    head: Head,
+    rows: Float[Tensor, "N D"],
+    valid: Bool[Tensor, "B T"],
+    sampled: Float[Tensor, "B T"],
+    method: Method,
+) -> dict[str, Tensor]:
+    """How many of the positions that exact entropy would choose in the batch's first sequence (``agreement_rows``) the
+    sampler's entropy chooses too (``agreement``), by rank."""
+    first, valid = rows[: int(valid[0].sum())], valid[:1]
+    exact = torch.zeros(valid.shape, device=rows.device)
+    exact = exact.masked_scatter(valid, chunked_entropy(first, head, method.chunk_rows))
+    theirs, ours = (top_k(scores, valid, method.fraction) > 0 for scores in (exact, sampled[:1]))
+    return {"agreement": (theirs & ours).sum(), "agreement_rows": theirs.sum()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import os
 import random
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,27 +25,25 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from rollouts import Rollout, RolloutEngine, RolloutError, VLLMServerEngine
+from rollouts import RolloutEngine, RolloutError
 from sekd.checks import check_inputs
 from sekd.config import SEKDConfig
 from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
 from sekd.distill import Method, distill, kl_of_chosen
 from sekd.evaluate import held_out_sums, metrics_of
-from sekd.generation import check_served, make_engine
 from sekd.models import (
     check_head,
     check_head_columns,
     check_mergeable,
     common_vocab,
     freeze,
-    full_weights,
     load_model,
     load_teacher,
     run_inside,
-    unwrap,
     vocab_rows,
 )
-from sekd.progress import ProgressLine, RunFiles, means, show_completions
+from sekd.progress import ProgressLine, RunFiles, means
+from sekd.rounds import RepeatSampler, Rounds, repeated
 from sekd.samples import choose_samples, pool_of
 from sekd.stateful import Bandit, Gls, load_state, save_state
 from sekd.teachers import CachedTeacher, LiveTeacher, cached_teacher, open_cache
@@ -109,6 +108,8 @@ class SEKDTrainer(Trainer):
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
         if args.sample_pool is not None:
             train_dataset = pool_of(train_dataset, args.sample_pool)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = repeated(train_dataset, args.rollouts_per_prompt)
         if eval_dataset is not None:
             eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
             if args.max_eval_samples is not None:
@@ -164,7 +165,7 @@ class SEKDTrainer(Trainer):
             )
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
-        self.engine = rollout_engine
+        self.rounds = Rounds(self, rollout_engine)
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
 
@@ -176,13 +177,27 @@ class SEKDTrainer(Trainer):
         self.packed |= "seq_lengths" in first
         return dataset
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset, times = train_dataset or self.train_dataset, self.args.rollouts_per_prompt
+        if times == 1:
+            return super()._get_train_sampler(dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return RepeatSampler(len(dataset), times, seed, self.args.train_sampling_strategy != "sequential")
+
     # One optimizer step: all its micro-batches at once, then each through the loss.
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimizer step, and the number of sequences that their loss is a mean over."""
-        micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if micro_batches and self._is_on_policy(self.state.global_step):
-            micro_batches = self._roll_out(micro_batches)
+        whole = self.args.gradient_accumulation_steps  # what is drawn ahead; an epoch's last step has what is left
+
+        def pull() -> list[list[Sample]]:
+            return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
+
+        try:
+            micro_batches = self.rounds.next_step(self.state.global_step, pull)
+        except RolloutError:
+            self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
+            raise
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
@@ -196,7 +211,7 @@ class SEKDTrainer(Trainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = [_generator(self.args.seed, step, i) for i in batch.sample_ids.tolist()]
+        generators = [_generator(self.args.seed, step, name) for name in self._names(batch)]
         with self.accelerator.autocast():
             total, sums = run_inside(
                 model, lambda b: distill(model, self.teacher, b, self.method, step, generators), batch
@@ -210,6 +225,14 @@ class SEKDTrainer(Trainer):
         _add(self._sums, sums)
         # Wrappers average gradients over processes; the sum is wanted.
         return total / num_items_in_batch * self.accelerator.num_processes
+
+    def _names(self, batch: Batch) -> list[str]:
+        """What draws for a sequence depend on: its sample, and its tokens where a prompt has several rollouts."""
+        names = [str(i) for i in batch.sample_ids.tolist()]
+        if self.args.rollouts_per_prompt == 1:
+            return names
+        written = [zlib.crc32(ids[valid].cpu().numpy()) for ids, valid in zip(batch.targets, batch.valid, strict=True)]
+        return [f"{name}/{tokens}" for name, tokens in zip(names, written, strict=True)]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As Trainer's; where a threshold chose the rows, the step's mean over them is taken with its last part."""
@@ -241,48 +264,6 @@ class SEKDTrainer(Trainer):
             device = self.args.device
             policy.end_step(after, lambda update: self.accelerator.reduce(update.to(device), "sum").cpu())
 
-    # Rollouts
-
-    def _is_on_policy(self, step: int) -> bool:
-        return random.Random(f"{self.args.seed}/{step}").random() < self.args.lmbda
-
-    def _roll_out(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
-        """The same samples with completions by the student as it is now, from one call of the engine."""
-        samples = [s for micro_batch in micro_batches for s in micro_batch]
-        started = time.monotonic()
-        rollouts = self._generate(samples, self.state.global_step)
-        lengths = [len(r.completion_ids) for r in rollouts]
-        _add(
-            self._sums,
-            dict(
-                rollouts=len(rollouts),
-                rollout_tokens=sum(lengths),
-                rollout_seconds=time.monotonic() - started,
-                cut_rollouts=sum(r.finish_reason == "length" for r in rollouts),
-                empty_rollouts=lengths.count(0),
-            ),
-        )
-        every = self.args.log_completions_steps
-        if every and self.state.global_step % every == 0 and self.is_world_process_zero():
-            show_completions(self.processing_class, rollouts[:2], self.state.global_step)
-        new = map(from_rollout, samples, rollouts)
-        return [[next(new) for _ in micro_batch] for micro_batch in micro_batches]
-
-    def _generate(self, samples: list[Sample], step: int) -> list[Rollout]:
-        is_new, prompts = self.engine is None, [s.input_ids[: s.prompt_length] for s in samples]
-        engine = self.engine = self.engine or make_engine(self.model, self.processing_class, self.args)
-        shares_the_model = getattr(engine, "model", None) is unwrap(self.model)
-        try:
-            engine.sync_weights(unwrap(self.model) if shares_the_model else full_weights(self.model_wrapped), step)
-            with self.accelerator.autocast():
-                if is_new and isinstance(engine, VLLMServerEngine):
-                    check_served(engine, self.model, prompts)
-                return engine.generate(prompts)
-        except RolloutError:
-            if self.is_in_train:
-                self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
-            raise
-
     # Around the steps
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -295,6 +276,7 @@ class SEKDTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if isinstance(resume_from_checkpoint, str):
             load_state(self.method.policy, resume_from_checkpoint)
+        self.rounds.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
@@ -302,17 +284,25 @@ class SEKDTrainer(Trainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # First: a checkpoint counts as whole once the Trainer has written its own state, which comes last.
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            # First: a checkpoint counts as whole once the Trainer has written its own state, which comes last.
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_state(self.method.policy, os.path.join(self._get_output_dir(trial), name))
+            save_state(self.method.policy, folder)
+        self.rounds.save(folder)
         super()._save_checkpoint(model, trial)
 
     def close(self) -> None:
         """End the rollout engine."""
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
+        self.rounds.close()
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """Who generates; None before the first round."""
+        return self.rounds.engine
+
+    def count(self, **sums: float) -> None:
+        """Add to what the next log gives the means of."""
+        _add(self._sums, sums)
 
     @torch.no_grad()
     def evaluate(
@@ -328,7 +318,7 @@ class SEKDTrainer(Trainer):
         samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
             # A step of its own for the seeds: the same noise at each evaluation, and none that training used.
-            samples = [*map(from_rollout, samples, self._generate(samples, -1))]
+            samples = [*map(from_rollout, samples, self.rounds.generate(samples, -1))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
         size = self.args.per_device_eval_batch_size
         model, teacher = self.model_wrapped, self.teacher if isinstance(self.teacher, LiveTeacher) else None
@@ -395,6 +385,6 @@ def _add(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | flo
         sums[name] += value
 
 
-def _generator(seed: int, step: int, sample_id: int) -> torch.Generator:
+def _generator(seed: int, step: int, name: str) -> torch.Generator:
     """Randomness of one sequence at one step: the same however sequences are batched and distributed."""
-    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{sample_id}").getrandbits(63))
+    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{name}").getrandbits(63))

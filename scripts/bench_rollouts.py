@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""How fast the engines write, how long a weight sync takes, and what a step's time goes to.
+
+    python scripts/bench_rollouts.py STUDENT TEACHER 'text/*.jsonl' [--prompts 1 8 32 128] [--rounds 3] [--steps 8]
+
+The prompts are the first 64 tokens of the texts; each completion gets up to 64 tokens. The engines take turns within
+a round; medians over rounds are printed. The server is started by this script (scripts/serve_student.sh). A step is
+one of SEKDTrainer with vLLM in its process: 16 prompts, SE-KD 20 %, reverse KL; once with exact scores, once with the
+sampler's own (score_source: rollout).
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+import sekd.distill
+import sekd.rounds
+from rollouts import HFEngine, RolloutEngine, VLLMEngine, VLLMServerEngine
+from sekd import SEKDConfig, SEKDTrainer
+from sekd.data import load_rows
+from sekd.generation import sync
+from sekd.models import freeze, load_model
+from sekd.teachers import LiveTeacher
+
+PROMPT, WRITTEN = 64, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("teacher")
+    parser.add_argument("text", help="json, jsonl, csv or parquet files with a text column")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each of the two runs")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(options.student)
+    texts = load_rows(options.text)
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = engines(options, tokenizer, texts, folder)
+        steps = {source: step_seconds(options, tokenizer, texts, folder, source) for source in ("exact", "rollout")}
+    show(options, speeds, steps)
+
+
+def engines(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str
+) -> dict[str, dict[Any, float]]:
+    """Of each engine the median tokens a second by number of prompts, and the seconds of a sync as ``sync``."""
+    most = max(options.prompts)
+    tokens = (tokenizer(row["text"])["input_ids"][:PROMPT] for row in texts)
+    prompts = [ids for _, ids in zip(range(most), (ids for ids in tokens if len(ids) == PROMPT), strict=False)]
+    if len(prompts) < most:
+        raise SystemExit(f"{options.text} has {len(prompts)} texts of {PROMPT} tokens; --prompts {most} needs as many")
+    model = load_model(options.student, dtype=torch.bfloat16)
+    sampling = dict(max_completion_length=WRITTEN)
+    with served(options.student, folder) as url:
+        found: dict[str, RolloutEngine] = {
+            "hf": HFEngine(model, **sampling),
+            "vllm": VLLMEngine(options.student, dtype="bfloat16", max_prompt_length=PROMPT, **sampling),
+            "vllm_server": VLLMServerEngine(
+                url, weights_folder=f"{folder}/weights", max_prompt_length=PROMPT, **sampling
+            ),
+        }
+        times: dict[str, dict[Any, list[float]]] = {name: {} for name in found}
+        for round_ in range(options.rounds + 1):  # the first one warms up
+            for name, engine in found.items():
+                started = time.perf_counter()
+                sync(engine, model, round_)
+                times[name].setdefault("sync", []).append(time.perf_counter() - started)
+                for count in options.prompts:
+                    started = time.perf_counter()
+                    written = sum(len(rollout.completion_ids) for rollout in engine.generate(prompts[:count]))
+                    times[name].setdefault(count, []).append(written / (time.perf_counter() - started))
+        for engine in found.values():
+            engine.close()
+    return {name: {what: statistics.median(seen[1:]) for what, seen in of.items()} for name, of in times.items()}
+
+
+@contextlib.contextmanager
+def served(student: str, folder: str) -> Iterator[str]:
+    """The address of a server of the student, which ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("serve_student.sh")
+    command = ["bash", str(script), student, "--port", str(port), "--max-model-len", str(PROMPT + WRITTEN)]
+    with open(f"{folder}/server.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+class Clock(TrainerCallback):
+    """Seconds by what they went to, step by step; what is inside something else is not counted twice."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.now: dict[str, float] = {}
+        self.inner = 0.0
+
+    def around(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer, self.inner, started = self.inner, 0.0, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - started
+                self.now[what] = self.now.get(what, 0.0) + seconds - self.inner
+                self.inner = outer + seconds
+
+        return timed
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        if self.steps or self.now:
+            self.steps.append({**self.now, "all": now - self.started})
+        self.now, self.started = {}, now
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+
+def step_seconds(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str, source: str
+) -> dict[str, float]:
+    """The median seconds of a step by what they went to, and ``agreement`` with exact selection."""
+    args = SEKDConfig(
+        f"{folder}/{source}",
+        lmbda=1.0,
+        text_prompt_length=PROMPT,
+        max_prompt_length=PROMPT,
+        max_completion_length=WRITTEN,
+        score_source=source,
+        max_steps=options.steps,
+        per_device_train_batch_size=16,
+        logging_steps=options.steps,
+        log_completions_steps=0,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    clock = Clock()
+    student, teacher = (
+        load_model(options.student, dtype=torch.float32),
+        load_model(options.teacher, dtype=torch.bfloat16),
+    )
+    trainer = SEKDTrainer(student, freeze(teacher), args, texts, processing_class=tokenizer, callbacks=[clock])
+    kept = sekd.distill.score_rows, sekd.distill.agreement, sekd.rounds.Rounds._ask, sekd.rounds.sync
+    sekd.distill.score_rows = clock.around("scoring", kept[0])
+    sekd.distill.agreement = clock.around("agreement", kept[1])
+    sekd.rounds.Rounds._ask = clock.around("generation", kept[2])
+    sekd.rounds.sync = clock.around("sync", kept[3])
+    assert isinstance(trainer.teacher, LiveTeacher)
+    trainer.teacher.rows = clock.around("teacher", trainer.teacher.rows)
+    trainer.teacher.logits = clock.around("teacher", trainer.teacher.logits)
+    try:
+        trainer.train()
+    finally:
+        sekd.distill.score_rows, sekd.distill.agreement, sekd.rounds.Rounds._ask, sekd.rounds.sync = kept
+        trainer.close()
+    rest = [sum(seconds for what, seconds in step.items() if what != "all") for step in clock.steps]
+    steps = [step | {"student": step["all"] - other} for step, other in zip(clock.steps, rest, strict=True)]
+    found = {
+        what: statistics.median(step.get(what, 0.0) for step in steps[1:])
+        for what in ("generation", "sync", "scoring", "teacher", "student", "all")
+    }
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    return found | {"agreement": log.get("selection_agreement", float("nan"))}
+
+
+def show(options: argparse.Namespace, speeds: dict[str, dict[Any, float]], steps: dict[str, dict[str, float]]) -> None:
+    """Print the tables."""
+    speed = Table("prompts", *speeds, "vllm, of hf", title="tokens a second", title_justify="left")
+    for count in options.prompts:
+        ratio = speeds["vllm"][count] / speeds["hf"][count]
+        speed.add_row(str(count), *(f"{of[count]:,.0f}" for of in speeds.values()), f"{ratio:.1f}x")
+    speed.add_row("sync, seconds", *(f"{of['sync']:.2f}" for of in speeds.values()), "")
+    step = Table("", *(f"score_source: {source}" for source in steps), title="a step", title_justify="left")
+    for what in ("generation", "sync", "scoring", "teacher", "student"):
+        step.add_row(what, *(f"{of[what]:.2f} s ({of[what] / of['all']:.0%})" for of in steps.values()))
+    step.add_row("all", *(f"{of['all']:.2f} s" for of in steps.values()))
+    step.add_row("selection_agreement", "1", f"{steps['rollout']['agreement']:.3f}")
+    for table in (speed, step):
+        for column in table.columns[1:]:
+            column.justify = "right"
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Selection by the sampler's own log-probabilities: the estimate, its bound, and that it stands on the right rows."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+from test_trainer import make_trainer, trained_weights
+
+from sekd.scores import entropy, entropy_of_top
+
+ROLLOUT = dict(lmbda=1.0, score_source="rollout", temperature=1.0, max_prompt_length=16)
+
+
+def test_the_estimate_lies_between_entropy_and_its_bound():
+    """Against float64, for flat and peaked rows: H <= estimate <= H + m log((V - K) p_K / m)."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.01, 1.0, 4.0, 20.0):
+        for classes, known in ((50, 1), (50, 20), (5000, 20), (5000, 5)):
+            logp = (torch.randn(200, classes, generator=generator, dtype=torch.float64) * scale).log_softmax(-1)
+            top = logp.topk(known).values
+            exact, found = -(logp.exp() * logp).sum(-1), entropy_of_top(top.float(), classes).double()
+            rest = (1 - top.exp().sum(-1)).clamp(min=1e-300)
+            bound = rest * ((classes - known) * top[:, -1].exp() / rest).log()
+            assert (found >= exact - 1e-4).all()
+            assert (found <= exact + bound + 1e-4).all()
+            if scale == 4.0 and known == 5:
+                assert (found - exact).max() > 0.1, "it is an estimate"
+
+
+def test_all_classes_known_is_exact():
+    logp = torch.randn(9, 30).log_softmax(-1)
+    torch.testing.assert_close(entropy_of_top(logp.sort(descending=True).values, 30), entropy(logp))
+    certain = torch.tensor([[0.0, -math.inf, -math.inf]]).clamp(min=-9999)
+    assert entropy_of_top(certain, 3).item() == 0
+
+
+@pytest.mark.parametrize("policy", ["top_k", "curriculum", "pos_rs", "weighted", "gls"])
+def test_with_all_classes_the_steps_are_those_of_exact_scores(tmp_path, tokenizer, pairs, policy):
+    """K = V: the same rows are chosen, so every row's entropy stands where it belongs."""
+    found, logs = [], []
+    for source in ("exact", "rollout"):
+        options = ROLLOUT | dict(score_source=source, score_logprobs=128, position_policy=policy, max_steps=3)
+        trainer = make_trainer(tmp_path, tokenizer, pairs, max_completion_length=12, **options, learning_rate=0.01)
+        found.append(trained_weights(trainer))
+        logs.append([log for log in trainer.state.log_history if "loss" in log])
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-6)
+    assert logs[1][0]["selection_agreement"] == 1
+    assert "selection_agreement" not in logs[1][1], "now and then"
+    assert "selection_agreement" not in logs[0][0]
+    for name in ("entropy", "entropy_selected", "selected_fraction"):
+        assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-4)
+
+
+def test_no_pass_of_the_head_over_all_rows(tmp_path, tokenizer, pairs, monkeypatch):
+    """Between the checks of agreement only the chosen rows meet the student's head in training."""
+    import sekd.distill
+
+    def never(*args):
+        raise AssertionError("rows are scored")
+
+    monkeypatch.setattr(sekd.distill, "score_rows", never)
+    make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT).train()
+    with pytest.raises(AssertionError, match="rows are scored"):
+        make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT | {"score_source": "exact"}).train()
+
+
+def test_steps_on_the_data_are_scored_exactly(tmp_path, tokenizer, pairs):
+    trainer = make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT | dict(lmbda=0.5, max_steps=8, seed=3))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert 0 < sum("completion_length" in log for log in logs) < 8
+    assert all(math.isfinite(log["loss"]) for log in logs)
+
+
+def test_a_smaller_common_vocabulary(tmp_path, tokenizer, pairs):
+    options = ROLLOUT | dict(score_logprobs=5)
+    student = make_model("untied")
+    student.resize_token_embeddings(140)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, **options)
+    trainer.train()
+    assert trainer.method.vocab == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lmbda=0.0), "score_source 'rollout' with lmbda 0: nothing is rolled out"),
+        (dict(position_score="kl"), "gives student_entropy alone, and position_policy 'top_k' reads kl"),
+        (dict(position_score={"kl": 1, "student_entropy": 1}), "reads kl, student_entropy; use score_source: exact"),
+        (dict(position_policy="tip", position_score="student_entropy"), "'tip' reads student_entropy, reverse_kl"),
+        (dict(position_policy="random"), "'random' reads no score; use score_source: exact"),
+        (dict(score_source="sampler"), "score_source 'sampler' is unknown; choose one of exact, rollout"),
+        (dict(score_logprobs=0), "score_logprobs 0 must be at least 1"),
+    ],
+)
+def test_scores_that_a_sampler_cannot_give_are_refused(tmp_path, tokenizer, pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT | options)
