@@ -311,6 +311,12 @@ class VLLMServerEngine:
                 f"rollout server {url} gives {most} log-probabilities a token, and {self.sampling.top_logprobs} are "
                 f"asked for; start it with --max-logprobs {self.sampling.top_logprobs}"
             )
+        stops = int(info["vllm_env"].get("VLLM_MAX_STOP_STRINGS") or 4)
+        if len(self.sampling.stop) > stops:
+            raise ValueError(
+                f"rollout server {url} takes {stops} stop strings, and there are {len(self.sampling.stop)}; start it "
+                f"with VLLM_MAX_STOP_STRINGS={len(self.sampling.stop)}"
+            )
         lora = config.get("lora_config")
         if lora and not info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             raise ValueError(

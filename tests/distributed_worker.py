@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from conftest import make_model, make_pairs, make_tokenizer
+from conftest import make_model, make_pairs, make_tokenizer, make_vllm_model
 from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -101,5 +101,31 @@ def two_steps(path: str, choices: dict) -> None:
         torch.save({"losses": losses, "weights": weights, "metrics": metrics, "read": read}, f"{path}.pt")
 
 
+def served(path: str, url: str) -> None:
+    """Three on-policy steps of two processes, of which one speaks to a vLLM server."""
+    trainer = make_trainer(
+        path, make_tokenizer(), make_pairs(), make_vllm_model(), make_vllm_model(1), **SERVED, rollout_server_urls=[url]
+    )
+    weights = trained_weights(trainer)
+    assert (trainer.engine is not None) == trainer.is_world_process_zero()
+    if trainer.is_world_process_zero():
+        torch.save({name.removeprefix("module."): p for name, p in weights.items()}, f"{path}.pt")
+    trainer.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+SERVED = TWO_STEPS | dict(
+    max_steps=3,
+    per_device_train_batch_size=2,
+    lmbda=1.0,
+    rollout_engine="vllm_server",
+    rollout_timeout=240.0,
+    temperature=0.0,  # seeds go by a prompt's place among those of all processes
+    max_completion_length=8,
+    max_prompt_length=16,
+)
+
+
 if __name__ == "__main__":
-    {"fsdp2": fsdp2, "ddp": ddp}[sys.argv[1]](*sys.argv[2:])
+    {"fsdp2": fsdp2, "ddp": ddp, "served": served}[sys.argv[1]](*sys.argv[2:])

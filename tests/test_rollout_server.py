@@ -1,10 +1,17 @@
 """The server engine against a real vLLM server, also where it misbehaves, dies and comes back."""
 
 import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+import yaml
 from conftest import EOS, make_tokenizer, make_vllm_model
+from distributed_worker import SERVED as TWO_PROCESSES
 from peft import LoraConfig, get_peft_model
 from serving import (
     Faulty,
@@ -15,6 +22,7 @@ from serving import (
     spoil_hang,
     spoil_other_prompt,
 )
+from test_distributed import run_two_processes
 from test_rollout_lora import change
 from test_rollouts import PROMPTS, model_logps
 from test_trainer import make_trainer, trained_weights
@@ -223,6 +231,10 @@ def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenize
         ValueError, match=r"has a context of 64 tokens, .* take up to 132; start it with --max-model-len 132"
     ):
         connect(max_prompt_length=100, max_completion_length=32)
+    with pytest.raises(ValueError, match=r"gives 20 log-probabilities a token, and 30 are .* --max-logprobs 30"):
+        connect(top_logprobs=30)
+    with pytest.raises(ValueError, match=r"takes 64 stop strings, and there are 65; .* VLLM_MAX_STOP_STRINGS=65"):
+        connect(stop=[str(i) for i in range(65)])
     options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_server_urls=[server.url], max_prompt_length=32)
     wider = make_vllm_model(intermediate=128)  # vLLM takes the part of its weights that fits, and says nothing
     with torch.no_grad():
@@ -287,3 +299,68 @@ def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_goes_on(tmp_path
     for name, weight in resumed.model.named_parameters():
         torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-5, atol=1e-6)
     gone.shutdown()
+
+
+def test_two_processes_share_a_server(tmp_path, server, tokenizer, pairs):
+    """The same three steps as one process makes."""
+    run_two_processes("served", str(tmp_path / "two"), server.url)
+    options = TWO_PROCESSES | dict(rollout_server_urls=[server.url], per_device_train_batch_size=4)
+    one = make_trainer(tmp_path, tokenizer, pairs, make_vllm_model(), make_vllm_model(1), **options)
+    found = torch.load(tmp_path / "two.pt")
+    for name, weight in trained_weights(one).items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+    one.close()
+
+
+RAISES = """
+import sys
+from transformers import TrainerCallback
+from sekd.cli import build
+
+class Raise(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("as it happens")
+
+trainer, _ = build(sys.argv[1])
+trainer.add_callback(Raise())
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "exception"])
+def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, server, tokenizer, pairs, engine, how):
+    """Ctrl-C, or an error, in the middle of a round that would take minutes: no process, no weights on the way."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        make_vllm_model(seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    slow = Faulty(server.url, lambda n, s, c: (time.sleep(120 * (n > 8)), (s, c))[1])
+    recipe = dict(
+        output_dir=str(tmp_path / "run"),
+        model_name_or_path=str(tmp_path / "student"),
+        teacher_model_name_or_path=str(tmp_path / "teacher"),
+        dataset_name=str(tmp_path / "pairs.jsonl"),
+        rollout_engine=engine,
+        rollout_server_urls=[slow.url],
+        **dict(lmbda=1.0, max_steps=100_000, max_completion_length=8, max_prompt_length=16, report_to="none"),
+        **dict(learning_rate=1e-6, logging_steps=1, save_strategy="no", per_device_train_batch_size=4),
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "sekd.cli", "train", str(tmp_path / "recipe.yaml")]
+    if how == "exception":
+        command = [sys.executable, "-c", RAISES, str(tmp_path / "recipe.yaml")]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    if how == "Ctrl-C":
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.2)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == (130 if how == "Ctrl-C" else 1), (tmp_path / "log").read_text()[-2000:]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not list((tmp_path / "run").glob("rollout_weights/*"))
+    slow.shutdown()
