@@ -20,6 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from tqdm.auto import tqdm
 
 from rollouts.base import Adapter, Rollout, RolloutError, Sampling, Weights, named_weights, request_seeds
+from rollouts.nccl import NCCLTransfer
 
 NEW_WEIGHTS = 3600.0
 """Seconds that a server may take to load weights."""
@@ -54,6 +55,7 @@ class VLLMServerEngine:
         timeout: seconds to wait for a server, at the start and whenever none answers.
         request_timeout: seconds for one answer; a server that hangs longer counts as dead.
         dtype: of the weights on their way; None leaves them as they are.
+        transfer: "file", or "nccl" from the trainer's GPU to the servers'; adapters are files in any case.
         parallel: requests in flight at each server.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
@@ -72,6 +74,7 @@ class VLLMServerEngine:
         weights_folder: str,
         max_prompt_length: int = 512,
         dtype: torch.dtype | None = None,
+        transfer: str = "file",
         timeout: float = 600.0,
         request_timeout: float = 600.0,
         parallel: int = 64,
@@ -85,6 +88,10 @@ class VLLMServerEngine:
         self.version: str | None = None  # until the first sync any weights will do
         self.path = ""
         self.is_adapter = False
+        if transfer == "nccl" and not torch.cuda.is_available():
+            raise ValueError('transfer "nccl" sends from GPU to GPU, and the trainer has none; use "file"')
+        self.transfer, self.weights = transfer, dict[str, torch.Tensor]()
+        self.peers: dict[str, tuple[NCCLTransfer, str]] = {}  # by URL, with the version that each sent last
         self.connections: set[HTTPConnection] = set()
         self.closed = threading.Event()
         self.pool = ThreadPoolExecutor(parallel * len(self.urls))
@@ -153,6 +160,9 @@ class VLLMServerEngine:
                 f"rollout servers {self.urls} were started with --enable-lora and take adapters only; start them "
                 "without it for whole or merged weights, or with a larger --max-lora-rank"
             )
+        elif self.transfer == "nccl":
+            # Copies, on the GPU: the student trains on while a server that was started again may want them.
+            self.weights = {n: t.to("cuda", self.dtype or t.dtype, copy=True) for n, t in named_weights(model)}
         else:
             # Copies: of two names of one weight a file would keep one, and vLLM's reload wants both.
             weights = {
@@ -238,6 +248,8 @@ class VLLMServerEngine:
                 return False
             if self.is_adapter:
                 self._load_adapter(url)
+            elif self.transfer == "nccl":
+                self._load_over_nccl(url, version)
             else:
                 self._load(url)
             self._call(url, "/reset_prefix_cache", {})
@@ -274,6 +286,23 @@ class VLLMServerEngine:
                 f"rollout server {url} cannot load the student's weights: it serves another model, or does not see "
                 f"{self.path}; start it again with model_name_or_path"
             ) from error
+
+    def _load_over_nccl(self, url: str, version: str) -> None:
+        peer, sent = self.peers.pop(url, (None, ""))
+        try:
+            if peer is None or sent != version:  # a server that was started again has left the group
+                workers = self._call(url, "/get_world_size")["world_size"]
+                peer = NCCLTransfer(url, workers, NEW_WEIGHTS)
+            peer.send(self.weights)
+        except _Unavailable:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            self._call(url, "/update_weight_version", {"new_version": BROKEN})
+            raise ValueError(
+                f"rollout server {url} did not take the weights over NCCL ({error}): it serves another model, or "
+                'shares a GPU with the trainer; start it again, or use transfer "file"'
+            ) from error
+        self.peers[url] = peer, str(self.version)
 
     def _wait_for(self, url: str) -> None:
         deadline = time.monotonic() + self.timeout
@@ -316,6 +345,12 @@ class VLLMServerEngine:
             raise ValueError(
                 f"rollout server {url} takes {stops} stop strings, and there are {len(self.sampling.stop)}; start it "
                 f"with VLLM_MAX_STOP_STRINGS={len(self.sampling.stop)}"
+            )
+        backend = (config.get("weight_transfer_config") or {}).get("backend")
+        if self.transfer == "nccl" and backend != "nccl":
+            raise ValueError(
+                f"rollout server {url} takes no weights over NCCL; start it with --weight-transfer-config "
+                '\'{"backend": "nccl"}\''
             )
         lora = config.get("lora_config")
         if lora and not info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):

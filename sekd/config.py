@@ -198,6 +198,10 @@ class SEKDConfig(TrainingArguments):
     rollout_timeout: float = field(
         default=600.0, metadata=_help("Seconds to wait for a rollout server: at the start, and for each answer.")
     )
+    rollout_transfer: str = field(
+        default="file",
+        metadata=_help("How whole weights reach rollout servers: file, or nccl, from the trainer's GPU to theirs."),
+    )
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 0 is greedy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus sampling: smallest set of this mass."))
     top_k: int = field(default=0, metadata=_help("Sample from the k likeliest tokens; 0 is all."))
@@ -267,6 +271,7 @@ class SEKDConfig(TrainingArguments):
         one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
         one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
         one_of("rollout_engine", self.rollout_engine, ENGINES)
+        one_of("rollout_transfer", self.rollout_transfer, ("file", "nccl"))
         within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
         within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
         if self.kd_temperature <= 0:

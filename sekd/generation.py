@@ -48,6 +48,7 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
             weights_folder=os.path.join(str(args.output_dir), "rollout_weights"),
             max_prompt_length=args.max_prompt_length,
             dtype=None if dtype == torch.float32 else dtype,
+            transfer=args.rollout_transfer,
             timeout=args.rollout_timeout,
             request_timeout=args.rollout_timeout,
         )

@@ -82,7 +82,8 @@ class Rounds:
             this, self.under_way = self.under_way or self._start(number, pull, False), None
             self.ready = deque(self._finish(this))
             if self.args.rollout_staleness and self.ready:
-                self.under_way = self._start(number + len(self.ready), pull, True)
+                ahead = self._start(number + len(self.ready), pull, True)
+                self.under_way = ahead if ahead.steps else None  # none at the end of an epoch
         self.trainer.count(rollout_wait=(time.monotonic() - started) / self.args.world_size)
         if not self.ready:
             return []

@@ -233,6 +233,9 @@ def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenize
         connect(max_prompt_length=100, max_completion_length=32)
     with pytest.raises(ValueError, match=r"gives 20 log-probabilities a token, and 30 are .* --max-logprobs 30"):
         connect(top_logprobs=30)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"\"nccl\" sends from GPU to GPU, and the trainer has none; use \"file\""):
+            connect(transfer="nccl")
     with pytest.raises(ValueError, match=r"takes 64 stop strings, and there are 65; .* VLLM_MAX_STOP_STRINGS=65"):
         connect(stop=[str(i) for i in range(65)])
     options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_server_urls=[server.url], max_prompt_length=32)
