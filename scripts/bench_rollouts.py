@@ -3,14 +3,14 @@
 
     python scripts/bench_rollouts.py STUDENT TEACHER 'text/*.jsonl' [--prompts 1 8 32 128] [--rounds 3] [--steps 8]
 
-The prompts are the first 64 tokens of the texts; each completion gets up to 64 tokens. The engines take turns within
-a round; medians over rounds are printed. The server is started by this script (scripts/serve_student.sh). A step is
-one of SEKDTrainer with vLLM in its process: 16 prompts, SE-KD 20 %, reverse KL; once with exact scores, once with the
-sampler's own (score_source: rollout).
+The prompts are the first tokens of the texts. The engines take turns within a round; medians over rounds are printed.
+The server is started by this script (scripts/serve_student.sh). A step is one of SEKDTrainer with vLLM in its process:
+16 prompts, SE-KD 20 %, reverse KL; once with exact scores, once with the sampler's own (score_source: rollout).
 """
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -31,14 +31,14 @@ from transformers.utils import logging
 
 import sekd.distill
 import sekd.rounds
-from rollouts import HFEngine, RolloutEngine, VLLMEngine, VLLMServerEngine
+from rollouts import HFEngine, VLLMEngine, VLLMServerEngine
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data import load_rows
 from sekd.generation import sync
 from sekd.models import freeze, load_model
 from sekd.teachers import LiveTeacher
 
-PROMPT, WRITTEN = 64, 64
+ENGINES = ("hf", "vllm", "vllm_server")
 
 
 def main() -> None:
@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("teacher")
     parser.add_argument("text", help="json, jsonl, csv or parquet files with a text column")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each of the two runs")
     options = parser.parse_args()
@@ -64,21 +67,14 @@ def engines(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str
 ) -> dict[str, dict[Any, float]]:
     """Of each engine the median tokens a second by number of prompts, and the seconds of a sync as ``sync``."""
-    most = max(options.prompts)
-    tokens = (tokenizer(row["text"])["input_ids"][:PROMPT] for row in texts)
-    prompts = [ids for _, ids in zip(range(most), (ids for ids in tokens if len(ids) == PROMPT), strict=False)]
+    most, length = max(options.prompts), options.prompt_tokens
+    tokens = (tokenizer(row["text"])["input_ids"][:length] for row in texts)
+    prompts = list(itertools.islice((ids for ids in tokens if len(ids) == length), most))
     if len(prompts) < most:
-        raise SystemExit(f"{options.text} has {len(prompts)} texts of {PROMPT} tokens; --prompts {most} needs as many")
+        raise SystemExit(f"{options.text} has {len(prompts)} texts of {length} tokens; --prompts {most} needs as many")
     model = load_model(options.student, dtype=torch.bfloat16)
-    sampling = dict(max_completion_length=WRITTEN)
-    with served(options.student, folder) as url:
-        found: dict[str, RolloutEngine] = {
-            "hf": HFEngine(model, **sampling),
-            "vllm": VLLMEngine(options.student, dtype="bfloat16", max_prompt_length=PROMPT, **sampling),
-            "vllm_server": VLLMServerEngine(
-                url, weights_folder=f"{folder}/weights", max_prompt_length=PROMPT, **sampling
-            ),
-        }
+    with contextlib.ExitStack() as running:
+        found = {name: engine_of(name, options, model, folder, running) for name in options.engines}
         times: dict[str, dict[Any, list[float]]] = {name: {} for name in found}
         for round_ in range(options.rounds + 1):  # the first one warms up
             for name, engine in found.items():
@@ -89,19 +85,32 @@ def engines(
                     started = time.perf_counter()
                     written = sum(len(rollout.completion_ids) for rollout in engine.generate(prompts[:count]))
                     times[name].setdefault(count, []).append(written / (time.perf_counter() - started))
-        for engine in found.values():
-            engine.close()
     return {name: {what: statistics.median(seen[1:]) for what, seen in of.items()} for name, of in times.items()}
 
 
+def engine_of(name: str, options: argparse.Namespace, model: Any, folder: str, running: contextlib.ExitStack) -> Any:
+    """An engine that ends with what is ``running``."""
+    sampling = dict(max_completion_length=options.new_tokens)
+    if name == "hf":
+        return HFEngine(model, **sampling)
+    sampling |= dict(max_prompt_length=options.prompt_tokens)
+    if name == "vllm":
+        engine: Any = VLLMEngine(options.student, dtype="bfloat16", **sampling)
+    else:
+        url = running.enter_context(served(options.student, options.prompt_tokens + options.new_tokens, folder))
+        engine = VLLMServerEngine(url, weights_folder=f"{folder}/weights", **sampling)
+    running.callback(engine.close)
+    return engine
+
+
 @contextlib.contextmanager
-def served(student: str, folder: str) -> Iterator[str]:
+def served(student: str, context: int, folder: str) -> Iterator[str]:
     """The address of a server of the student, which ends with the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("serve_student.sh")
-    command = ["bash", str(script), student, "--port", str(port), "--max-model-len", str(PROMPT + WRITTEN)]
+    command = ["bash", str(script), student, "--port", str(port), "--max-model-len", str(context)]
     with open(f"{folder}/server.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -148,9 +157,9 @@ def step_seconds(
     args = SEKDConfig(
         f"{folder}/{source}",
         lmbda=1.0,
-        text_prompt_length=PROMPT,
-        max_prompt_length=PROMPT,
-        max_completion_length=WRITTEN,
+        text_prompt_length=options.prompt_tokens,
+        max_prompt_length=options.prompt_tokens,
+        max_completion_length=options.new_tokens,
         score_source=source,
         max_steps=options.steps,
         per_device_train_batch_size=16,
@@ -191,11 +200,12 @@ def step_seconds(
 
 def show(options: argparse.Namespace, speeds: dict[str, dict[Any, float]], steps: dict[str, dict[str, float]]) -> None:
     """Print the tables."""
-    speed = Table("prompts", *speeds, "vllm, of hf", title="tokens a second", title_justify="left")
+    first = options.engines[0]
+    speed = Table("prompts", *speeds, title="tokens a second", title_justify="left")
     for count in options.prompts:
-        ratio = speeds["vllm"][count] / speeds["hf"][count]
-        speed.add_row(str(count), *(f"{of[count]:,.0f}" for of in speeds.values()), f"{ratio:.1f}x")
-    speed.add_row("sync, seconds", *(f"{of['sync']:.2f}" for of in speeds.values()), "")
+        one = speeds[first][count]
+        speed.add_row(str(count), *(f"{of[count]:,.0f} ({of[count] / one:.1f}x)" for of in speeds.values()))
+    speed.add_row("sync, seconds", *(f"{of['sync']:.2f}" for of in speeds.values()))
     step = Table("", *(f"score_source: {source}" for source in steps), title="a step", title_justify="left")
     for what in ("generation", "sync", "scoring", "teacher", "student"):
         step.add_row(what, *(f"{of[what]:.2f} s ({of[what] / of['all']:.0%})" for of in steps.values()))

@@ -32,6 +32,11 @@ class Server:
                 [*command, *self.options], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
+    def restart(self, *options):
+        self.kill()
+        self.options += [option for option in options if option not in self.options]
+        self.start()
+
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -12,10 +12,11 @@ from test_trainer import make_trainer
 
 from rollouts import VLLMEngine, VLLMServerEngine
 from sekd.generation import sync
-from sekd.models import adapter_of, full_weights
+from sekd.models import adapter_of
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("a server for adapters"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
 
@@ -51,15 +52,24 @@ def server(folder):
     found.kill()
 
 
+OPTIONS = dict(max_completion_length=16, max_prompt_length=32, stop_token_ids=[EOS])
+
+
+@pytest.fixture(scope="module")
+def in_process(folder):
+    found = VLLMEngine(str(folder), dtype="bfloat16", lora_rank=4, **OPTIONS)
+    yield found
+    found.close()
+
+
 @pytest.fixture(params=["in process", "server"])
-def engine(request, folder, tmp_path_factory):
-    """An engine of the base, and a function that gives its log-probabilities of some tokens."""
-    options = dict(max_completion_length=16, max_prompt_length=32, stop_token_ids=[EOS])
-    if request.param == "server":
-        url = request.getfixturevalue("server").url
-        found = VLLMServerEngine(url, weights_folder=str(tmp_path_factory.mktemp("weights")), timeout=240, **options)
-    else:
-        found = VLLMEngine(str(folder), dtype="bfloat16", lora_rank=4, **options)
+def engine(request, tmp_path):
+    """An engine of the base."""
+    if request.param == "in process":
+        yield request.getfixturevalue("in_process")
+        return
+    url = request.getfixturevalue("server").url
+    found = VLLMServerEngine(url, weights_folder=str(tmp_path), timeout=240, **OPTIONS)
     yield found
     found.close()
 
@@ -109,14 +119,13 @@ def test_whole_weights_are_refused_by_an_engine_for_adapters(engine):
         sync(engine, make_lora(r=16), 0, engine.lora_rank)
 
 
-def test_a_server_that_was_started_again_gets_the_adapter_again(server, tmp_path):
-    options = dict(weights_folder=str(tmp_path), max_completion_length=16, max_prompt_length=32, timeout=240)
-    engine, model = VLLMServerEngine(server.url, **options), make_lora()
+def test_a_server_that_lost_the_adapter_gets_it_again(server, tmp_path):
+    """As one that was started again has lost it."""
+    engine, model = VLLMServerEngine(server.url, weights_folder=str(tmp_path), timeout=240, **OPTIONS), make_lora()
     sync(engine, model, 3, engine.lora_rank)
     expected = engine.generate(PROMPTS)
     sync(engine, model, 3, engine.lora_rank)
-    server.kill()
-    server.start()
+    engine._forget(server.url, engine.version)
     assert engine.generate(PROMPTS) == expected
     engine.close()
 
@@ -149,15 +158,3 @@ def test_a_lora_run_over_http(tmp_path, tokenizer, pairs, server):
     trainer.train()
     assert trainer.engine.is_adapter
     trainer.close()
-
-
-def test_greedy_tokens_of_a_merged_copy_are_those_of_the_adapter(folder):
-    model = make_lora()
-    options = dict(temperature=0.0, max_completion_length=16, max_prompt_length=32, dtype="float32")
-    found = []
-    for lora_rank in (4, 0):
-        engine = VLLMEngine(str(folder), lora_rank=lora_rank, **options)
-        engine.sync_weights(adapter_of(model) if lora_rank else full_weights(model), 0)
-        found.append([r.completion_ids for r in engine.generate(PROMPTS)])
-        engine.close()
-    assert found[0] == found[1]

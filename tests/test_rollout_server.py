@@ -33,6 +33,7 @@ from sekd.generation import sync
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("a server"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
 
@@ -156,8 +157,7 @@ def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(conne
         connect().sync_weights(make_vllm_model(vocab=256), 0)
     with pytest.raises(ValueError, match="once failed to load weights, and keeps some of others since; start it again"):
         connect().sync_weights(make_vllm_model(5), 0)
-    server.kill()
-    server.start()
+    server.restart("--dtype", "float32")
     engine, model = connect(), make_vllm_model(5)
     engine.sync_weights(model, 1)
     assert largest_difference(engine, model, [list(range(1, 60))]) < 0.05
@@ -168,19 +168,19 @@ def test_greedy_tokens_of_all_engines_are_the_same(server, connect, tmp_path):
     model = make_vllm_model(1)
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    precise = Server(tmp_path / "model", "--dtype", "float32")
+    if "float32" not in server.options:
+        server.restart("--dtype", "float32")
     prompts = [[i, i + 3, i + 5][: 1 + i % 3] for i in range(20)]
     options = dict(
         temperature=0.0, max_completion_length=16, repetition_penalty=1.2, stop=[f"w{i}" for i in range(20, 100, 9)]
     )
     local = VLLMEngine(str(tmp_path / "model"), dtype="float32", max_prompt_length=32, **options)
-    engines = [HFEngine(str(tmp_path / "model"), **options), local, connect(precise.url, **options)]
+    engines = [HFEngine(str(tmp_path / "model"), **options), local, connect(**options)]
     found = []
     for engine in engines:
         engine.sync_weights(model, 1)
         found.append(engine.generate(prompts))
         engine.close()
-    precise.kill()
     assert found[0] == found[1] == found[2]
     assert {r.finish_reason for r in found[0]} == {"stop", "length"}
 
@@ -330,8 +330,9 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
-@pytest.mark.parametrize("how", ["Ctrl-C", "exception"])
+@pytest.mark.parametrize(
+    ("engine", "how"), [("vllm", "Ctrl-C"), ("vllm_server", "Ctrl-C"), ("vllm_server", "exception")]
+)
 def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, server, tokenizer, pairs, engine, how):
     """Ctrl-C, or an error, in the middle of a round that would take minutes: no process, no weights on the way."""
     for name, seed in (("student", 0), ("teacher", 1)):

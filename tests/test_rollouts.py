@@ -16,6 +16,7 @@ from rollouts import HFEngine, RolloutEngine, VLLMEngine
 from rollouts.base import named_weights, request_seeds
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+pytestmark = pytest.mark.xdist_group("vLLM in process")
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
 
 

@@ -1,6 +1,7 @@
 """The benchmarks print their tables; the study runs, resumes where it stopped, and refuses to mix settings."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import save_pair
+from conftest import make_vllm_model, save_pair
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -84,3 +85,16 @@ def test_bench_3x_goes_on_where_it_stopped(run, tmp_path):
     assert result["seconds"].keys() == {"Full KD", "scoring", "construction", "cached training"}
     assert result["held out"]["SE-KD_3X"]["perplexity"] > 1
     assert "SE-KD_3X, cache reused" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_bench_rollouts(run, tmp_path):
+    for name in ("student", "teacher"):
+        make_vllm_model().save_pretrained(tmp_path / name)
+    options = ["--engines", "hf", "vllm", "--prompts", "1", "8", "--rounds", "1", "--steps", "3"]
+    done = run("bench_rollouts.py", *options, "--prompt_tokens", "4", "--new_tokens", "8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("│")}
+    assert "(1.0x)" in lines["8"]
+    assert lines["scoring"].rstrip("│ ").endswith("0.00 s (0%)"), "none with score_source: rollout"
+    assert 0 < float(lines["selection_agreement"].split("│")[3]) <= 1
