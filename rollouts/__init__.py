@@ -1,6 +1,6 @@
 """Generation for on-policy distillation: token ids in, token ids out. Knows nothing of distillation."""
 
-from rollouts.base import Adapter, Rollout, RolloutEngine, RolloutError, Sampling
+from rollouts.base import Adapter, Rollout, RolloutEngine, RolloutError, RolloutRefused, Sampling
 from rollouts.hf import HFEngine
 from rollouts.vllm_local import VLLMEngine
 from rollouts.vllm_server import VLLMServerEngine
@@ -11,6 +11,7 @@ __all__ = [
     "Rollout",
     "RolloutEngine",
     "RolloutError",
+    "RolloutRefused",
     "Sampling",
     "VLLMEngine",
     "VLLMServerEngine",

@@ -40,6 +40,10 @@ class RolloutError(RuntimeError):
     """No rollout came within the time that was given."""
 
 
+class RolloutRefused(ValueError):
+    """A server or engine that can never serve this run, with the remedy."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How every engine draws tokens.

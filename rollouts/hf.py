@@ -94,6 +94,8 @@ class HFEngine:
             output = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), stopping_criteria=[stopped]
             )
+        if self.sampling.top_logprobs and not top:
+            raise ValueError(f"{type(self.model).__name__} generates by another model's forward; pass that model")
         logprobs = torch.stack(top, dim=1).numpy() if top else [None] * len(prompts)
         completions = output[:, width:].tolist()
         return [self._rollout(*row) for row in zip(prompts, completions, stopped.ends, logprobs, strict=True)]
@@ -145,7 +147,8 @@ def _top(model: nn.Module, count: int) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output.logits[:, -1].float().log_softmax(-1).topk(count).values.cpu())
+        logp = output.logits[:, -1].float().log_softmax(-1)
+        found.append(logp.topk(min(count, logp.shape[1])).values.cpu())
 
     handle = model.register_forward_hook(keep) if count else None
     try:

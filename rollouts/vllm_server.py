@@ -1,25 +1,31 @@
 """vLLM over HTTP: its own OpenAI-compatible server, unmodified, on this machine or others."""
 
 import contextlib
-import json
 import os
 import shutil
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from tqdm.auto import tqdm
 
-from rollouts.base import Adapter, Rollout, RolloutError, Sampling, Weights, named_weights, request_seeds
+from rollouts.base import (
+    Adapter,
+    Rollout,
+    RolloutError,
+    RolloutRefused,
+    Sampling,
+    Weights,
+    named_weights,
+    request_seeds,
+)
+from rollouts.http import Client, Refused, Unavailable
 from rollouts.nccl import NCCLTransfer
 
 NEW_WEIGHTS = 3600.0
@@ -27,18 +33,6 @@ NEW_WEIGHTS = 3600.0
 
 BROKEN = "a load failed"
 """The version of the weights of a server that must be started again."""
-
-
-class _Unavailable(RolloutError):
-    """A server that may answer later, or another one may."""
-
-
-class _Refused(ValueError):
-    """A request that a server will not answer, however often it is asked."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class VLLMServerEngine:
@@ -82,17 +76,17 @@ class VLLMServerEngine:
     ) -> None:
         self.sampling = Sampling(temperature, max_completion_length, **sampling)
         self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
-        self.timeout, self.request_timeout, self.dtype = timeout, request_timeout, dtype
+        self.timeout, self.dtype = timeout, dtype
         self.weights_folder = os.path.abspath(weights_folder)
         self.step, self.round = 0, 0
         self.version: str | None = None  # until the first sync any weights will do
         self.path = ""
         self.is_adapter = False
         if transfer == "nccl" and not torch.cuda.is_available():
-            raise ValueError('transfer "nccl" sends from GPU to GPU, and the trainer has none; use "file"')
+            raise RolloutRefused('transfer "nccl" sends from GPU to GPU, and the trainer has none; use "file"')
         self.transfer, self.weights = transfer, dict[str, torch.Tensor]()
         self.peers: dict[str, tuple[NCCLTransfer, str]] = {}  # by URL, with the version that each sent last
-        self.connections: set[HTTPConnection] = set()
+        self.http = Client(request_timeout)
         self.closed = threading.Event()
         self.pool = ThreadPoolExecutor(parallel * len(self.urls))
         context = max_prompt_length + max_completion_length
@@ -102,7 +96,7 @@ class VLLMServerEngine:
             ranks.append(self._check(url, context))
         self.lora_rank = min(ranks)
         if max(ranks) and not self.lora_rank:
-            raise ValueError(f"some of rollout_server_urls have --enable-lora and some have not: {self.urls}")
+            raise RolloutRefused(f"some of rollout_server_urls have --enable-lora and some have not: {self.urls}")
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
@@ -110,15 +104,18 @@ class VLLMServerEngine:
         self.round += 1
         found: dict[int, Rollout] = {}
         reasons: dict[str, str] = {}
+        failed: set[str] = set()  # in their last try; left out while others are ready
         deadline, pause = time.monotonic() + self.timeout, 0.5
         while requests:
             if self.closed.is_set():
                 raise RolloutError("the rollout engine was closed in the middle of a round")
-            answers = self._ask(requests, reasons)
+            answers, failed = self._ask(requests, reasons, failed)
             found |= answers
             requests = {i: request for i, request in requests.items() if i not in answers}
             if answers:
                 deadline, pause = time.monotonic() + self.timeout, 0.5
+            elif len(failed) < len(self.urls):
+                continue
             elif time.monotonic() > deadline:
                 raise RolloutError(
                     f"no rollout server gave the {len(requests)} missing completions within {self.timeout:.0f} s: "
@@ -130,24 +127,32 @@ class VLLMServerEngine:
                 pause = min(2 * pause, 10.0)
         return [found[i] for i in range(len(prompts))]
 
-    def _ask(self, requests: dict[int, tuple[list[int], int | None]], reasons: dict[str, str]) -> dict[int, Rollout]:
-        """What the servers that hold this step's weights, still at the end, answered; why not, by URL."""
+    def _ask(
+        self, requests: dict[int, tuple[list[int], int | None]], reasons: dict[str, str], failed: set[str]
+    ) -> tuple[dict[int, Rollout], set[str]]:
+        """What the servers that hold this step's weights, still at the end, answered; ``reasons`` why not, by URL; and
+        which have failed now."""
         ready = [url for url in self.urls if self._has_weights(url, reasons)]
+        chosen = [url for url in ready if url not in failed] or ready
         asked = {
-            url: {i: self.pool.submit(self._complete, url, *requests[i]) for i in list(requests)[n :: len(ready)]}
-            for n, url in enumerate(ready)
+            url: {i: self.pool.submit(self._complete, url, *requests[i]) for i in list(requests)[n :: len(chosen)]}
+            for n, url in enumerate(chosen)
         }
         found: dict[int, Rollout] = {}
+        failed = {url for url in self.urls if url not in chosen}
         for url, futures in asked.items():
             answers = {}
             for i, future in futures.items():
                 try:
                     answers[i] = future.result()
-                except _Unavailable as error:
+                except Unavailable as error:
                     reasons[url] = str(error)
+                    failed.add(url)
             if self._has_weights(url, reasons, resend=False):
                 found |= answers
-        return found
+            else:
+                failed.add(url)
+        return found, failed
 
     def sync_weights(self, model: Weights, step: int) -> None:
         self.step, self.round, old, was_adapter = step, 0, self.path, self.is_adapter
@@ -156,7 +161,7 @@ class VLLMServerEngine:
         if isinstance(model, Adapter):
             model.save(self.path)
         elif self.lora_rank:
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout servers {self.urls} were started with --enable-lora and take adapters only; start them "
                 "without it for whole or merged weights, or with a larger --max-lora-rank"
             )
@@ -177,15 +182,12 @@ class VLLMServerEngine:
             shutil.rmtree(old, ignore_errors=True)
 
     def _forget(self, url: str, adapter: str) -> None:
-        with contextlib.suppress(_Unavailable, _Refused):  # one that was started again never had it
-            self._send(url, "/v1/unload_lora_adapter", {"lora_name": adapter}, timeout=10)
+        with contextlib.suppress(Unavailable, Refused):  # one that was started again never had it
+            self.http.send(url, "/v1/unload_lora_adapter", {"lora_name": adapter}, timeout=10)
 
     def close(self) -> None:
         self.closed.set()
-        for connection in [*self.connections]:  # a server may be in the middle of an answer, or hang
-            if connection.sock is not None:
-                with contextlib.suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+        self.http.close()
         self.pool.shutdown(cancel_futures=True)
         if self.is_adapter:
             for url in self.urls:
@@ -198,7 +200,7 @@ class VLLMServerEngine:
         """A server's log-probability of each token but the first."""
         body = dict(prompt=ids, max_tokens=1, temperature=1.0, prompt_logprobs=0, return_token_ids=True)
         body |= {"model": self.version} if self.is_adapter else {}
-        (choice,) = self._call(url, "/v1/completions", body)["choices"]
+        (choice,) = self.http.call(url, "/v1/completions", body)["choices"]
         return [
             entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
         ]
@@ -208,16 +210,16 @@ class VLLMServerEngine:
         body |= {"return_tokens_as_token_ids": True}  # else two tokens that read alike would share an entry
         body |= {"model": self.version} if self.is_adapter else {}
         try:
-            answer = self._call(url, "/v1/completions", body)
+            answer = self.http.call(url, "/v1/completions", body)
             (choice,) = answer["choices"]
             ids, reason = choice["token_ids"], choice["finish_reason"]
             if choice["prompt_token_ids"] != prompt or reason not in ("stop", "length") or not ids:
-                raise ValueError(f"finish_reason {reason!r}, {len(ids)} tokens")
+                raise RolloutRefused(f"finish_reason {reason!r}, {len(ids)} tokens")
             return Rollout(prompt, ids, self.step, reason, self._top(choice))
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, _Refused) and not (self.is_adapter and error.code == 404):
+            if isinstance(error, Refused) and not (self.is_adapter and error.code == 404):
                 raise
-            raise _Unavailable(f"rollout server {url} answered with no completion: {error}") from error
+            raise Unavailable(f"rollout server {url} answered with no completion: {error}") from error
 
     def _top(self, choice: dict[str, Any]) -> np.ndarray | None:
         """The server lists the likeliest tokens, and the sampled one if it is not among them."""
@@ -227,19 +229,19 @@ class VLLMServerEngine:
         rows = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
         found = np.array(rows, np.float32)
         if found.shape != (len(choice["token_ids"]), count):
-            raise ValueError(f"log-probabilities of shape {found.shape}")
+            raise RolloutRefused(f"log-probabilities of shape {found.shape}")
         return found
 
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:
         """Whether a server holds the weights of this step; they are sent again if it does not."""
         try:
-            version = self._call(url, "/weight_info", timeout=30)["weight_version"]
+            version = self.http.call(url, "/weight_info", timeout=30)["weight_version"]
             if version == BROKEN:
-                raise ValueError(
+                raise RolloutRefused(
                     f"rollout server {url} once failed to load weights, and keeps some of others since; start it again"
                 )
             if self.is_adapter:
-                loaded = {model["id"] for model in self._call(url, "/v1/models", timeout=30)["data"]}
+                loaded = {model["id"] for model in self.http.call(url, "/v1/models", timeout=30)["data"]}
                 version = self.version if self.version in loaded else version
             if self.version in (None, version):
                 return True
@@ -252,10 +254,10 @@ class VLLMServerEngine:
                 self._load_over_nccl(url, version)
             else:
                 self._load(url)
-            self._call(url, "/reset_prefix_cache", {})
+            self.http.call(url, "/reset_prefix_cache", {})
             if not self.is_adapter:
-                self._call(url, "/update_weight_version", {"new_version": self.version})
-        except _Unavailable as error:
+                self.http.call(url, "/update_weight_version", {"new_version": self.version})
+        except Unavailable as error:
             reasons[url] = str(error)
             return False
         return True
@@ -263,11 +265,11 @@ class VLLMServerEngine:
     def _load_adapter(self, url: str) -> None:
         body = {"lora_name": self.version, "lora_path": self.path}
         try:
-            self._send(url, "/v1/load_lora_adapter", body, NEW_WEIGHTS)
-        except (_Unavailable, _Refused) as error:
-            if isinstance(error, _Unavailable) and "answered 500" not in str(error):
+            self.http.send(url, "/v1/load_lora_adapter", body, NEW_WEIGHTS)
+        except (Unavailable, Refused) as error:
+            if isinstance(error, Unavailable) and "answered 500" not in str(error):
                 raise
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} cannot load the student's LoRA adapter ({error}): it serves another model, does "
                 f"not see {self.path}, or cannot adapt these layers; start it again with model_name_or_path, "
                 "--enable-lora and --max-lora-rank, or choose other lora_target_modules"
@@ -276,13 +278,13 @@ class VLLMServerEngine:
     def _load(self, url: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": self.path}}
         try:
-            self._call(url, "/collective_rpc", body, NEW_WEIGHTS)
-        except _Unavailable as error:
+            self.http.call(url, "/collective_rpc", body, NEW_WEIGHTS)
+        except Unavailable as error:
             if "collective_rpc method failed" not in str(error):
                 raise
             # It runs, and cannot. From here on it would take weights without complaint and keep some of the old.
-            self._call(url, "/update_weight_version", {"new_version": BROKEN})
-            raise ValueError(
+            self.http.call(url, "/update_weight_version", {"new_version": BROKEN})
+            raise RolloutRefused(
                 f"rollout server {url} cannot load the student's weights: it serves another model, or does not see "
                 f"{self.path}; start it again with model_name_or_path"
             ) from error
@@ -291,14 +293,14 @@ class VLLMServerEngine:
         peer, sent = self.peers.pop(url, (None, ""))
         try:
             if peer is None or sent != version:  # a server that was started again has left the group
-                workers = self._call(url, "/get_world_size")["world_size"]
+                workers = self.http.call(url, "/get_world_size")["world_size"]
                 peer = NCCLTransfer(url, workers, NEW_WEIGHTS)
             peer.send(self.weights)
-        except _Unavailable:
+        except Unavailable:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            self._call(url, "/update_weight_version", {"new_version": BROKEN})
-            raise ValueError(
+            self.http.call(url, "/update_weight_version", {"new_version": BROKEN})
+            raise RolloutRefused(
                 f"rollout server {url} did not take the weights over NCCL ({error}): it serves another model, or "
                 'shares a GPU with the trainer; start it again, or use transfer "file"'
             ) from error
@@ -309,8 +311,8 @@ class VLLMServerEngine:
         with tqdm(desc=f"waiting for {url}", total=round(self.timeout), unit="s", leave=False, delay=1.0) as bar:
             while True:
                 try:
-                    return self._call(url, "/health", timeout=10)
-                except _Unavailable as error:
+                    return self.http.call(url, "/health", timeout=10)
+                except Unavailable as error:
                     if (left := deadline - time.monotonic()) <= 0:
                         raise RolloutError(
                             f"rollout server {url} did not answer within {self.timeout:.0f} s ({error}); start it "
@@ -322,70 +324,46 @@ class VLLMServerEngine:
     def _check(self, url: str, context: int) -> int:
         """The largest rank of a LoRA adapter that a server takes, 0 if it takes none; ValueError if it will not do."""
         try:
-            info = self._call(url, "/server_info?config_format=json")
-        except _Refused as error:
-            raise ValueError(
+            info = self.http.call(url, "/server_info?config_format=json")
+        except Refused as error:
+            raise RolloutRefused(
                 f"rollout server {url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1, as "
                 "scripts/serve_student.sh does"
             ) from error
         config = info["vllm_config"]
         longest, most = config["model_config"]["max_model_len"], config["model_config"]["max_logprobs"]
         if longest < context:
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} has a context of {longest} tokens, and prompts and completions take up to "
                 f"{context}; start it with --max-model-len {context}"
             )
         if most != -1 and most < self.sampling.top_logprobs:
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} gives {most} log-probabilities a token, and {self.sampling.top_logprobs} are "
                 f"asked for; start it with --max-logprobs {self.sampling.top_logprobs}"
             )
+        mode = config["model_config"].get("logprobs_mode", "raw_logprobs")
+        if self.sampling.top_logprobs and mode != "raw_logprobs":
+            raise RolloutRefused(
+                f"rollout server {url} gives {mode}, and the model's own log-probabilities are asked for; start it "
+                "without --logprobs-mode"
+            )
         stops = int(info["vllm_env"].get("VLLM_MAX_STOP_STRINGS") or 4)
         if len(self.sampling.stop) > stops:
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} takes {stops} stop strings, and there are {len(self.sampling.stop)}; start it "
                 f"with VLLM_MAX_STOP_STRINGS={len(self.sampling.stop)}"
             )
         backend = (config.get("weight_transfer_config") or {}).get("backend")
         if self.transfer == "nccl" and backend != "nccl":
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} takes no weights over NCCL; start it with --weight-transfer-config "
                 '\'{"backend": "nccl"}\''
             )
         lora = config.get("lora_config")
         if lora and not info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} has --enable-lora and takes no adapters; start it with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, as scripts/serve_student.sh does"
             )
         return lora["max_lora_rank"] if lora else 0
-
-    def _call(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """The server's answer as JSON; an empty one is None."""
-        content = self._send(url, path, body, timeout)
-        try:
-            return json.loads(content) if content else None
-        except ValueError as error:
-            raise _Unavailable(f"rollout server {url} answered with no JSON: {error}") from error
-
-    def _send(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
-        address = urlsplit(url)
-        kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
-        connection = kind(address.hostname or "", address.port, timeout=timeout or self.request_timeout)
-        self.connections.add(connection)
-        try:
-            method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
-            connection.request(method, address.path + path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            content = response.read()
-        except (HTTPException, OSError) as error:
-            raise _Unavailable(f"rollout server {url} does not answer: {error or type(error).__name__}") from error
-        finally:
-            self.connections.discard(connection)
-            connection.close()
-        if response.status == 200:
-            return content
-        text = f"{response.status} {content.decode(errors='replace')[:500]}"
-        if 400 <= response.status < 500 and response.status not in (408, 429):
-            raise _Refused(f"rollout server {url}{path} refused: {text}", response.status)
-        raise _Unavailable(f"rollout server {url} answered {text}")

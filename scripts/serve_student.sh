@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serves a student for rollouts with vLLM's own server, in a terminal of its own; on a CPU too.
-#   bash scripts/serve_student.sh STUDENT [--port 8000] [--max-model-len 768] [more options of vLLM's server]
+#   bash scripts/serve_student.sh STUDENT --max-model-len 768 [--port 8000] [more options of vLLM's server]
 # For a LoRA student add --enable-lora --max-lora-rank 32: then its adapter alone is sent, else merged weights.
 # It listens on this machine only, since whoever reaches it can replace its weights; --host 0.0.0.0 opens it to a
 # network that you trust. The trainer sends weights as files, so both must see the run's output_dir.
@@ -25,6 +25,10 @@ python=$(dirname -- "${BASH_SOURCE[0]}")/../.venv/bin/python
 
 options=(--enforce-eager)
 if ! nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
+  if [[ " $* " != *" --max-model-len"* ]]; then
+    echo "serve_student.sh: on a CPU add --max-model-len: max_prompt_length + max_completion_length" >&2
+    exit 2
+  fi
   # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
   options+=(--no-enable-chunked-prefill --max-num-batched-tokens 8192 --dtype bfloat16)
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}

@@ -7,6 +7,7 @@ and the remedy.
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from transformers.utils import logging
@@ -129,6 +130,77 @@ def _check_score(args: Any) -> None:
             f"position_score has a negative weight, and position_policy {policy!r} takes scores for proportions; use "
             "weights of 0 or more, or position_policy: top_k"
         )
+
+
+def check_rollouts(args: Any) -> None:
+    """Engines, sampling beyond one number, rounds and reuse."""
+    if args.repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty {args.repetition_penalty} must be above 0; 1 leaves chances alone")
+    args.stop_strings = _texts("stop_strings", args.stop_strings)
+    args.rollout_server_urls = _texts("rollout_server_urls", args.rollout_server_urls)
+    for name in ("rollouts_per_prompt", "rollout_batches"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
+    if args.rollouts_per_prompt > 1 and args.lmbda < 1:
+        raise ValueError(
+            f"rollouts_per_prompt {args.rollouts_per_prompt} with lmbda {args.lmbda}: steps that learn from the "
+            "data would see each sample so often; set lmbda: 1, or rollouts_per_prompt: 1"
+        )
+    if args.rollouts_per_prompt > 1 and (args.temperature == 0 or args.top_k == 1):
+        raise ValueError(
+            f"rollouts_per_prompt {args.rollouts_per_prompt} with temperature {args.temperature} and top_k "
+            f"{args.top_k} writes the same completion again; raise the temperature, or set top_k: 0"
+        )
+    if args.rollout_staleness not in (0, 1):
+        raise ValueError(f"rollout_staleness {args.rollout_staleness} is neither 0 nor 1, a round ahead at most")
+    if args.rollout_staleness and args.rollout_engine != "vllm_server":
+        raise ValueError(
+            f"rollout_staleness 1 with rollout_engine {args.rollout_engine!r}, which generates on the trainer's "
+            "own device: there is nothing to gain; use rollout_engine: vllm_server, or rollout_staleness: 0"
+        )
+    one_of("rollout_transfer", args.rollout_transfer, ("file", "nccl"))
+    if args.rollout_transfer == "nccl" and args.rollout_engine != "vllm_server":
+        raise ValueError(
+            f"rollout_transfer 'nccl' is for rollout_engine vllm_server; leave it out for {args.rollout_engine!r}"
+        )
+    if args.rollout_timeout <= 0:
+        raise ValueError(f"rollout_timeout {args.rollout_timeout} must be above 0 seconds")
+    if not 0 < args.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} is outside (0, 1]; 0.3 leaves room for "
+            "the trainer"
+        )
+    if args.vllm_kv_cache_gib < 1:
+        raise ValueError(f"vllm_kv_cache_gib {args.vllm_kv_cache_gib} must be at least 1, the least that vLLM takes")
+    if args.log_completions_steps < 0:
+        raise ValueError(f"log_completions_steps {args.log_completions_steps} must not be negative; 0 is never")
+    _check_urls(args)
+
+
+def _check_urls(args: Any) -> None:
+    urls = args.rollout_server_urls
+    if not urls and args.rollout_engine == "vllm_server":
+        raise ValueError("rollout_server_urls is empty: name the servers of rollout_engine vllm_server")
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+        except ValueError:  # a port that is none
+            good = False
+        if not good or parts.path.rstrip("/").endswith("/v1"):
+            raise ValueError(
+                f"rollout_server_urls: {url!r} is no address of a server; write http://127.0.0.1:8000, without /v1"
+            )
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise ValueError(f"rollout_server_urls {urls} names a server twice; leave one out")
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    """A list of texts; one text alone is a list of one."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
+        raise ValueError(f"{name} {value!r} must be a list of texts that are not empty, such as [one, two]")
+    return list(found)
 
 
 def _check_score_source(args: Any) -> None:

@@ -103,13 +103,19 @@ def run_train(options: argparse.Namespace) -> int:
     """``sekd train``."""
     with reading_input():
         trainer, resume = build(options.recipe, options.overrides)
-    from rollouts import RolloutError
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from rollouts import RolloutError, RolloutRefused
 
     try:
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
     except RolloutError as error:
-        raise _Stopped(f"{error}. --resume_from_checkpoint true goes on from here") from error
+        folder = str(trainer.args.output_dir)
+        hint = ". --resume_from_checkpoint true goes on from here" * (get_last_checkpoint(folder) is not None)
+        raise _Stopped(f"{error}{hint}") from error
+    except RolloutRefused as error:
+        raise _WrongInput(str(error)) from error
     finally:
         trainer.close()
     if trainer.is_world_process_zero():

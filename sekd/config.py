@@ -12,6 +12,7 @@ from sekd.choices import (
     SAMPLE_SCORES,
     check_numbers,
     check_prompts,
+    check_rollouts,
     check_selection,
     one_of,
     read_score,
@@ -200,7 +201,7 @@ class SEKDConfig(TrainingArguments):
     )
     rollout_transfer: str = field(
         default="file",
-        metadata=_help("How whole weights reach rollout servers: file, or nccl, from the trainer's GPU to theirs."),
+        metadata=_help("How whole weights reach rollout servers: file, or (experimental) nccl, from GPU to GPU."),
     )
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 0 is greedy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus sampling: smallest set of this mass."))
@@ -229,7 +230,10 @@ class SEKDConfig(TrainingArguments):
         metadata=_help("1 writes the next round's rollouts while this one is trained on (rollout_engine vllm_server)."),
     )
     save_rollouts: bool = field(
-        default=False, metadata=_help("Keep all rollouts in rollouts.jsonl in output_dir; --rollouts replays them.")
+        default=False,
+        metadata=_help(
+            "Keep rollouts in output_dir/rollouts.jsonl (of further processes in rollouts_1.jsonl, ...) for --rollouts."
+        ),
     )
     log_completions_steps: int = field(default=50, metadata=_help("Print a few rollouts every so often; 0 is never."))
 
@@ -251,8 +255,8 @@ class SEKDConfig(TrainingArguments):
         if self.divergence is None:
             self.divergence = "reverse_kl" if self.lmbda > 0 and self.class_selection == "full" else "forward_kl"
         if self.rollouts is not None:
-            # Last: a replayed on-policy recipe keeps its divergence. Nothing is generated.
-            self.lmbda, self.rollouts_per_prompt, self.score_source = 0.0, 1, "exact"
+            # Last: a replayed on-policy recipe keeps its divergence. Nothing is generated, nor written over.
+            self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
         self.position_score = read_score(self.position_score)
         self._check()
         if not _has_accelerator():
@@ -271,7 +275,6 @@ class SEKDConfig(TrainingArguments):
         one_of("teacher_dtype", self.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
         one_of("overlong_prompts", self.overlong_prompts, ("error", "drop"))
         one_of("rollout_engine", self.rollout_engine, ENGINES)
-        one_of("rollout_transfer", self.rollout_transfer, ("file", "nccl"))
         within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
         within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
         if self.kd_temperature <= 0:
@@ -286,36 +289,7 @@ class SEKDConfig(TrainingArguments):
         for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 leaves chances alone")
-        if not all(isinstance(text, str) and text for text in self.stop_strings):
-            raise ValueError(f"stop_strings {self.stop_strings!r}: an empty one would end everything; leave it out")
-        for name in ("rollouts_per_prompt", "rollout_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.rollouts_per_prompt > 1 and self.lmbda < 1 and self.rollouts is None:
-            raise ValueError(
-                f"rollouts_per_prompt {self.rollouts_per_prompt} with lmbda {self.lmbda}: steps that learn from the "
-                "data would see each sample so often; set lmbda: 1, or rollouts_per_prompt: 1"
-            )
-        if self.rollouts_per_prompt > 1 and self.temperature == 0:
-            raise ValueError(
-                f"rollouts_per_prompt {self.rollouts_per_prompt} with temperature 0 writes the same completion again; "
-                "raise the temperature"
-            )
-        if self.rollout_staleness not in (0, 1):
-            raise ValueError(f"rollout_staleness {self.rollout_staleness} is neither 0 nor 1, a round ahead at most")
-        if self.rollout_staleness and self.rollout_engine != "vllm_server":
-            raise ValueError(
-                f"rollout_staleness 1 with rollout_engine {self.rollout_engine!r}, which generates on the trainer's "
-                "own device: there is nothing to gain; use rollout_engine: vllm_server, or rollout_staleness: 0"
-            )
-        if self.rollout_timeout <= 0:
-            raise ValueError(f"rollout_timeout {self.rollout_timeout} must be above 0 seconds")
-        if bad := [url for url in self.rollout_server_urls if not url.startswith(("http://", "https://"))]:
-            raise ValueError(f"rollout_server_urls: {bad[0]!r} is no address; write http://127.0.0.1:8000")
-        if not self.rollout_server_urls and self.rollout_engine == "vllm_server":
-            raise ValueError("rollout_server_urls is empty: name the servers of rollout_engine vllm_server")
+        check_rollouts(self)
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{prompt}}, the place of the prompt")
         if self.torch_compile:

@@ -220,6 +220,8 @@ def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Data
         if longer:
             raise ValueError(_overlong(f"{len(longer)} of {len(dataset)} prompts are", max(longer), args))
     dataset = _keep(dataset, fits, f"prompts over max_prompt_length {limit}")
+    if args.lmbda > 0:
+        dataset = _keep(dataset, lambda row: row["prompt_length"] > 0, "prompts without a token")
     if args.lmbda == 1:  # rollouts bring their own completions
         return dataset
     if in_memory:

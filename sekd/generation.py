@@ -1,18 +1,25 @@
 """Which rollout engine, with which student: the one place where a configuration becomes an engine."""
 
 import glob
+import itertools
 import os
+import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from rollouts import Adapter, HFEngine, RolloutEngine, VLLMEngine, VLLMServerEngine
+from rollouts import Adapter, HFEngine, RolloutEngine, RolloutRefused, VLLMEngine, VLLMServerEngine
 from rollouts.base import Weights
+from rollouts.vllm_local import LORA_RANKS
 from sekd.config import SEKDConfig
 from sekd.models import adapter_of, base_weights, causal_lm, full_weights, unwrap
+
+logger = logging.get_logger(__name__)
 
 MOST = 0.1
 """Mean difference of log-probabilities: bf16 rounds by hundredths, and another model is off by far more."""
@@ -38,10 +45,11 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
         top_logprobs=args.score_logprobs if args.score_source == "rollout" else 0,
         seed=args.seed + 1_000_000 * args.process_index,
     )
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = _dtype(args)
     if args.rollout_engine == "hf":
-        return HFEngine(unwrap(model), **sampling, tokenizer=tokenizer)
+        return HFEngine(lm, **sampling, tokenizer=tokenizer)
     if args.rollout_engine == "vllm_server":
+        shutil.rmtree(os.path.join(str(args.output_dir), "rollout_weights"), ignore_errors=True)  # of a killed run
         return VLLMServerEngine(
             args.rollout_server_urls,
             **sampling,
@@ -52,20 +60,35 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
             timeout=args.rollout_timeout,
             request_timeout=args.rollout_timeout,
         )
-    folder, adapter = os.path.join(str(args.output_dir), "rollout_config"), adapter_of(model)
+    adapter = adapter_of(model)
+    if adapter is not None and adapter.rank <= LORA_RANKS[-1]:
+        try:
+            return _vllm_engine(model, tokenizer, args, sampling, adapter.rank)
+        except ValueError as error:
+            if "does not support LoRA" not in str(error):
+                raise
+            logger.warning(f"vLLM has no LoRA for {type(lm).__name__}: merged weights are sent")
+    return _vllm_engine(model, tokenizer, args, sampling, 0)
+
+
+def _vllm_engine(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, sampling: dict[str, Any], lora_rank: int
+) -> VLLMEngine:
+    """vLLM with the student's architecture alone, or for adapters with what is below them."""
+    lm, dtype = causal_lm(model), _dtype(args)
+    folder = os.path.join(str(args.output_dir), "rollout_config")
     lm.config.architectures = [type(lm).__name__]  # a model that was never saved does not say
     lm.config.save_pretrained(folder)
     if args.stop_strings:
         tokenizer.save_pretrained(folder)
-    if adapter is not None:  # the weights below it come once, and adapters before each round
-        base = {name: tensor.to("cpu", dtype) for name, tensor in base_weights(model)}
-        save_torch_state_dict(base, folder)
+    if lora_rank:
+        save_torch_state_dict({name: tensor.to("cpu", dtype) for name, tensor in base_weights(model)}, folder)
     try:
         return VLLMEngine(
             folder,
             **sampling,
-            load_format="auto" if adapter is not None else "dummy",
-            lora_rank=adapter.rank if adapter is not None else 0,
+            load_format="auto" if lora_rank else "dummy",
+            lora_rank=lora_rank,
             max_prompt_length=args.max_prompt_length,
             dtype=str(dtype).removeprefix("torch."),
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
@@ -77,6 +100,10 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
             os.remove(path)
 
 
+def _dtype(args: SEKDConfig) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
 def sync(engine: RolloutEngine | None, model: nn.Module, step: int, lora_rank: int = 0) -> None:
     """Give an engine the student's weights: its own model is shared, an adapter of up to ``lora_rank`` goes alone to an
     engine that holds what is below it, and all else are whole weights, adapters merged into copies. The student's own
@@ -84,8 +111,8 @@ def sync(engine: RolloutEngine | None, model: nn.Module, step: int, lora_rank: i
 
     A process without an engine takes its part in gathering the weights.
     """
-    if engine is not None and getattr(engine, "model", None) is unwrap(model):
-        return engine.sync_weights(unwrap(model), step)
+    if engine is not None and getattr(engine, "model", None) is causal_lm(model):
+        return engine.sync_weights(causal_lm(model), step)
     adapter = adapter_of(model) if lora_rank else None
     weights: Weights = full_weights(model)
     if adapter is not None and adapter.rank <= lora_rank:
@@ -98,22 +125,25 @@ def sync(engine: RolloutEngine | None, model: nn.Module, step: int, lora_rank: i
 
 
 @torch.no_grad()
-def check_served(engine: VLLMServerEngine, model: nn.Module, prompts: Sequence[list[int]]) -> None:
-    """Compare a server's log-probabilities of some tokens with the student's own, once it has its weights.
+def check_served(engine: RolloutEngine | None, model: nn.Module, prompts: Sequence[list[int]]) -> None:
+    """Compare a server's log-probabilities of some tokens with the student's own, once it has its weights. A process
+    without an engine takes its part in the student's forward.
 
     Raises:
-        ValueError: they differ, so it serves another model.
+        RolloutRefused: they differ, so it serves another model.
     """
-    student, ids = unwrap(model), max(prompts, key=len)[:64]
+    student, ids = unwrap(model), [*itertools.chain(*prompts)][:64]
     was_training, device = student.training, next(student.parameters()).device
     student.eval()
     logits = student(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
     student.train(was_training)
     own = logits.float().log_softmax(-1)[:-1].cpu().gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    if not isinstance(engine, VLLMServerEngine):
+        return
     for url in engine.urls:
         difference = float((torch.tensor(engine.logprobs(ids, url)) - own).abs().mean()) if len(ids) > 1 else 0.0
         if not difference < MOST:
-            raise ValueError(
+            raise RolloutRefused(
                 f"rollout server {url} computes other probabilities than the student (log-probabilities differ by "
                 f"{difference:.2g} in the mean), so it serves another model; start it with model_name_or_path"
             )

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -231,10 +232,22 @@ def adapter_of(model: nn.Module) -> Adapter | None:
     layers = {n: m for n, m in causal_lm(model).named_modules() if isinstance(m, BaseTunerLayer)}
     if any("lm_head" in n or not isinstance(m.get_base_layer(), nn.Linear) for n, m in layers.items()):
         return None
+    if not all(map(_is_as_configured, layers.values())):
+        return None
+    if any(parameter.requires_grad and "lora_" not in name for name, parameter in inner.named_parameters()):
+        return None  # what is below the adapter changes too
     found |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
     found |= {name: sorted(value) for name, value in found.items() if isinstance(value, set)}
     weights = get_peft_model_state_dict(inner, save_embedding_layers=False)
     return Adapter(found, {name: _whole(tensor) for name, tensor in weights.items()})
+
+
+def _is_as_configured(layer: Any) -> bool:
+    """Whether a LoRA layer does what its configuration says: not merged, switched off or scaled by hand."""
+    rank, alpha = layer.r["default"], layer.lora_alpha["default"]
+    plain = alpha / (math.sqrt(rank) if layer.use_rslora.get("default", False) else rank)
+    on = layer.active_adapters == ["default"] and not layer.merged and not layer.disable_adapters
+    return on and math.isclose(layer.scaling["default"], plain)
 
 
 def check_mergeable(model: nn.Module) -> None:

@@ -135,7 +135,7 @@ def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
         found |= {
             "cut_fraction": sums["cut_rollouts"] / trained,
             "empty_completions": sums["empty_rollouts"],
-            "rollout_staleness": sums["stale_steps"] / trained,
+            "rollout_age": sums["stale_steps"] / trained,
             "rollout_share": sums["rollout_wait"] / seconds,
         }
     if rollouts := sums.get("rollouts"):  # in the steps that begin a round

@@ -17,14 +17,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
-from rollouts import Rollout, RolloutEngine, RolloutError, VLLMServerEngine
+from rollouts import Rollout, RolloutEngine, RolloutError, RolloutRefused, VLLMServerEngine
 from sekd.config import SEKDConfig
 from sekd.data import Sample, from_rollout
 from sekd.generation import check_served, make_engine, sync
 from sekd.models import vocab_rows
 from sekd.progress import show_completions, write_atomically
 from sekd.scores import entropy_of_top
+
+logger = logging.get_logger(__name__)
 
 Parts = list[list[Sample]]
 """The samples of an optimizer step, micro-batch by micro-batch."""
@@ -65,7 +68,7 @@ class Rounds:
         self.ready: deque[Step] = deque()
         self.under_way: _Round | None = None
         self.known: dict[int, list[Rollout]] = {}
-        self.synced: int | None = None
+        self.started, self.synced = False, -1
         self.thread: ThreadPoolExecutor | None = None
         self.job: Future[Timed] | None = None
         # One process speaks to the servers for all of them; transformers generates in each.
@@ -179,25 +182,37 @@ class Rounds:
         if not self.joint:
             assert job is not None
             return job.result()
-        box: list[Any] = [None if job is None else job.exception() or job.result()]
-        broadcast_object_list(box)
+        rollouts, seconds = self._of_leader(None if job is None else job.exception() or job.result())
+        return rollouts[mine], seconds / self.args.world_size  # the log adds them up over processes
+
+    def _of_leader(self, found: Any) -> Any:
+        """What the process with the engine found; an error is raised in all, so that none waits for the others."""
+        if isinstance(found, BaseException):  # as one that travels
+            found = (RolloutError if isinstance(found, RolloutError) else RolloutRefused)(str(found))
+        box = [found]
+        if self.joint:
+            broadcast_object_list(box)
         if isinstance(box[0], BaseException):
             raise box[0]
-        rollouts, seconds = box[0]
-        return rollouts[mine], seconds
+        return box[0]
 
     def _send_weights(self, step: int, prompts: list[list[int]]) -> None:
+        """All processes do the same here: they may have to gather the student's weights."""
         trainer = self.trainer
-        is_new = self.engine is None
-        if is_new and (not self.joint or trainer.accelerator.is_main_process):
-            self.engine = make_engine(trainer.model, trainer.processing_class, self.args)
-        room = [getattr(self.engine, "lora_rank", 0)]
-        if self.joint:
-            broadcast_object_list(room)
+        found: Any = 0
+        if self.engine is None and (not self.joint or trainer.accelerator.is_main_process):
+            try:
+                self.engine = make_engine(trainer.model, trainer.processing_class, self.args)
+            except (RolloutError, RolloutRefused) as error:
+                found = error
+        if self.engine is not None:
+            found = getattr(self.engine, "lora_rank", 0)
+        room = self._of_leader(found)
+        is_new, self.started = not self.started, True
         if is_new or step != self.synced or step < 0:
-            sync(self.engine, trainer.model_wrapped, step, room[0])
+            sync(self.engine, trainer.model_wrapped, step, room)
             self.synced = step
-        if is_new and isinstance(self.engine, VLLMServerEngine):
+        if is_new and (self.joint or isinstance(self.engine, VLLMServerEngine)):
             with trainer.accelerator.autocast():
                 check_served(self.engine, trainer.model, prompts)
 
@@ -206,15 +221,20 @@ class Rounds:
     def begin(self, checkpoint: str | None) -> None:
         """Start anew, or with what a checkpoint has of rollouts that were not trained on yet."""
         self.ready.clear()
-        self.under_way, self.known, self.synced, done = None, {}, None, 0
+        self.under_way, self.known, self.synced, done = None, {}, -1, 0
         if checkpoint:
             with open(os.path.join(checkpoint, TRAINER_STATE_NAME)) as file:
                 done = json.load(file)["global_step"]
         path = os.path.join(checkpoint, self._state_file()) if checkpoint else ""
         if os.path.exists(path):
             self.known = {n: [Rollout(**r) for r in found] for n, found in torch.load(path, weights_only=True).items()}
-        if self.args.save_rollouts:
+        if not self.args.save_rollouts:
+            return
+        if checkpoint:
             write_atomically(self._file(), "".join(_lines_before(self._file(), done)))
+        elif os.path.exists(self._file()):
+            os.replace(self._file(), self._file() + ".old")
+            logger.warning(f"the rollouts of an earlier run are in {self._file()}.old now")
 
     def save(self, folder: str) -> None:
         """Put rollouts that were written and not trained on yet into a checkpoint folder."""
@@ -284,7 +304,7 @@ def _now(work: Callable[..., Timed], *arguments: Any) -> Future[Timed]:
     job: Future[Timed] = Future()
     try:
         job.set_result(work(*arguments))
-    except RolloutError as error:
+    except (RolloutError, RolloutRefused) as error:
         job.set_exception(error)
     return job
 
@@ -322,5 +342,6 @@ def _lines_before(path: str, step: int) -> Iterator[str]:
         return
     with open(path) as file:
         for line in file:
-            if line.endswith("\n") and json.loads(line)["step"] < step:
-                yield line
+            with suppress(ValueError):
+                if line.endswith("\n") and json.loads(line)["step"] < step:
+                    yield line

@@ -193,11 +193,7 @@ class SEKDTrainer(Trainer):
         def pull() -> list[list[Sample]]:
             return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
 
-        try:
-            micro_batches = self.rounds.next_step(self.state.global_step, pull)
-        except RolloutError:
-            self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
-            raise
+        micro_batches = self.rounds.next_step(self.state.global_step, pull)
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
@@ -279,7 +275,9 @@ class SEKDTrainer(Trainer):
         self.rounds.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RolloutError) and self.state.global_step > 0:
+                self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
             self.close()
             raise
 

@@ -104,7 +104,10 @@ def config(**kwargs):
         (dict(position_policy="top"), r"position_policy 'top' is unknown; choose one of all, top_k, random"),
         (dict(rollout_engine="tgi"), r"rollout_engine 'tgi' is unknown; choose one of vllm, vllm_server, hf"),
         (dict(rollout_timeout=0), "rollout_timeout 0.* must be above 0 seconds"),
-        (dict(rollout_server_urls=["localhost:8000"]), "'localhost:8000' is no address; write http://127.0.0.1:8000"),
+        (
+            dict(rollout_server_urls=["localhost:8000"]),
+            "'localhost:8000' is no address of a server; write http://127.0.0.1:8000",
+        ),
         (dict(rollout_server_urls=[], rollout_engine="vllm_server"), "rollout_server_urls is empty: name the servers"),
         (dict(overlong_prompts="cut"), r"overlong_prompts 'cut' is unknown; choose one of error, drop"),
         (dict(teacher_dtype="int8"), r"teacher_dtype 'int8' is unknown; choose one of auto, bfloat16"),

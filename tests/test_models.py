@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
-from sekd.models import causal_lm, check_head, check_mergeable, full_weights, hidden_states, run_inside
+from sekd.models import adapter_of, causal_lm, check_head, check_mergeable, full_weights, hidden_states, run_inside
 from sekd.types import Batch
 
 
@@ -119,3 +120,48 @@ def test_a_lora_model_gives_its_own_hidden_states():
     own = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(hidden_states(adapted, batch), own)
     assert causal_lm(adapted).lm_head is adapted.base_model.model.lm_head
+
+
+def unfreeze_norms(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+
+
+def each_layer(method, *arguments):
+    def change(model):
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                getattr(layer, method)(*arguments)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [unfreeze_norms, each_layer("scale_layer", 0.5), each_layer("merge"), lambda m: m.disable_adapter_layers()],
+    ids=["norms train too", "scaled", "merged", "off"],
+)
+def test_only_what_vllm_computes_alike_goes_as_an_adapter(change):
+    adapted = lora(make_model("untied"))
+    assert adapter_of(adapted).rank == 4
+    change(adapted)
+    assert adapter_of(adapted) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        ({"rank_pattern": {"q_proj": 12}, "alpha_pattern": {"q_proj": 3}, "target_modules": ["q_proj", "v_proj"]}, 12),
+        ({"use_rslora": True, "init_lora_weights": "gaussian", "target_modules": ["q_proj"]}, 4),
+        ({"use_dora": True}, None),
+        ({"bias": "lora_only"}, None),
+        ({"target_modules": ["q_proj", "lm_head"]}, None),
+        ({"target_modules": ["embed_tokens"]}, None),
+        ({"init_lora_weights": "pissa"}, None),
+        ({"modules_to_save": ["lm_head"]}, None),
+    ],
+    ids=str,
+)
+def test_which_adapters_go_alone(options, rank):
+    found = adapter_of(lora(make_model("untied"), **options))
+    assert (found and found.rank) == rank

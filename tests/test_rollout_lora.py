@@ -108,7 +108,7 @@ def test_100_syncs_leave_the_student_as_it_is(engine):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     if isinstance(engine, VLLMServerEngine):
-        loaded = [m["id"] for m in engine._call(engine.urls[0], "/v1/models")["data"]]
+        loaded = [m["id"] for m in engine.http.call(engine.urls[0], "/v1/models")["data"]]
         assert len(loaded) == 2, "the base and one adapter; old ones are dropped"
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import make_model
+from peft import LoraConfig
 from test_trainer import make_trainer, trained_weights
 
 from sekd.scores import entropy, entropy_of_top
@@ -64,6 +65,15 @@ def test_no_pass_of_the_head_over_all_rows(tmp_path, tokenizer, pairs, monkeypat
     make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT).train()
     with pytest.raises(AssertionError, match="rows are scored"):
         make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT | {"score_source": "exact"}).train()
+
+
+def test_a_lora_student_is_not_scored_either(tmp_path, tokenizer, pairs):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    options = ROLLOUT | dict(score_logprobs=500, max_steps=1)  # more than there are
+    trainer = make_trainer(tmp_path, tokenizer, pairs, trainer_options=dict(peft_config=lora), **options)
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    assert log["selection_agreement"] == 1
 
 
 def test_steps_on_the_data_are_scored_exactly(tmp_path, tokenizer, pairs):

@@ -202,6 +202,22 @@ def test_what_a_faulty_server_spoils_is_asked_again(connect, server, fault):
     faulty.shutdown()
 
 
+@pytest.mark.parametrize("fault", [spoil_error, spoil_hang])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_good_server_answers_for_one_that_stays_faulty(connect, server, fault, first):
+    """Also where the faulty one hangs for as long as a round may take."""
+    good = connect()
+    good.sync_weights(make_vllm_model(1), 2)
+    expected = good.generate(PROMPTS)
+    faulty = Faulty(server.url, lambda n, s, c: fault(c))
+    urls = [faulty.url, server.url] if first else [server.url, faulty.url]
+    engine = connect(*urls, request_timeout=2.0)
+    engine.timeout = 2.0
+    engine.sync_weights(make_vllm_model(1), 2)
+    assert engine.generate(PROMPTS) == expected
+    faulty.shutdown()
+
+
 def test_a_server_that_stays_faulty_is_named(connect, server):
     faulty = Faulty(server.url, lambda n, s, c: spoil_error(c))
     engine = connect(faulty.url)

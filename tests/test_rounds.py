@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from conftest import make_model
+from datasets import Dataset
 from test_trainer import make_trainer, trained_weights
 
 from rollouts import HFEngine, RolloutError
+from sekd import SEKDConfig
+from sekd.data import load_rows
 from sekd.rounds import RepeatSampler
 
 ON_POLICY = dict(lmbda=1.0, temperature=1.0, max_prompt_length=16, save_rollouts=True, report_to="none")
@@ -52,7 +55,7 @@ def test_one_round_serves_several_steps(tmp_path, tokenizer, pairs):
     assert engine.rounds == [(0, 12), (3, 12), (6, 8)]
     assert ages(tmp_path) == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0, 7: 1}
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert [log["rollout_staleness"] for log in logs] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [log["rollout_age"] for log in logs] == [0, 1, 2, 0, 1, 2, 0, 1]
     assert [("completion_length" in log) for log in logs] == [True, False, False, True, False, False, True, False]
 
 
@@ -138,12 +141,33 @@ def test_no_rollouts_end_in_a_checkpoint(tmp_path, tokenizer, pairs, staleness):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     steps = [line["step"] for line in lines(tmp_path / "cut")]
     assert steps == sorted(steps)
-    assert [line["sample_id"] for line in lines(tmp_path / "cut")] == [
-        line["sample_id"] for line in lines(tmp_path / "whole")
-    ]
+    orders = [[line["sample_id"] for line in lines(tmp_path / name)] for name in ("cut", "whole")]
+    assert orders[0] == orders[1]
     if not staleness:  # else the resumed step is fresh
         for name, weight in resumed.model.named_parameters():
             torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_evaluation_without_rollouts_ends_in_a_checkpoint_too(tmp_path, tokenizer, pairs):
+    failing = Counting()
+    failing.fails_after = 3
+    options = dict(max_steps=6, eval_strategy="steps", eval_steps=3)
+    trainer_options = dict(rollout_engine=failing, eval_dataset=pairs.select(range(4)))
+    settings = ON_POLICY | dict(rollout_engine="vllm_server") | options
+    trainer = make_trainer(tmp_path, tokenizer, pairs, trainer_options=trainer_options, **settings)
+    with pytest.raises(RolloutError, match="no server answers"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_evaluation_changes_no_rollout(tmp_path, tokenizer, pairs, staleness):
+    """It waits for the round that is under way, and takes seeds of its own."""
+    for name, more in (("plain", {}), ("evaluated", dict(eval_strategy="steps", eval_steps=2))):
+        trainer_options = dict(rollout_engine=Counting(), eval_dataset=pairs.select(range(4)))
+        settings = ON_POLICY | dict(rollout_engine="vllm_server", rollout_staleness=staleness, max_steps=6) | more
+        make_trainer(tmp_path / name, tokenizer, pairs, trainer_options=trainer_options, **settings).train()
+    assert lines(tmp_path / "plain") == lines(tmp_path / "evaluated")
 
 
 def test_several_rollouts_of_a_prompt_meet_in_a_step(tmp_path, tokenizer, pairs):
@@ -193,8 +217,6 @@ def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, p
     options = dict(max_steps=1, divergence="reverse_kl", logging_steps=1)
     first = run(tmp_path / "first", tokenizer, pairs, **options)
     first.train()
-    from sekd.data import load_rows
-
     file = str(tmp_path / "first" / "rollouts.jsonl")
     again = run(
         tmp_path / "again", tokenizer, load_rows(file), **options, rollouts=file, train_sampling_strategy="sequential"
@@ -210,14 +232,54 @@ def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, p
     [
         (dict(rollout_batches=0), "rollout_batches 0 must be at least 1"),
         (dict(rollouts_per_prompt=0), "rollouts_per_prompt 0 must be at least 1"),
-        (dict(rollouts_per_prompt=2, temperature=0.0), "with temperature 0 writes the same completion again"),
+        (
+            dict(rollouts_per_prompt=2, temperature=0.0),
+            "with temperature 0.0 and top_k 0 writes the same completion again",
+        ),
         (dict(rollouts_per_prompt=2, lmbda=0.5), "with lmbda 0.5: steps that learn from the data would see"),
+        (dict(rollouts_per_prompt=2, top_k=1), "top_k 1 writes the same completion again; raise the temperature, or"),
+        (dict(stop_strings=[5]), r"stop_strings \[5\] must be a list of texts that are not empty"),
+        (dict(rollout_server_urls=None), "rollout_server_urls None must be a list of texts"),
+        (dict(rollout_server_urls=[]), "rollout_server_urls is empty: name the servers"),
+        (dict(rollout_server_urls="localhost:8000"), "'localhost:8000' is no address of a server; write http://"),
+        (dict(rollout_server_urls="http://h:99999"), "'http://h:99999' is no address of a server"),
+        (dict(rollout_server_urls="http://h:80/v1"), "write http://127.0.0.1:8000, without /v1"),
+        (dict(rollout_server_urls=["http://h", "http://h/"]), "names a server twice"),
+        (dict(rollout_transfer="nccl", rollout_engine="hf"), "rollout_transfer 'nccl' is for rollout_engine vllm_ser"),
+        (dict(rollout_transfer="rdma"), "rollout_transfer 'rdma' is unknown"),
+        (dict(vllm_gpu_memory_utilization=5.0), r"vllm_gpu_memory_utilization 5.0 is outside \(0, 1\]"),
+        (dict(vllm_kv_cache_gib=0.2), "vllm_kv_cache_gib 0.2 must be at least 1"),
+        (dict(log_completions_steps=-3), "log_completions_steps -3 must not be negative"),
         (dict(rollout_staleness=2), "rollout_staleness 2 is neither 0 nor 1"),
         (dict(rollout_staleness=1, rollout_engine="hf"), "which generates on the trainer's own device"),
         (dict(repetition_penalty=0.0), "repetition_penalty 0.0 must be above 0"),
-        (dict(stop_strings=[""]), "an empty one would end everything"),
+        (dict(stop_strings=[""]), "must be a list of texts that are not empty"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, tokenizer, pairs, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, tokenizer, pairs, **options)
+
+
+def test_one_stop_string_is_a_list_of_one(tmp_path):
+    args = SEKDConfig(str(tmp_path), stop_strings="Question:", rollout_server_urls="http://127.0.0.1:8001")
+    assert args.stop_strings == ["Question:"]
+    assert args.rollout_server_urls == ["http://127.0.0.1:8001"]
+
+
+def test_what_is_recorded_is_not_lost(tmp_path, tokenizer, pairs):
+    """Neither by a replay into the same folder, whose recipe records, nor by a run that starts anew there."""
+    run(tmp_path, tokenizer, pairs, max_steps=1).train()
+    first = lines(tmp_path)
+    assert len(first) == 4
+    file = str(tmp_path / "rollouts.jsonl")
+    run(tmp_path, tokenizer, load_rows(file), max_steps=1, rollouts=file).train()
+    assert lines(tmp_path) == first
+    run(tmp_path, tokenizer, pairs, max_steps=1, seed=9).train()
+    assert lines(tmp_path) != first
+    assert [json.loads(line) for line in (tmp_path / "rollouts.jsonl.old").read_text().splitlines()] == first
+
+
+def test_prompts_without_a_token_are_dropped(tmp_path, tokenizer):
+    data = Dataset.from_list([{"prompt": "w1"}, {"prompt": ""}, {"prompt": "w2 w3"}])
+    assert len(run(tmp_path, tokenizer, data).train_dataset) == 2

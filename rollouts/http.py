@@ -1,0 +1,71 @@
+"""Requests to a rollout server, and the two ways in which they fail."""
+
+import contextlib
+import json
+import socket
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+from rollouts.base import RolloutError, RolloutRefused
+
+
+class Unavailable(RolloutError):
+    """A server that may answer later, or another one may."""
+
+
+class Refused(RolloutRefused):
+    """A request that a server will not answer, however often it is asked."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Client:
+    """JSON over HTTP, without the environment's proxies: they are for the way out, not for servers of one's own.
+
+    ``timeout`` is in seconds, for one answer. Threads may share a client.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.connections: set[HTTPConnection] = set()
+
+    def call(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """The server's answer as JSON; an empty one is None. GET without a body, else POST."""
+        content = self.send(url, path, body, timeout)
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise Unavailable(f"rollout server {url} answered with no JSON: {error}") from error
+
+    def send(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
+        """The server's answer as it is."""
+        address = urlsplit(url)
+        kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        connection = kind(address.hostname or "", address.port, timeout=timeout or self.timeout)
+        self.connections.add(connection)
+        try:
+            method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
+            connection.request(method, address.path + path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            content = response.read()
+        except (HTTPException, OSError) as error:
+            raise Unavailable(f"rollout server {url} does not answer: {error or type(error).__name__}") from error
+        finally:
+            self.connections.discard(connection)
+            connection.close()
+        if response.status == 200:
+            return content
+        text = f"{response.status} {content.decode(errors='replace')[:500]}"
+        if 400 <= response.status < 500 and response.status not in (408, 429):
+            raise Refused(f"rollout server {url}{path} refused: {text}", response.status)
+        raise Unavailable(f"rollout server {url} answered {text}")
+
+    def close(self) -> None:
+        """Break off what is under way: a server may be in the middle of an answer, or hang."""
+        for connection in [*self.connections]:
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
