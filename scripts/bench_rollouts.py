@@ -5,7 +5,7 @@
 
 The prompts are the first tokens of the texts. The engines take turns within a round; medians over rounds are printed.
 The server is started by this script (scripts/serve_student.sh). A step is one of SEKDTrainer with vLLM in its process:
-16 prompts, SE-KD 20 %, reverse KL; once with exact scores, once with the sampler's own (score_source: rollout).
+16 prompts, SE-KD 20 %, reverse KL; by turns with exact scores and with the sampler's own (score_source: rollout).
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from sekd import SEKDConfig, SEKDTrainer
 from sekd.data import load_rows
 from sekd.generation import sync
 from sekd.models import freeze, load_model
-from sekd.teachers import LiveTeacher
 
 ENGINES = ("hf", "vllm", "vllm_server")
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each of the two runs")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps with each score_source")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def main() -> None:
     texts = load_rows(options.text)
     with tempfile.TemporaryDirectory() as folder:
         speeds = engines(options, tokenizer, texts, folder)
-        steps = {source: step_seconds(options, tokenizer, texts, folder, source) for source in ("exact", "rollout")}
+        steps = step_seconds(options, tokenizer, texts, folder)
     show(options, speeds, steps)
 
 
@@ -126,7 +126,8 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.now: dict[str, float] = {}
-        self.inner = 0.0
+        self.inner, self.started = 0.0, 0.0
+        self.trainer: Any = None
 
     def around(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -140,62 +141,86 @@ class Clock(TrainerCallback):
 
         return timed
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        if self.steps or self.now:
-            self.steps.append({**self.now, "all": now - self.started})
-        self.now, self.started = {}, now
-
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
+    def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.steps.append({**self.now, "all": now - self.started})
+        engine, exact = self.trainer.engine, state.global_step % 2  # the next one
+        engine.sampling = replace(engine.sampling, top_logprobs=0 if exact else self.trainer.args.score_logprobs)
+        self.now, self.started = {}, time.perf_counter()
+
 
 def step_seconds(
-    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str, source: str
-) -> dict[str, float]:
-    """The median seconds of a step by what they went to, and ``agreement`` with exact selection."""
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str
+) -> dict[str, dict[str, float]]:
+    """By source of scores the median seconds of a step by what they went to, and ``agreement`` with exact selection."""
     args = SEKDConfig(
-        f"{folder}/{source}",
+        f"{folder}/run",
         lmbda=1.0,
         text_prompt_length=options.prompt_tokens,
         max_prompt_length=options.prompt_tokens,
         max_completion_length=options.new_tokens,
-        score_source=source,
-        max_steps=options.steps,
+        score_source="rollout",
+        max_steps=2 * options.steps + 2,
         per_device_train_batch_size=16,
-        logging_steps=options.steps,
+        logging_steps=2 * options.steps + 2,
         log_completions_steps=0,
         save_strategy="no",
         disable_tqdm=True,
         report_to="none",
     )
     clock = Clock()
-    student, teacher = (
-        load_model(options.student, dtype=torch.float32),
-        load_model(options.teacher, dtype=torch.bfloat16),
-    )
-    trainer = SEKDTrainer(student, freeze(teacher), args, texts, processing_class=tokenizer, callbacks=[clock])
-    kept = sekd.distill.score_rows, sekd.distill.agreement, sekd.rounds.Rounds._ask, sekd.rounds.sync
-    sekd.distill.score_rows = clock.around("scoring", kept[0])
-    sekd.distill.agreement = clock.around("agreement", kept[1])
-    sekd.rounds.Rounds._ask = clock.around("generation", kept[2])
-    sekd.rounds.sync = clock.around("sync", kept[3])
-    assert isinstance(trainer.teacher, LiveTeacher)
-    trainer.teacher.rows = clock.around("teacher", trainer.teacher.rows)
-    trainer.teacher.logits = clock.around("teacher", trainer.teacher.logits)
+    student = load_model(options.student, dtype=torch.float32)
+    teacher: Any = freeze(load_model(options.teacher, dtype=torch.bfloat16))
+    clock.trainer = trainer = SEKDTrainer(student, teacher, args, texts, processing_class=tokenizer, callbacks=[clock])
+    parts = {
+        (sekd.distill, "score_rows"): "scoring",
+        (sekd.distill, "agreement"): "agreement",
+        (sekd.rounds.Rounds, "_ask"): "generation",
+        (sekd.rounds, "sync"): "sync",
+        (trainer.teacher, "rows"): "teacher",
+        (trainer.teacher, "logits"): "teacher",
+    }
+    kept = {where: getattr(*where) for where in parts}
+    one_sequence = kept[sekd.distill, "agreement"]
+    kept_every, sekd.distill.AGREEMENT_STEPS = sekd.distill.AGREEMENT_STEPS, 1
+    for where, what in parts.items():
+        setattr(*where, clock.around(what, kept[where] if what != "agreement" else of_all(one_sequence)))
     try:
         trainer.train()
     finally:
-        sekd.distill.score_rows, sekd.distill.agreement, sekd.rounds.Rounds._ask, sekd.rounds.sync = kept
+        sekd.distill.AGREEMENT_STEPS = kept_every
+        for where, function in kept.items():
+            setattr(*where, function)
         trainer.close()
-    rest = [sum(seconds for what, seconds in step.items() if what != "all") for step in clock.steps]
-    steps = [step | {"student": step["all"] - other} for step, other in zip(clock.steps, rest, strict=True)]
-    found = {
-        what: statistics.median(step.get(what, 0.0) for step in steps[1:])
-        for what in ("generation", "sync", "scoring", "teacher", "student", "all")
-    }
     (log,) = (log for log in trainer.state.log_history if "loss" in log)
-    return found | {"agreement": log.get("selection_agreement", float("nan"))}
+    found = {}
+    for first, source in ((3, "exact"), (2, "rollout")):  # the first two warm up
+        steps = [dict.fromkeys(SHARES, 0.0) | step for step in clock.steps[first::2]]
+        for step in steps:  # agreement is for this table alone
+            step["all"] -= step.pop("agreement", 0.0)
+            step["student"] = step["all"] - sum(step[what] for what in SHARES)
+        found[source] = {what: statistics.median(step[what] for step in steps) for what in (*SHARES, "student", "all")}
+    found["exact"]["agreement"], found["rollout"]["agreement"] = 1.0, log["selection_agreement"]
+    return found
+
+
+SHARES = ("generation", "sync", "scoring", "teacher")
+
+
+def of_all(agreement: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
+    """Agreement of all sequences of a batch, where training looks at the first."""
+
+    def of_each(head: Any, rows: torch.Tensor, valid: torch.Tensor, sampled: torch.Tensor, method: Any) -> Any:
+        first = valid.sum(1).cumsum(0) - valid.sum(1)
+        found = [
+            agreement(head, rows[first[b] :], valid[b : b + 1], sampled[b : b + 1], method) for b in range(len(valid))
+        ]
+        return {name: sum(one[name] for one in found) for name in found[0]}
+
+    return of_each
 
 
 def show(options: argparse.Namespace, speeds: dict[str, dict[Any, float]], steps: dict[str, dict[str, float]]) -> None:
@@ -210,7 +235,7 @@ def show(options: argparse.Namespace, speeds: dict[str, dict[Any, float]], steps
     for what in ("generation", "sync", "scoring", "teacher", "student"):
         step.add_row(what, *(f"{of[what]:.2f} s ({of[what] / of['all']:.0%})" for of in steps.values()))
     step.add_row("all", *(f"{of['all']:.2f} s" for of in steps.values()))
-    step.add_row("selection_agreement", "1", f"{steps['rollout']['agreement']:.3f}")
+    step.add_row("selection_agreement", *(f"{of['agreement']:.3f}" for of in steps.values()))
     for table in (speed, step):
         for column in table.columns[1:]:
             column.justify = "right"
