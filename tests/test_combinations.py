@@ -119,7 +119,7 @@ def train(tmp_path, tokenizer, pairs, steps, choices):
 @pytest.mark.slow
 @pytest.mark.parametrize("choices", [pytest.param(c, id=name_of(c)) for c in cells()])
 def test_every_cell_trains(tmp_path, tokenizer, pairs, choices):
-    train(tmp_path, tokenizer, pairs, 25, choices)
+    train(tmp_path, tokenizer, pairs.select(range(24)), 20, choices)
 
 
 RS_KD = {"class_selection": "rs_kd", "class_samples": 64}

@@ -36,7 +36,10 @@ def test_all_classes_known_is_exact():
     assert entropy_of_top(certain, 3).item() == 0
 
 
-@pytest.mark.parametrize("policy", ["top_k", "curriculum", "pos_rs", "weighted", "gls"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("curriculum", "pos_rs", "weighted", "gls")]
+
+
+@pytest.mark.parametrize("policy", ["top_k", *OTHERS])
 def test_with_all_classes_the_steps_are_those_of_exact_scores(tmp_path, tokenizer, pairs, policy):
     """K = V: the same rows are chosen, so every row's entropy stands where it belongs."""
     found, logs = [], []

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from test_distributed import run_two_processes
 from test_rollout_lora import change
 from test_rollouts import PROMPTS, model_logps
 from test_trainer import make_trainer, trained_weights
-from transformers import TrainerCallback
 
 from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMEngine, VLLMServerEngine
 from sekd.generation import sync
@@ -273,31 +273,31 @@ def served_trainer(folder, server, tokenizer, pairs, callbacks=(), **choices):
     return make_trainer(folder, tokenizer, pairs, *models, dict(callbacks=[*callbacks]), **options | choices)
 
 
-class Record(TrainerCallback):
-    """The samples and weights of each step; kills the server before one of them."""
-
-    def __init__(self, server=None, at=None):
-        self.server, self.at, self.seen = server, at, []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.seen.append(state.global_step)
-        if state.global_step == self.at:
-            self.server.kill()
-            self.server.start()
-
-
 def test_200_steps_with_a_restart_are_200_steps_without(tmp_path, server, tokenizer, pairs):
-    """The same weights at the end: every sample came once, in its order, from the student as it was then."""
-    plain = served_trainer(tmp_path / "plain", server, tokenizer, pairs, max_steps=200)
-    expected = trained_weights(plain)
-    restarting = Record(server, at=100)
-    cut = served_trainer(tmp_path / "cut", server, tokenizer, pairs, [restarting], max_steps=200)
-    found = trained_weights(cut)
-    assert restarting.seen == list(range(200))
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
-    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (plain, cut)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    """The same weights at the end, and every sample once, in its order, by the student as it was then. The server is
+    killed between the answers of a round, which thereby all count for nothing, and started again."""
+    options, killed = dict(max_steps=200, save_rollouts=True), []
+
+    def kill(number, status, content):
+        if number == 201:
+            server.restart()
+            killed.append(number)
+        return status, content
+
+    found = {}
+    for name, between in (("plain", None), ("cut", Faulty(server.url, kill))):
+        urls = [server.url if between is None else between.url]
+        trainer = served_trainer(tmp_path / name, server, tokenizer, pairs, **options, rollout_server_urls=urls)
+        weights = trained_weights(trainer)
+        rollouts = (tmp_path / name / "rollouts.jsonl").read_text()
+        found[name] = weights, rollouts, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    between.shutdown()
+    assert killed == [201]
+    assert len(found["plain"][1].splitlines()) == 400
+    assert found["plain"][1] == found["cut"][1]
+    for name, weight in found["plain"][0].items():
+        torch.testing.assert_close(found["cut"][0][name], weight, rtol=1e-5, atol=1e-6)
+    assert found["plain"][2] == pytest.approx(found["cut"][2], rel=1e-5)
 
 
 def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_goes_on(tmp_path, server, tokenizer, pairs):
@@ -349,7 +349,7 @@ trainer.train()
 @pytest.mark.parametrize(
     ("engine", "how"), [("vllm", "Ctrl-C"), ("vllm_server", "Ctrl-C"), ("vllm_server", "exception")]
 )
-def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, server, tokenizer, pairs, engine, how):
+def test_a_run_that_is_stopped_leaves_nothing_behind(request, tmp_path, server, tokenizer, pairs, engine, how):
     """Ctrl-C, or an error, in the middle of a round that would take minutes: no process, no weights on the way."""
     for name, seed in (("student", 0), ("teacher", 1)):
         make_vllm_model(seed).save_pretrained(tmp_path / name)
@@ -371,7 +371,12 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, server, tokenizer
     if how == "exception":
         command = [sys.executable, "-c", RAISES, str(tmp_path / "recipe.yaml")]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        # Where the tests run in the background, their shell has them ignore Ctrl-C.
+        restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=restore
+        )
+    request.addfinalizer(process.kill)
     if how == "Ctrl-C":
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 120

@@ -59,6 +59,7 @@ def test_one_round_serves_several_steps(tmp_path, tokenizer, pairs):
     assert [("completion_length" in log) for log in logs] == [True, False, False, True, False, False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"rollout_batches": 3}, {"rollout_staleness": 1}, {"gradient_accumulation_steps": 2}]
 )
@@ -102,6 +103,7 @@ def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer,
     assert [line["completion_ids"] for line in found] == [rollout.completion_ids for rollout in rollouts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"rollout_batches": 4}, {"rollout_batches": 3, "rollout_staleness": 1}])
 def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs, options):
     """A checkpoint in the middle of a round has what was written and not yet trained on."""
@@ -160,6 +162,7 @@ def test_an_evaluation_without_rollouts_ends_in_a_checkpoint_too(tmp_path, token
     assert (tmp_path / "checkpoint-3").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_an_evaluation_changes_no_rollout(tmp_path, tokenizer, pairs, staleness):
     """It waits for the round that is under way, and takes seeds of its own."""
