@@ -20,6 +20,7 @@ from transformers import (
 from rollouts import Rollout
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data import Sample
+from sekd.rounds import is_on_policy
 
 
 def make_trainer(tmp_path, tokenizer, data, student=None, teacher=None, trainer_options=None, **kwargs):
@@ -175,7 +176,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, tokenizer, pairs, lmb
 def test_the_mix_follows_the_seed_and_the_fraction(tmp_path, tokenizer, pairs):
     def draws(lmbda, count):
         trainer = make_trainer(tmp_path, tokenizer, pairs, lmbda=lmbda)
-        return [trainer._is_on_policy(step) for step in range(count)]
+        return [is_on_policy(trainer.args, step) for step in range(count)]
 
     drawn = draws(0.3, 2000)
     assert abs(sum(drawn) / 2000 - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 2000)
