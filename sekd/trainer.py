@@ -108,7 +108,7 @@ class SEKDTrainer(Trainer):
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
         if args.sample_pool is not None:
             train_dataset = pool_of(train_dataset, args.sample_pool)
-        if isinstance(train_dataset, IterableDataset):
+        if isinstance(train_dataset, IterableDataset) and args.rollouts_per_prompt > 1:
             train_dataset = repeated(train_dataset, args.rollouts_per_prompt)
         if eval_dataset is not None:
             eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
