@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollouts.base import Adapter, Rollout, Sampling, Weights, named_weights, request_seeds
+from rollouts.base import Adapter, Rollout, RolloutRefused, Sampling, Weights, named_weights, request_seeds
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to keep room for."""
@@ -31,7 +31,7 @@ class VLLMEngine:
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: an adapter that vLLM cannot take.
+        RolloutRefused: an adapter that vLLM cannot take, or whole weights where adapters are expected.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class VLLMEngine:
         if isinstance(model, Adapter):
             self._send_adapter(model)
         elif self.lora_rank:
-            raise ValueError("this engine was made for LoRA adapters (lora_rank); it takes no whole weights")
+            raise RolloutRefused("this engine was made for LoRA adapters (lora_rank); it takes no whole weights")
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
         self.llm.reset_prefix_cache()
@@ -143,7 +143,7 @@ class VLLMEngine:
                 self.llm.llm_engine.remove_lora(old.lora_int_id)
             self.llm.llm_engine.add_lora(new)  # it reads the file now, so that it may go
         except (ValueError, RuntimeError) as error:
-            raise ValueError(
+            raise RolloutRefused(
                 f"vLLM cannot take this LoRA adapter ({error}); choose other lora_target_modules"
             ) from error
         finally:

@@ -55,7 +55,7 @@ class VLLMServerEngine:
 
     Raises:
         RolloutError: no server answered within ``timeout``, by its URL.
-        ValueError: a server whose context is too short, that runs without the development mode, or that refuses a
+        RolloutRefused: a server whose context is too short, that runs without the development mode, or that refuses a
             request.
     """
 
@@ -214,7 +214,7 @@ class VLLMServerEngine:
             (choice,) = answer["choices"]
             ids, reason = choice["token_ids"], choice["finish_reason"]
             if choice["prompt_token_ids"] != prompt or reason not in ("stop", "length") or not ids:
-                raise RolloutRefused(f"finish_reason {reason!r}, {len(ids)} tokens")
+                raise ValueError(f"finish_reason {reason!r}, {len(ids)} tokens")
             return Rollout(prompt, ids, self.step, reason, self._top(choice))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, Refused) and not (self.is_adapter and error.code == 404):
@@ -229,7 +229,7 @@ class VLLMServerEngine:
         rows = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
         found = np.array(rows, np.float32)
         if found.shape != (len(choice["token_ids"]), count):
-            raise RolloutRefused(f"log-probabilities of shape {found.shape}")
+            raise ValueError(f"log-probabilities of shape {found.shape}")
         return found
 
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rollouts import Adapter, HFEngine, RolloutEngine, RolloutRefused, VLLMEngine, VLLMServerEngine
-from rollouts.base import Weights
+from rollouts import HFEngine, RolloutEngine, RolloutRefused, VLLMEngine, VLLMServerEngine
 from rollouts.vllm_local import LORA_RANKS
 from sekd.config import SEKDConfig
 from sekd.models import adapter_of, base_weights, causal_lm, full_weights, unwrap
@@ -114,13 +113,13 @@ def sync(engine: RolloutEngine | None, model: nn.Module, step: int, lora_rank: i
     if engine is not None and getattr(engine, "model", None) is causal_lm(model):
         return engine.sync_weights(causal_lm(model), step)
     adapter = adapter_of(model) if lora_rank else None
-    weights: Weights = full_weights(model)
-    if adapter is not None and adapter.rank <= lora_rank:
-        weights = adapter
+    if adapter is not None and adapter.rank > lora_rank:
+        adapter = None
+    weights = full_weights(model) if adapter is None else ()
     if engine is not None:
-        engine.sync_weights(weights, step)
-    elif not isinstance(weights, Adapter):
-        for _ in full_weights(model):
+        engine.sync_weights(adapter or weights, step)
+    else:
+        for _ in weights:
             pass
 
 

@@ -205,14 +205,12 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.replace(".base_layer.", "."), _whole(tensor)
 
 
-SERVED_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"} | {
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-}
-"""Fields of a LoraConfig by which vLLM computes as PEFT does; others must have their defaults."""
-NO_MATTER = {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+SERVED_LORA = (
+    {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}
+    | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    | {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+)
+"""Fields of a LoraConfig that vLLM reads as PEFT does, or that change no result; others must have their defaults."""
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:
@@ -226,8 +224,9 @@ def adapter_of(model: nn.Module) -> Adapter | None:
     if [*configs] != ["default"] or type(configs["default"]) is not LoraConfig:
         return None
     found, plain = configs["default"].to_dict(), LoraConfig().to_dict()
-    found["init_lora_weights"] = found["init_lora_weights"] in (False, "gaussian") or found["init_lora_weights"]
-    if any(found[name] != plain[name] for name in plain.keys() - SERVED_LORA - NO_MATTER):
+    if found["init_lora_weights"] in (False, "gaussian"):  # other ways to start may change the base weights
+        found["init_lora_weights"] = True
+    if any(found[name] != plain[name] for name in plain.keys() - SERVED_LORA):
         return None
     layers = {n: m for n, m in causal_lm(model).named_modules() if isinstance(m, BaseTunerLayer)}
     if any("lm_head" in n or not isinstance(m.get_base_layer(), nn.Linear) for n, m in layers.items()):
