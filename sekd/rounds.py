@@ -103,12 +103,22 @@ class Rounds:
         end = min(number + batches - number % batches, self.trainer.state.max_steps)
         while number + len(steps) < end and (parts := pull()):
             step = Step(number + len(steps), parts)
-            step.rollouts = self.known.pop(step.number, [] if is_on_policy(self.args, step.number) else None)
+            step.rollouts = self._known_of(step) if is_on_policy(self.args, step.number) else None
             steps.append(step)
         due = [sample for step in steps if step.rollouts == [] for sample in _samples(step)]
         if not due:  # a round of all processes: they draw as many steps, and know rollouts of the same ones
             return _Round(steps, lambda: ([], 0.0))
         return _Round(steps, self._ask(due, self.trainer.state.global_step, background))
+
+    def _known_of(self, step: Step) -> list[Rollout]:
+        """The rollouts that a checkpoint has for a step; none if it has none."""
+        rollouts = self.known.pop(step.number, [])
+        if rollouts and [rollout.prompt_ids for rollout in rollouts] != [_prompt(s) for s in _samples(step)]:
+            raise ValueError(
+                f"the checkpoint's rollouts for step {step.number} are of other prompts; resume with the same data, "
+                "seed and batch sizes"
+            )
+        return rollouts
 
     def _finish(self, this: _Round) -> list[Step]:
         rollouts, seconds = this.answer()
@@ -119,12 +129,6 @@ class Rounds:
         for step in this.steps:
             if step.rollouts == []:
                 step.rollouts = [next(written) for _ in _samples(step)]
-            prompts = [sample.input_ids[: sample.prompt_length] for sample in _samples(step)]
-            if step.rollouts is not None and prompts != [rollout.prompt_ids for rollout in step.rollouts]:
-                raise ValueError(
-                    f"the checkpoint's rollouts for step {step.number} are of other prompts; resume with the same "
-                    "data, seed and batch sizes"
-                )
         return this.steps
 
     def _record(self, step: Step, rollouts: list[Rollout]) -> None:
@@ -150,7 +154,7 @@ class Rounds:
         if rollout.top_logprobs is None:
             return from_rollout(sample, rollout)
         classes = self.trainer.method.vocab or vocab_rows(self.trainer.model)
-        return from_rollout(sample, rollout, entropy_of_top(torch.as_tensor(rollout.top_logprobs), classes).tolist())
+        return from_rollout(sample, rollout, entropy_of_top(torch.from_numpy(rollout.top_logprobs), classes).tolist())
 
     # The engine
 
@@ -162,7 +166,7 @@ class Rounds:
         """Have completions written; what is returned waits for them."""
         if self.job is not None:
             wait([self.job])  # an engine does one thing at a time
-        prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
+        prompts = [*map(_prompt, samples)]
         everyone = gather_object([prompts]) if self.joint else [prompts]
         mine = self.trainer.accelerator.process_index if self.joint else 0
         flat = [prompt for of_process in everyone for prompt in of_process]
@@ -227,7 +231,8 @@ class Rounds:
                 done = json.load(file)["global_step"]
         path = os.path.join(checkpoint, self._state_file()) if checkpoint else ""
         if os.path.exists(path):
-            self.known = {n: [Rollout(**r) for r in found] for n, found in torch.load(path, weights_only=True).items()}
+            states = torch.load(path, weights_only=True)
+            self.known = {number: [*map(_from_state, rollouts)] for number, rollouts in states.items()}
         if not self.args.save_rollouts:
             return
         if checkpoint:
@@ -260,14 +265,17 @@ class Rounds:
         """End the engine, whatever it is doing."""
         if self.engine is not None:
             self.engine.close()
-            self.engine = None
+        self.engine, self.started, self.synced = None, False, -1
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
             self.thread = None
 
 
 class RepeatSampler(Sampler[int]):
-    """Each index ``times`` times in a row, so that rollouts of a prompt meet in a step; shuffled anew each epoch."""
+    """Each index ``times`` times in a row, so that rollouts of a prompt meet in a step; shuffled anew each epoch.
+
+    The order is the epoch's own, so that a resumed run finds it again, which TRL's sampler of this name cannot.
+    """
 
     def __init__(self, length: int, times: int, seed: int, shuffle: bool = True) -> None:
         self.length, self.times, self.seed, self.shuffle, self.epoch = length, times, seed, shuffle, 0
@@ -313,10 +321,20 @@ def _samples(step: Step) -> list[Sample]:
     return [sample for part in step.parts for sample in part]
 
 
+def _prompt(sample: Sample) -> list[int]:
+    return sample.input_ids[: sample.prompt_length]
+
+
 def _as_state(rollout: Rollout) -> dict[str, Any]:
     state = {name: getattr(rollout, name) for name in rollout.__slots__}
+    if rollout.top_logprobs is not None:  # torch.load takes tensors
+        state["top_logprobs"] = torch.from_numpy(rollout.top_logprobs)
+    return state
+
+
+def _from_state(state: dict[str, Any]) -> Rollout:
     top = state["top_logprobs"]
-    return state | {"top_logprobs": None if top is None else torch.as_tensor(top)}
+    return Rollout(**state | {"top_logprobs": None if top is None else top.numpy()})
 
 
 def _as_line(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str:

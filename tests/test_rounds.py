@@ -34,7 +34,8 @@ class Counting(HFEngine):
 
 def run(folder, tokenizer, pairs, engine=None, callbacks=(), **options):
     """A trainer that generates as with servers; ``engine`` in their place."""
-    trainer_options = dict(rollout_engine=engine or Counting(), callbacks=[*callbacks])
+    engine = engine or Counting(top_logprobs=20 * (options.get("score_source") == "rollout"))
+    trainer_options = dict(rollout_engine=engine, callbacks=[*callbacks])
     settings = ON_POLICY | dict(rollout_engine="vllm_server", max_steps=8) | options
     return make_trainer(folder, tokenizer, pairs, trainer_options=trainer_options, **settings)
 
@@ -104,7 +105,14 @@ def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"rollout_batches": 4}, {"rollout_batches": 3, "rollout_staleness": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rollout_batches": 4, "score_source": "rollout"},
+        {"rollout_batches": 3, "rollout_staleness": 1},
+    ],
+)
 def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs, options):
     """A checkpoint in the middle of a round has what was written and not yet trained on."""
     options = options | dict(save_strategy="steps", save_steps=5, max_steps=9, learning_rate=0.01)
@@ -112,8 +120,8 @@ def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs,
     run(tmp_path / "cut", tokenizer, pairs, **options).train()
     with open(tmp_path / "cut" / "rollouts.jsonl", "a") as file:
         file.write('{"step": 4, "sample_')  # a kill in the middle of a line
-    engine = Counting()
-    resumed = run(tmp_path / "cut", tokenizer, pairs, engine, **options)
+    resumed = run(tmp_path / "cut", tokenizer, pairs, **options)
+    engine = resumed.engine
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
     for name, weight in resumed.model.named_parameters():
         torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-6, atol=1e-7)
