@@ -85,8 +85,8 @@ def largest_difference(engine, model, sequences):
         return max((logps(engine, ids) - model_logps(model, ids)).abs().max().item() for ids in sequences)
 
 
-def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engine):
-    model = make_lora()
+def check_parity(engine, model):
+    """Over 500 tokens and more, after a sync and not without the next one."""
     sync(engine, model, 0, engine.lora_rank)
     rollouts = engine.generate([[i, i + 1, i + 2] for i in range(40)])
     assert {r.weights_step for r in rollouts} == {0}
@@ -100,13 +100,31 @@ def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engin
     assert engine.generate(PROMPTS)[0].weights_step == 1
 
 
-def test_100_syncs_leave_the_student_as_it_is(engine):
-    model = make_lora()
+def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engine):
+    check_parity(engine, make_lora())
+
+
+def check_syncs(engine, model):
+    """A hundred of them change no bit of the student."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(100):
         sync(engine, model, step, engine.lora_rank)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_merged_copies_in_process(folder):
+    """DoRA is none of vLLM's adapters."""
+    model = make_lora(use_dora=True)
+    assert adapter_of(model) is None
+    engine = VLLMEngine(str(folder), dtype="bfloat16", **OPTIONS)
+    check_parity(engine, model)
+    check_syncs(engine, model)
+    engine.close()
+
+
+def test_100_syncs_leave_the_student_as_it_is(engine):
+    check_syncs(engine, make_lora())
     if isinstance(engine, VLLMServerEngine):
         loaded = [m["id"] for m in engine.http.call(engine.urls[0], "/v1/models")["data"]]
         assert len(loaded) == 2, "the base and one adapter; old ones are dropped"

@@ -13,7 +13,6 @@ import torch
 import yaml
 from conftest import EOS, make_tokenizer, make_vllm_model
 from distributed_worker import SERVED as TWO_PROCESSES
-from peft import LoraConfig, get_peft_model
 from serving import (
     Faulty,
     Server,
@@ -24,12 +23,11 @@ from serving import (
     spoil_other_prompt,
 )
 from test_distributed import run_two_processes
-from test_rollout_lora import change
+from test_rollout_lora import check_parity, check_syncs, make_lora
 from test_rollouts import PROMPTS, model_logps
 from test_trainer import make_trainer, trained_weights
 
 from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMEngine, VLLMServerEngine
-from sekd.generation import sync
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,29 +87,11 @@ def test_log_probabilities_agree_after_a_sync_and_not_without(connect, tmp_path)
     assert not list((tmp_path / "weights").iterdir())
 
 
-def test_log_probabilities_agree_after_a_merged_copy(connect):
-    """DoRA is none of vLLM's adapters: merged weights are sent, a hundred times, and the student stays as it is."""
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear", use_dora=True)
-    model = get_peft_model(make_vllm_model(), lora)
-    change(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    engine = connect()
-    for step in range(100):
-        sync(engine, model, step, engine.lora_rank)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    sequences = [r.prompt_ids + r.completion_ids for r in engine.generate([[i, i + 1, i + 2] for i in range(40)])]
-    assert sum(map(len, sequences)) > 500
-
-    def difference():
-        with torch.autocast("cpu", torch.bfloat16):
-            served = [torch.tensor(engine.logprobs(ids, engine.urls[0])) for ids in sequences]
-            pairs = zip(served, sequences, strict=True)
-            return max((s - model_logps(model, ids)).abs().max().item() for s, ids in pairs)
-
-    assert difference() < 0.05
-    change(model, 1)
-    assert difference() > 0.2, "a skipped sync must show"
+def test_merged_copies_over_http(connect):
+    """DoRA is none of vLLM's adapters."""
+    engine, model = connect(), make_lora(use_dora=True)
+    check_parity(engine, model)
+    check_syncs(engine, model)
 
 
 def test_stop_strings_and_log_probabilities_over_http(connect):
