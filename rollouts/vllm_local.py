@@ -26,6 +26,7 @@ class VLLMEngine:
         load_format: "dummy" reads no weights: the folder may hold the configuration alone, if a sync follows.
         lora_rank: of the adapters that :meth:`sync_weights` takes, for the weights of ``model``; 0 takes whole weights.
         gpu_memory_utilization, kv_cache_gib: what vLLM may take of a GPU, or of the memory on a CPU.
+        enforce_eager: neither compile the model nor capture CUDA graphs: it starts at once, and writes slower.
         sleep: leave the GPU's memory to the trainer between a round and the next sync; a CPU has none to leave.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
@@ -46,6 +47,7 @@ class VLLMEngine:
         lora_rank: int = 0,
         gpu_memory_utilization: float = 0.3,
         kv_cache_gib: float = 1.0,
+        enforce_eager: bool = False,
         sleep: bool = False,
         **sampling: Any,
     ) -> None:
@@ -61,9 +63,12 @@ class VLLMEngine:
             from vllm.platforms import current_platform
 
         context, options = max_prompt_length + max_completion_length, dict[str, Any]()
-        if how.seed is not None and not torch.cuda.is_available():
-            # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
-            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what it saves is of no use on a CPU: it does not load
+            enforce_eager = enforce_eager or shutil.which(os.environ.get("CXX", "g++")) is None
+            if how.seed is not None:
+                # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
+                options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
         self.lora_rank = next((r for r in LORA_RANKS if r >= lora_rank), lora_rank) if lora_rank else 0
         if lora_rank:
             options |= {"enable_lora": True, "max_lora_rank": self.lora_rank, "max_loras": 1}
@@ -75,7 +80,7 @@ class VLLMEngine:
             load_format=load_format,
             max_model_len=context,
             max_logprobs=max(20, how.top_logprobs),
-            enforce_eager=True,
+            enforce_eager=enforce_eager,
             distributed_executor_backend="uni",
             skip_tokenizer_init=not how.stop,  # it is for stop strings alone
             gpu_memory_utilization=gpu_memory_utilization,

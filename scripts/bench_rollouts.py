@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast the engines write, how long a weight sync takes, and what a step's time goes to.
 
-    python scripts/bench_rollouts.py STUDENT TEACHER 'text/*.jsonl' [--prompts 1 8 32 128] [--rounds 3] [--steps 8]
+    python scripts/bench_rollouts.py STUDENT TEACHER 'text/*.jsonl' [--prompts 1 8 32 128] [--enforce_eager]
 
 The prompts are the first tokens of the texts. The engines take turns within a round; medians over rounds are printed.
 The server is started by this script (scripts/serve_student.sh). A step is one of SEKDTrainer with vLLM in its process:
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps with each score_source")
+    parser.add_argument("--enforce_eager", action="store_true", help="vLLM without compiling the model")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -95,22 +96,24 @@ def engine_of(name: str, options: argparse.Namespace, model: Any, folder: str, r
         return HFEngine(model, **sampling)
     sampling |= dict(max_prompt_length=options.prompt_tokens)
     if name == "vllm":
-        engine: Any = VLLMEngine(options.student, dtype="bfloat16", **sampling)
+        engine: Any = VLLMEngine(options.student, dtype="bfloat16", enforce_eager=options.enforce_eager, **sampling)
     else:
-        url = running.enter_context(served(options.student, options.prompt_tokens + options.new_tokens, folder))
+        url = running.enter_context(served(options, folder))
         engine = VLLMServerEngine(url, weights_folder=f"{folder}/weights", **sampling)
     running.callback(engine.close)
     return engine
 
 
 @contextlib.contextmanager
-def served(student: str, context: int, folder: str) -> Iterator[str]:
+def served(options: argparse.Namespace, folder: str) -> Iterator[str]:
     """The address of a server of the student, which ends with the block."""
+    context = options.prompt_tokens + options.new_tokens
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("serve_student.sh")
-    command = ["bash", str(script), student, "--port", str(port), "--max-model-len", str(context)]
+    command = ["bash", str(script), options.student, "--port", str(port), "--max-model-len", str(context)]
+    command += ["--enforce-eager"] * options.enforce_eager
     with open(f"{folder}/server.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -163,6 +166,7 @@ def step_seconds(
         max_prompt_length=options.prompt_tokens,
         max_completion_length=options.new_tokens,
         score_source="rollout",
+        vllm_enforce_eager=options.enforce_eager,
         max_steps=2 * options.steps + 2,
         per_device_train_batch_size=16,
         logging_steps=2 * options.steps + 2,

@@ -23,7 +23,7 @@ done
 python=$(dirname -- "${BASH_SOURCE[0]}")/../.venv/bin/python
 [[ -x $python ]] || python=python3
 
-options=(--enforce-eager)
+options=()
 if ! nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
   if [[ " $* " != *" --max-model-len"* ]]; then
     echo "serve_student.sh: on a CPU add --max-model-len: max_prompt_length + max_completion_length" >&2
@@ -31,6 +31,8 @@ if ! nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
   fi
   # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
   options+=(--no-enable-chunked-prefill --max-num-batched-tokens 8192 --dtype bfloat16)
+  command -v "${CXX:-g++}" >/dev/null || options+=(--enforce-eager)
+  export VLLM_USE_AOT_COMPILE=${VLLM_USE_AOT_COMPILE:-0} # what it saves is of no use on a CPU: it does not load
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
 fi
 export VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_MAX_STOP_STRINGS=${VLLM_MAX_STOP_STRINGS:-64}

@@ -215,6 +215,9 @@ class SEKDConfig(TrainingArguments):
     )
     max_completion_length: int = field(default=256, metadata=_help("Longest completion, in tokens."))
     vllm_gpu_memory_utilization: float = field(default=0.3, metadata=_help("Share of the GPU that vLLM may take."))
+    vllm_enforce_eager: bool = field(
+        default=False, metadata=_help("Start vLLM at once, without compiling the model: it writes slower then.")
+    )
     vllm_sleep: bool = field(
         default=False, metadata=_help("Let vLLM give the GPU's memory back between rounds (rollout_engine vllm).")
     )

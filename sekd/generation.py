@@ -92,6 +92,7 @@ def _vllm_engine(
             dtype=str(dtype).removeprefix("torch."),
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             kv_cache_gib=args.vllm_kv_cache_gib,
+            enforce_eager=args.vllm_enforce_eager,
             sleep=args.vllm_sleep,
         )
     finally:

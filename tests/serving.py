@@ -21,7 +21,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.options = ["--max-model-len", "64", *options]
+        self.options = ["--max-model-len", "64", "--enforce-eager", *options]
         self.model, self.url = str(model), f"http://127.0.0.1:{self.port}"
         self.start()
 

@@ -205,6 +205,7 @@ def test_ctrl_c_ends_everything(recipe, tmp_path):
     make_vllm_model(1).save_pretrained(tmp_path / "teacher")
     engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
     command = [sys.executable, "-m", "sekd.cli", "train", recipe, "--lmbda", "1", "--rollout_engine", engine]
+    command += ["--vllm_enforce_eager", "true"]
     process = subprocess.Popen(
         [*command, "--max_steps", "100000", "--save_strategy", "no"],
         start_new_session=True,

@@ -117,7 +117,7 @@ def test_merged_copies_in_process(folder):
     """DoRA is none of vLLM's adapters."""
     model = make_lora(use_dora=True)
     assert adapter_of(model) is None
-    engine = VLLMEngine(str(folder), dtype="bfloat16", **OPTIONS)
+    engine = VLLMEngine(str(folder), dtype="bfloat16", enforce_eager=True, **OPTIONS)
     check_parity(engine, model)
     check_syncs(engine, model)
     engine.close()
@@ -148,7 +148,9 @@ def test_a_server_that_lost_the_adapter_gets_it_again(server, tmp_path):
     engine.close()
 
 
-ONE_STEP = dict(lmbda=1.0, max_steps=2, max_completion_length=12, max_prompt_length=16, temperature=1.0)
+ONE_STEP = dict(
+    vllm_enforce_eager=True, lmbda=1.0, max_steps=2, max_completion_length=12, max_prompt_length=16, temperature=1.0
+)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])

@@ -91,7 +91,7 @@ def test_bench_3x_goes_on_where_it_stopped(run, tmp_path):
 def test_bench_rollouts(run, tmp_path):
     for name in ("student", "teacher"):
         make_vllm_model().save_pretrained(tmp_path / name)
-    options = ["--engines", "hf", "vllm", "--prompts", "1", "8", "--rounds", "1", "--steps", "3"]
+    options = ["--engines", "hf", "vllm", "--prompts", "1", "8", "--rounds", "1", "--steps", "3", "--enforce_eager"]
     done = run("bench_rollouts.py", *options, "--prompt_tokens", "4", "--new_tokens", "8")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("│")}
