@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps with each score_source")
     parser.add_argument("--enforce_eager", action="store_true", help="vLLM without compiling the model")
     options = parser.parse_args()
@@ -68,23 +69,25 @@ def engines(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str
 ) -> dict[str, dict[Any, float]]:
     """Of each engine the median tokens a second by number of prompts, and the seconds of a sync as ``sync``."""
-    most, length = max(options.prompts), options.prompt_tokens
+    needed, length = sum(options.prompts), options.prompt_tokens
     tokens = (tokenizer(row["text"])["input_ids"][:length] for row in texts)
-    prompts = list(itertools.islice((ids for ids in tokens if len(ids) == length), most))
-    if len(prompts) < most:
-        raise SystemExit(f"{options.text} has {len(prompts)} texts of {length} tokens; --prompts {most} needs as many")
+    prompts = list(itertools.islice((ids for ids in tokens if len(ids) == length), needed))
+    if len(prompts) < needed:
+        raise SystemExit(f"{options.text} has {len(prompts)} texts of {length} tokens; --prompts needs {needed}")
+    rest = iter(prompts)  # each number its own, so that no prefix is known from the one before
+    of_count = {count: [*itertools.islice(rest, count)] for count in options.prompts}
     model = load_model(options.student, dtype=torch.bfloat16)
     with contextlib.ExitStack() as running:
         found = {name: engine_of(name, options, model, folder, running) for name in options.engines}
         times: dict[str, dict[Any, list[float]]] = {name: {} for name in found}
-        for round_ in range(options.rounds + 1):  # the first one warms up
+        for round_ in tqdm(range(options.rounds + 1), desc="engines"):  # the first one warms up
             for name, engine in found.items():
                 started = time.perf_counter()
                 sync(engine, model, round_)
                 times[name].setdefault("sync", []).append(time.perf_counter() - started)
                 for count in options.prompts:
                     started = time.perf_counter()
-                    written = sum(len(rollout.completion_ids) for rollout in engine.generate(prompts[:count]))
+                    written = sum(len(rollout.completion_ids) for rollout in engine.generate(of_count[count]))
                     times[name].setdefault(count, []).append(written / (time.perf_counter() - started))
     return {name: {what: statistics.median(seen[1:]) for what, seen in of.items()} for name, of in times.items()}
 
@@ -172,7 +175,6 @@ def step_seconds(
         logging_steps=2 * options.steps + 2,
         log_completions_steps=0,
         save_strategy="no",
-        disable_tqdm=True,
         report_to="none",
     )
     clock = Clock()
