@@ -9,6 +9,7 @@ import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def prepare(
         dataset = _within_limits(dataset, args)
     if in_memory and not len(dataset):
         raise ValueError("no sample has a token to learn from; raise max_length, or look at the completions")
-    return dataset.map(lambda _, index: {"sample_id": index}, with_indices=True)
+    return dataset.map(_number, with_indices=True)
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ def _longer_than_prompt(dataset: Dataset | IterableDataset, args: SEKDConfig) ->
     """The documents of which something is left behind their prompt."""
     limit = args.text_prompt_length
     what = f"documents that are not longer than text_prompt_length {limit}"
-    kept = _keep(dataset, lambda row: len(row["input_ids"]) > row["prompt_length"], what)
+    kept = _keep(dataset, ["input_ids", "prompt_length"], _is_longer, what)
     if isinstance(kept, Dataset) and not len(kept):
         longest = max(dataset["prompt_length"])
         raise ValueError(
@@ -209,55 +210,70 @@ def _longer_than_prompt(dataset: Dataset | IterableDataset, args: SEKDConfig) ->
 def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
     """Over-long prompts are an error or dropped; sequences are cut to ``max_length``; what is lost is counted."""
     in_memory, limit = isinstance(dataset, Dataset), args.max_prompt_length
-
-    def fits(row: Mapping[str, Any]) -> bool:
-        if row["prompt_length"] > limit and args.overlong_prompts == "error":
-            raise ValueError(_overlong("a prompt of the stream is", row["prompt_length"], args))
-        return row["prompt_length"] <= limit
-
     if in_memory and args.overlong_prompts == "error":
         longer = [length for length in dataset["prompt_length"] if length > limit]
         if longer:
             raise ValueError(_overlong(f"{len(longer)} of {len(dataset)} prompts are", max(longer), args))
-    dataset = _keep(dataset, fits, f"prompts over max_prompt_length {limit}")
+    dataset = _keep(dataset, ["prompt_length"], partial(_fits, args=args), f"prompts over max_prompt_length {limit}")
     if args.lmbda > 0:
-        dataset = _keep(dataset, lambda row: row["prompt_length"] > 0, "prompts without a token")
+        dataset = _keep(dataset, ["prompt_length"], bool, "prompts without a token")
     if args.lmbda == 1:  # rollouts bring their own completions
         return dataset
     if in_memory:
         lengths = [len(ids) for ids in dataset["input_ids"]]
         if cut_short := sum(length > args.max_length for length in lengths):
             logger.warning(f"cut {cut_short} of {len(lengths)} sequences to max_length {args.max_length}")
+    dataset = dataset.map(_cut, fn_kwargs={"length": args.max_length})
+    if args.lmbda > 0:
+        return dataset
+    return _keep(dataset, ["supervised"], _teaches, "samples that have no token to learn from")
 
-    def cut(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: row[name][: args.max_length] for name in ("input_ids", "supervised")}
 
-    def teaches(row: Mapping[str, Any]) -> bool:
-        return any(row["supervised"][1:]) or args.lmbda > 0
+# Functions of the module, not closures: datasets hashes what it maps, and of these the name and arguments alone.
 
-    return _keep(dataset.map(cut), teaches, "samples that have no token to learn from")
+
+def _is_longer(input_ids: list[int], prompt_length: int) -> bool:
+    return len(input_ids) > prompt_length
+
+
+def _fits(prompt_length: int, args: SEKDConfig) -> bool:
+    if prompt_length > args.max_prompt_length and args.overlong_prompts == "error":
+        raise ValueError(_overlong("a prompt of the stream is", prompt_length, args))
+    return prompt_length <= args.max_prompt_length
+
+
+def _cut(row: Mapping[str, Any], length: int) -> dict[str, Any]:
+    return {name: row[name][:length] for name in ("input_ids", "supervised")}
+
+
+def _teaches(supervised: list[int]) -> bool:
+    return any(supervised[1:])
+
+
+def _number(_: Mapping[str, Any], index: int) -> dict[str, int]:
+    return {"sample_id": index}
 
 
 def _keep(
-    dataset: Dataset | IterableDataset, wanted: Callable[[Mapping[str, Any]], bool], what: str
+    dataset: Dataset | IterableDataset, columns: list[str], wanted: Callable[..., bool], what: str
 ) -> Dataset | IterableDataset:
-    """The wanted rows. How many others there are is logged, of a stream as it goes on."""
+    """The rows whose columns are wanted. How many others there are is logged, of a stream as it goes on."""
     if isinstance(dataset, Dataset):
-        kept = dataset.filter(wanted)
+        kept = dataset.filter(wanted, input_columns=columns)
         if len(kept) < len(dataset):
             logger.warning(f"dropped {len(dataset) - len(kept)} of {len(dataset)} {what}")
         return kept
     dropped = 0
 
-    def wanted_of_stream(row: Mapping[str, Any]) -> bool:
+    def wanted_of_stream(*values: Any) -> bool:
         nonlocal dropped
-        is_wanted = wanted(row)
+        is_wanted = wanted(*values)
         dropped += not is_wanted
         if not is_wanted and dropped in (1, 10, 100, 1000, 10_000, 100_000):
             logger.warning(f"dropped {dropped} {what} so far")
         return is_wanted
 
-    return dataset.filter(wanted_of_stream)
+    return dataset.filter(wanted_of_stream, input_columns=columns)
 
 
 def _overlong(who: str, longest: int, args: SEKDConfig) -> str:
