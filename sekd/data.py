@@ -6,10 +6,12 @@ tokens of them. Each becomes a :class:`Sample`, and samples become a batch in :f
 """
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
+import sekd.rows
 from rollouts import Rollout
 from sekd.config import SEKDConfig
 from sekd.rows import ENCODERS, check_kind, kind_of
@@ -108,10 +111,10 @@ def prepare(
         raise ValueError("the data is empty: the dataset and its split select no rows")
     kind = kind_of(first, args)
     check_kind(kind, tokenizer, args)
-    encode, in_memory = ENCODERS[kind], isinstance(dataset, Dataset)
+    in_memory = isinstance(dataset, Dataset)
     progress: dict[str, Any] = {"desc": "Tokenizing"} if in_memory else {}
-    known = {"tokenizer": tokenizer, "args": args}
-    dataset = dataset.map(encode, fn_kwargs=known, remove_columns=list(first), **progress)
+    known = {"kind": kind, "tokenizer": tokenizer, "args": args, "code": CODE}
+    dataset = dataset.map(_encode, fn_kwargs=known, remove_columns=list(first), **progress)
     if kind == "text_prompt":
         dataset = _longer_than_prompt(dataset, args)
     if kind == "text" and args.packing:
@@ -229,7 +232,15 @@ def _within_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Data
     return _keep(dataset, ["supervised"], _teaches, "samples that have no token to learn from")
 
 
-# Functions of the module, not closures: datasets hashes what it maps, and of these the name and arguments alone.
+# Functions of the module, not closures: datasets hashes what it maps, and of these the name and arguments alone. That
+# it takes nothing from its cache which other code has made, the first one gets this code as an argument.
+CODE = hashlib.sha256(Path(sekd.rows.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
+
+
+def _encode(
+    row: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, code: str
+) -> dict[str, Any]:
+    return ENCODERS[kind](row, tokenizer, args)
 
 
 def _is_longer(input_ids: list[int], prompt_length: int) -> bool:

@@ -11,6 +11,8 @@ from datasets import Dataset, IterableDataset
 from test_trainer import make_trainer
 from transformers import PreTrainedTokenizerFast
 
+import sekd.data
+import sekd.rows
 from rollouts import Rollout
 from sekd.config import SEKDConfig
 from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, load_rows, prepare
@@ -374,3 +376,18 @@ def test_random_samples_round_trip_through_a_batch():
         expected = [token for token, s in zip(sample.input_ids[1:], sample.supervised[1:], strict=True) if s]
         assert batch["targets"][b][batch["targets"][b] != IGNORE].tolist() == expected
     assert batch["input_ids"].dtype == torch.int64
+
+
+def test_tokens_are_kept_for_the_next_run_but_not_for_other_code(tokenizer, pairs, tmp_path, monkeypatch):
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def ids():
+        return prepare(load_rows(str(tmp_path / "pairs.jsonl")), tokenizer, config())["input_ids"][0]
+
+    before = ids()
+    other = dict(input_ids=[7, 8], supervised=[0, 1], prompt_length=1, teacher_prompt_ids=None)
+    monkeypatch.setitem(sekd.rows.ENCODERS, "pair", lambda *known: other)
+    assert ids() == before, "of this code they are there already"
+    monkeypatch.setattr(sekd.data, "CODE", "other code")
+    assert ids() == [7, 8]
