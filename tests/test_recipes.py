@@ -58,6 +58,7 @@ def test_every_recipe_starts(name, tmp_path, tokenizer, pairs, texts):
         "max_prompt_length": 32,
         "max_completion_length": 8,
         "save_strategy": "no",
+        "vllm_enforce_eager": True,
     }
     if "text_prompt_length" in keys:
         flags["text_prompt_length"] = 16
