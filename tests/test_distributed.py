@@ -19,7 +19,7 @@ from sekd.data import prepare
 from sekd.models import freeze
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
 
 def run_two_processes(*arguments):
