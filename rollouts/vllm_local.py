@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sysconfig
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,12 @@ from rollouts.base import Adapter, Rollout, RolloutRefused, Sampling, Weights, n
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to keep room for."""
+
+
+def _can_compile() -> bool:
+    """Whether there is what torch compiles for a CPU with: a compiler, and Python's headers."""
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and os.path.exists(header)
 
 
 class VLLMEngine:
@@ -65,7 +72,7 @@ class VLLMEngine:
         context, options = max_prompt_length + max_completion_length, dict[str, Any]()
         if not torch.cuda.is_available():
             os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what it saves is of no use on a CPU: it does not load
-            enforce_eager = enforce_eager or shutil.which(os.environ.get("CXX", "g++")) is None
+            enforce_eager = enforce_eager or not _can_compile()
             if how.seed is not None:
                 # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
                 options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}

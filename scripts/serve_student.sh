@@ -31,7 +31,8 @@ if ! nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
   fi
   # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
   options+=(--no-enable-chunked-prefill --max-num-batched-tokens 8192 --dtype bfloat16)
-  command -v "${CXX:-g++}" >/dev/null || options+=(--enforce-eager)
+  header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+  [[ -f $header ]] && command -v "${CXX-g++}" >/dev/null || options+=(--enforce-eager) # nothing to compile with
   export VLLM_USE_AOT_COMPILE=${VLLM_USE_AOT_COMPILE:-0} # what it saves is of no use on a CPU: it does not load
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
 fi
