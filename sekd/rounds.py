@@ -129,6 +129,8 @@ class Rounds:
         for step in this.steps:
             if step.rollouts == []:
                 step.rollouts = [next(written) for _ in _samples(step)]
+                if [rollout.prompt_ids for rollout in step.rollouts] != [*map(_prompt, _samples(step))]:
+                    raise RolloutRefused("the rollout engine answered other prompts than asked, or in other order")
         return this.steps
 
     def _record(self, step: Step, rollouts: list[Rollout]) -> None:

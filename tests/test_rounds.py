@@ -181,6 +181,15 @@ def test_an_evaluation_changes_no_rollout(tmp_path, tokenizer, pairs, staleness)
     assert lines(tmp_path / "plain") == lines(tmp_path / "evaluated")
 
 
+def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
+    class Reversed(Counting):
+        def generate(self, prompts):
+            return super().generate(prompts)[::-1]
+
+    with pytest.raises(ValueError, match="answered other prompts than asked, or in other order"):
+        run(tmp_path, tokenizer, pairs, Reversed()).train()
+
+
 def test_several_rollouts_of_a_prompt_meet_in_a_step(tmp_path, tokenizer, pairs):
     data = pairs.select(range(8))
     trainer = run(tmp_path, tokenizer, data, rollouts_per_prompt=4, per_device_train_batch_size=8, max_steps=8)
