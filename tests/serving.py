@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 class Server:
     """`scripts/serve_student.sh` on a free port; it can be killed and started again."""
 
-    def __init__(self, model, *options):
+    def __init__(self, model, *options, eager=True):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.options = ["--max-model-len", "64", "--enforce-eager", *options]
+        self.options = ["--max-model-len", "64", *["--enforce-eager"] * eager, *options]
         self.model, self.url = str(model), f"http://127.0.0.1:{self.port}"
         self.start()
 

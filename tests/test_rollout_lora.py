@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    found = Server(folder, "--enable-lora", "--max-lora-rank", "8")
+    found = Server(folder, "--enable-lora", "--max-lora-rank", "8", eager=False)
     yield found
     found.kill()
 
