@@ -175,6 +175,7 @@ def step_seconds(
         logging_steps=2 * options.steps + 2,
         log_completions_steps=0,
         save_strategy="no",
+        disable_tqdm=False,  # which is True by default where the verbosity is low
         report_to="none",
     )
     clock = Clock()
