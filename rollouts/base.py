@@ -40,7 +40,7 @@ class RolloutError(RuntimeError):
     """No rollout came within the time that was given."""
 
 
-class RolloutRefused(ValueError):
+class RolloutConfigError(ValueError):
     """A server or engine that can never serve this run, with the remedy."""
 
 

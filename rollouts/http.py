@@ -7,14 +7,14 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from rollouts.base import RolloutError, RolloutRefused
+from rollouts.base import RolloutConfigError, RolloutError
 
 
-class Unavailable(RolloutError):
+class ServerUnavailable(RolloutError):
     """A server that may answer later, or another one may."""
 
 
-class Refused(RolloutRefused):
+class RequestRejected(RolloutConfigError):
     """A request that a server will not answer, however often it is asked."""
 
     def __init__(self, message: str, code: int) -> None:
@@ -38,7 +38,7 @@ class Client:
         try:
             return json.loads(content) if content else None
         except ValueError as error:
-            raise Unavailable(f"rollout server {url} answered with no JSON: {error}") from error
+            raise ServerUnavailable(f"rollout server {url} answered with no JSON: {error}") from error
 
     def send(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
         """The server's answer as it is."""
@@ -52,7 +52,7 @@ class Client:
             response = connection.getresponse()
             content = response.read()
         except (HTTPException, OSError) as error:
-            raise Unavailable(f"rollout server {url} does not answer: {error or type(error).__name__}") from error
+            raise ServerUnavailable(f"rollout server {url} does not answer: {error or type(error).__name__}") from error
         finally:
             self.connections.discard(connection)
             connection.close()
@@ -60,8 +60,8 @@ class Client:
             return content
         text = f"{response.status} {content.decode(errors='replace')[:500]}"
         if 400 <= response.status < 500 and response.status not in (408, 429):
-            raise Refused(f"rollout server {url}{path} refused: {text}", response.status)
-        raise Unavailable(f"rollout server {url} answered {text}")
+            raise RequestRejected(f"rollout server {url}{path} refused: {text}", response.status)
+        raise ServerUnavailable(f"rollout server {url} answered {text}")
 
     def close(self) -> None:
         """Break off what is under way: a server may be in the middle of an answer, or hang."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollouts.base import Adapter, Rollout, RolloutRefused, Sampling, Weights, named_weights, request_seeds
+from rollouts.base import Adapter, Rollout, RolloutConfigError, Sampling, Weights, named_weights, request_seeds
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to keep room for."""
@@ -39,7 +39,7 @@ class VLLMEngine:
 
     Raises:
         ImportError: vLLM is not installed.
-        RolloutRefused: an adapter that vLLM cannot take, or whole weights where adapters are expected.
+        RolloutConfigError: an adapter that vLLM cannot take, or whole weights where adapters are expected.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class VLLMEngine:
         if isinstance(model, Adapter):
             self._send_adapter(model)
         elif self.lora_rank:
-            raise RolloutRefused("this engine was made for LoRA adapters (lora_rank); it takes no whole weights")
+            raise RolloutConfigError("this engine was made for LoRA adapters (lora_rank); it takes no whole weights")
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
         self.llm.reset_prefix_cache()
@@ -155,7 +155,7 @@ class VLLMEngine:
                 self.llm.llm_engine.remove_lora(old.lora_int_id)
             self.llm.llm_engine.add_lora(new)  # it reads the file now, so that it may go
         except (ValueError, RuntimeError) as error:
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"vLLM cannot take this LoRA adapter ({error}); choose other lora_target_modules"
             ) from error
         finally:

@@ -18,20 +18,20 @@ from tqdm.auto import tqdm
 from rollouts.base import (
     Adapter,
     Rollout,
+    RolloutConfigError,
     RolloutError,
-    RolloutRefused,
     Sampling,
     Weights,
     named_weights,
     request_seeds,
 )
-from rollouts.http import Client, Refused, Unavailable
+from rollouts.http import Client, RequestRejected, ServerUnavailable
 from rollouts.nccl import NCCLTransfer
 
 NEW_WEIGHTS = 3600.0
 """Seconds that a server may take to load weights."""
 
-BROKEN = "a load failed"
+FAILED_LOAD = "a load failed"
 """The version of the weights of a server that must be started again."""
 
 
@@ -55,8 +55,8 @@ class VLLMServerEngine:
 
     Raises:
         RolloutError: no server answered within ``timeout``, by its URL.
-        RolloutRefused: a server whose context is too short, that runs without the development mode, or that refuses a
-            request.
+        RolloutConfigError: a server whose context is too short, that runs without the development mode, or that
+            refuses a request.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class VLLMServerEngine:
         self.path = ""
         self.is_adapter = False
         if transfer == "nccl" and not torch.cuda.is_available():
-            raise RolloutRefused('transfer "nccl" sends from GPU to GPU, and the trainer has none; use "file"')
+            raise RolloutConfigError('transfer "nccl" sends from GPU to GPU, and the trainer has none; use "file"')
         self.transfer, self.weights = transfer, dict[str, torch.Tensor]()
         self.peers: dict[str, tuple[NCCLTransfer, str]] = {}  # by URL, with the version that each sent last
         self.http = Client(request_timeout)
@@ -96,7 +96,7 @@ class VLLMServerEngine:
             ranks.append(self._check(url, context))
         self.lora_rank = min(ranks)
         if max(ranks) and not self.lora_rank:
-            raise RolloutRefused(f"some of rollout_server_urls have --enable-lora and some have not: {self.urls}")
+            raise RolloutConfigError(f"some of rollout_server_urls have --enable-lora and some have not: {self.urls}")
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
@@ -145,7 +145,7 @@ class VLLMServerEngine:
             for i, future in futures.items():
                 try:
                     answers[i] = future.result()
-                except Unavailable as error:
+                except ServerUnavailable as error:
                     reasons[url] = str(error)
                     failed.add(url)
             if self._has_weights(url, reasons, resend=False):
@@ -161,7 +161,7 @@ class VLLMServerEngine:
         if isinstance(model, Adapter):
             model.save(self.path)
         elif self.lora_rank:
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout servers {self.urls} were started with --enable-lora and take adapters only; start them "
                 "without it for whole or merged weights, or with a larger --max-lora-rank"
             )
@@ -182,7 +182,7 @@ class VLLMServerEngine:
             shutil.rmtree(old, ignore_errors=True)
 
     def _forget(self, url: str, adapter: str) -> None:
-        with contextlib.suppress(Unavailable, Refused):  # one that was started again never had it
+        with contextlib.suppress(ServerUnavailable, RequestRejected):  # one that was started again never had it
             self.http.send(url, "/v1/unload_lora_adapter", {"lora_name": adapter}, timeout=10)
 
     def close(self) -> None:
@@ -217,9 +217,9 @@ class VLLMServerEngine:
                 raise ValueError(f"finish_reason {reason!r}, {len(ids)} tokens")
             return Rollout(prompt, ids, self.step, reason, self._top(choice))
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, Refused) and not (self.is_adapter and error.code == 404):
+            if isinstance(error, RequestRejected) and not (self.is_adapter and error.code == 404):
                 raise
-            raise Unavailable(f"rollout server {url} answered with no completion: {error}") from error
+            raise ServerUnavailable(f"rollout server {url} answered with no completion: {error}") from error
 
     def _top(self, choice: dict[str, Any]) -> np.ndarray | None:
         """The server lists the likeliest tokens, and the sampled one if it is not among them."""
@@ -236,8 +236,8 @@ class VLLMServerEngine:
         """Whether a server holds the weights of this step; they are sent again if it does not."""
         try:
             version = self.http.call(url, "/weight_info", timeout=30)["weight_version"]
-            if version == BROKEN:
-                raise RolloutRefused(
+            if version == FAILED_LOAD:
+                raise RolloutConfigError(
                     f"rollout server {url} once failed to load weights, and keeps some of others since; start it again"
                 )
             if self.is_adapter:
@@ -257,7 +257,7 @@ class VLLMServerEngine:
             self.http.call(url, "/reset_prefix_cache", {})
             if not self.is_adapter:
                 self.http.call(url, "/update_weight_version", {"new_version": self.version})
-        except Unavailable as error:
+        except ServerUnavailable as error:
             reasons[url] = str(error)
             return False
         return True
@@ -266,10 +266,10 @@ class VLLMServerEngine:
         body = {"lora_name": self.version, "lora_path": self.path}
         try:
             self.http.send(url, "/v1/load_lora_adapter", body, NEW_WEIGHTS)
-        except (Unavailable, Refused) as error:
-            if isinstance(error, Unavailable) and "answered 500" not in str(error):
+        except (ServerUnavailable, RequestRejected) as error:
+            if isinstance(error, ServerUnavailable) and "answered 500" not in str(error):
                 raise
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} cannot load the student's LoRA adapter ({error}): it serves another model, does "
                 f"not see {self.path}, or cannot adapt these layers; start it again with model_name_or_path, "
                 "--enable-lora and --max-lora-rank, or choose other lora_target_modules"
@@ -279,12 +279,12 @@ class VLLMServerEngine:
         body = {"method": "reload_weights", "kwargs": {"weights_path": self.path}}
         try:
             self.http.call(url, "/collective_rpc", body, NEW_WEIGHTS)
-        except Unavailable as error:
+        except ServerUnavailable as error:
             if "collective_rpc method failed" not in str(error):
                 raise
             # It runs, and cannot. From here on it would take weights without complaint and keep some of the old.
-            self.http.call(url, "/update_weight_version", {"new_version": BROKEN})
-            raise RolloutRefused(
+            self.http.call(url, "/update_weight_version", {"new_version": FAILED_LOAD})
+            raise RolloutConfigError(
                 f"rollout server {url} cannot load the student's weights: it serves another model, or does not see "
                 f"{self.path}; start it again with model_name_or_path"
             ) from error
@@ -296,11 +296,11 @@ class VLLMServerEngine:
                 workers = self.http.call(url, "/get_world_size")["world_size"]
                 peer = NCCLTransfer(url, workers, NEW_WEIGHTS)
             peer.send(self.weights)
-        except Unavailable:
+        except ServerUnavailable:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            self.http.call(url, "/update_weight_version", {"new_version": BROKEN})
-            raise RolloutRefused(
+            self.http.call(url, "/update_weight_version", {"new_version": FAILED_LOAD})
+            raise RolloutConfigError(
                 f"rollout server {url} did not take the weights over NCCL ({error}): it serves another model, or "
                 'shares a GPU with the trainer; start it again, or use transfer "file"'
             ) from error
@@ -312,7 +312,7 @@ class VLLMServerEngine:
             while True:
                 try:
                     return self.http.call(url, "/health", timeout=10)
-                except Unavailable as error:
+                except ServerUnavailable as error:
                     if (left := deadline - time.monotonic()) <= 0:
                         raise RolloutError(
                             f"rollout server {url} did not answer within {self.timeout:.0f} s ({error}); start it "
@@ -325,44 +325,44 @@ class VLLMServerEngine:
         """The largest rank of a LoRA adapter that a server takes, 0 if it takes none; ValueError if it will not do."""
         try:
             info = self.http.call(url, "/server_info?config_format=json")
-        except Refused as error:
-            raise RolloutRefused(
+        except RequestRejected as error:
+            raise RolloutConfigError(
                 f"rollout server {url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1, as "
                 "scripts/serve_student.sh does"
             ) from error
         config = info["vllm_config"]
         longest, most = config["model_config"]["max_model_len"], config["model_config"]["max_logprobs"]
         if longest < context:
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} has a context of {longest} tokens, and prompts and completions take up to "
                 f"{context}; start it with --max-model-len {context}"
             )
         if most != -1 and most < self.sampling.top_logprobs:
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} gives {most} log-probabilities a token, and {self.sampling.top_logprobs} are "
                 f"asked for; start it with --max-logprobs {self.sampling.top_logprobs}"
             )
         mode = config["model_config"].get("logprobs_mode", "raw_logprobs")
         if self.sampling.top_logprobs and mode != "raw_logprobs":
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} gives {mode}, and the model's own log-probabilities are asked for; start it "
                 "without --logprobs-mode"
             )
         stops = int(info["vllm_env"].get("VLLM_MAX_STOP_STRINGS") or 4)
         if len(self.sampling.stop) > stops:
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} takes {stops} stop strings, and there are {len(self.sampling.stop)}; start it "
                 f"with VLLM_MAX_STOP_STRINGS={len(self.sampling.stop)}"
             )
         backend = (config.get("weight_transfer_config") or {}).get("backend")
         if self.transfer == "nccl" and backend != "nccl":
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} takes no weights over NCCL; start it with --weight-transfer-config "
                 '\'{"backend": "nccl"}\''
             )
         lora = config.get("lora_config")
         if lora and not info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-            raise RolloutRefused(
+            raise RolloutConfigError(
                 f"rollout server {url} has --enable-lora and takes no adapters; start it with "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, as scripts/serve_student.sh does"
             )

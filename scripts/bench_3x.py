@@ -28,8 +28,8 @@ from transformers.utils import logging
 
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.cache.build import build_of
-from sekd.data import load_rows
-from sekd.progress import write_atomically
+from sekd.data.load import load_rows
+from sekd.files import write_atomically
 from sekd.samples import choose_of
 
 METRICS = {"perplexity": "perplexity", "forward_kl": "KL(p‖q)"}

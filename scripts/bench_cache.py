@@ -30,11 +30,14 @@ from sekd import SEKDConfig
 from sekd.cache.build import build_cache
 from sekd.cache.codec import Decoded, encode
 from sekd.cache.readers import LocalReader
-from sekd.cache.store import Store, key_of, write_shard
-from sekd.data import Sample, collate, load_rows, prepare
+from sekd.cache.store import Store, write_shard
+from sekd.cache.teacher import CachedTeacher
+from sekd.data.batch import Sample, collate
+from sekd.data.load import load_rows
+from sekd.data.prepare import prepare
 from sekd.distill import Method, distill
-from sekd.models import freeze, load_model, run_inside, vocab_rows
-from sekd.teachers import CachedTeacher
+from sekd.fingerprints import sample_key
+from sekd.models import count_classes, freeze, load_model, run_inside
 from sekd.types import Batch
 
 
@@ -69,7 +72,7 @@ def bench(options: argparse.Namespace, folder: str) -> None:
     dataset = prepare(load_rows(options.text), tokenizer, args).take(options.sequences)
     student = load_model(options.student, dtype=torch.float32).to(args.device).train()
     teacher: Any = freeze(load_model(options.teacher, dtype=torch.bfloat16)).to(args.device)
-    reader = LocalReader(teacher, vocab_rows(student), args)
+    reader = LocalReader(teacher, count_classes(student), args)
     samples = [Sample(**row) for row in dataset]
     inputs = [Batch(**{k: v.to(args.device) for k, v in collate([s], 0).items()}) for s in samples]
     numbers = itertools.count()
@@ -83,10 +86,10 @@ def bench(options: argparse.Namespace, folder: str) -> None:
         return build_cache(dataset, reader, tokenizer, args, os.path.join(folder, f"cache{next(numbers)}"))
 
     store = build()
-    keys = [key_of(row) for row in dataset]
+    keys = [sample_key(row) for row in dataset]
     decoded = [store.read(key) for key in keys]
     encoded = reader.encode(list(dataset))
-    method = Method.of(args, reader.facts["vocab"])
+    method = Method.from_config(args, reader.facts["vocab"])
     source = CachedTeacher(store, {row["sample_id"]: key for row, key in zip(dataset, keys, strict=True)})
     batches = [
         Batch(**{k: v.to(args.device) for k, v in collate(samples[i : i + options.batch], 0).items()})

@@ -32,12 +32,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 import sekd.distill
-import sekd.rounds
+import sekd.on_policy.schedule
 from rollouts import HFEngine, VLLMEngine, VLLMServerEngine
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.data import load_rows
-from sekd.generation import sync
+from sekd.data.load import load_rows
 from sekd.models import freeze, load_model
+from sekd.on_policy.engines import sync
 
 ENGINES = ("hf", "vllm", "vllm_server")
 
@@ -185,8 +185,8 @@ def step_seconds(
     parts = {
         (sekd.distill, "score_rows"): "scoring",
         (sekd.distill, "agreement"): "agreement",
-        (sekd.rounds.Rounds, "_ask"): "generation",
-        (sekd.rounds, "sync"): "sync",
+        (sekd.on_policy.schedule.RolloutSchedule, "_ask"): "generation",
+        (sekd.on_policy.schedule, "sync"): "sync",
         (trainer.teacher, "rows"): "teacher",
         (trainer.teacher, "logits"): "teacher",
     }

@@ -26,7 +26,7 @@ from sekd.losses import forward_kl
 from sekd.models import freeze, hidden_states
 from sekd.policies import make_policy
 from sekd.scores import Scoring, make_scoring
-from sekd.teachers import LiveTeacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 

@@ -29,8 +29,10 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.data import load_rows, prepare
-from sekd.progress import installed_versions, write_atomically
+from sekd.callbacks import installed_versions
+from sekd.data.load import load_rows
+from sekd.data.prepare import prepare
+from sekd.files import write_atomically
 from sekd.scores import SCORES
 
 NAMES = {

@@ -105,7 +105,7 @@ def run_train(options: argparse.Namespace) -> int:
         trainer, resume = build(options.recipe, options.overrides)
     from transformers.trainer_utils import get_last_checkpoint
 
-    from rollouts import RolloutError, RolloutRefused
+    from rollouts import RolloutConfigError, RolloutError
 
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -114,7 +114,7 @@ def run_train(options: argparse.Namespace) -> int:
         folder = str(trainer.args.output_dir)
         hint = ". --resume_from_checkpoint true goes on from here" * (get_last_checkpoint(folder) is not None)
         raise _Stopped(f"{error}{hint}") from error
-    except RolloutRefused as error:
+    except RolloutConfigError as error:
         raise _WrongInput(str(error)) from error
     finally:
         trainer.close()
@@ -161,7 +161,7 @@ def build(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, str | bool |
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config
 
-    from sekd.data import is_local, load_rows
+    from sekd.data.load import is_local, load_rows
     from sekd.trainer import SEKDTrainer
 
     resume = args.resume_from_checkpoint
@@ -255,8 +255,8 @@ def _parse_run(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any, Any]:
 
 def _training_rows(script: Any, args: Any) -> Any:
     """The data of a recipe; the rollouts that it replays in its place."""
-    from sekd.data import load_rows
-    from sekd.rows import ROLLOUT_COLUMNS
+    from sekd.data.encode import ROLLOUT_COLUMNS
+    from sekd.data.load import load_rows
 
     if args.rollouts is None:
         config, split = script.dataset_config, script.dataset_train_split
@@ -345,6 +345,4 @@ def _field_help() -> str:
 COMMANDS = {"train": run_train, "samples": run_samples, "cache": run_cache, "demo": run_demo}
 
 if __name__ == "__main__":
-    from sekd.cli import main  # else this module would be there twice, and sekd.cache.commands raise the other's errors
-
     sys.exit(main())

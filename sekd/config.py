@@ -6,7 +6,11 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
-from sekd.choices import (
+from sekd.classes import CLASS_SELECTIONS
+from sekd.losses import DIVERGENCES
+from sekd.policies import POLICIES, READS, options_of
+from sekd.scores import NORMALIZATIONS, SCORES, Scoring, make_scoring
+from sekd.validation import (
     DIVERGENCE_OPTIONS,
     POLICY_OPTIONS,
     SAMPLE_SCORES,
@@ -18,10 +22,6 @@ from sekd.choices import (
     read_score,
     within,
 )
-from sekd.classes import CLASS_SELECTIONS
-from sekd.losses import DIVERGENCES
-from sekd.policies import POLICIES, READS, options_of
-from sekd.scores import NORMALIZATIONS, SCORES, Scoring, make_scoring
 
 ENGINES = ("vllm", "vllm_server", "hf")
 

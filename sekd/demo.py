@@ -16,7 +16,9 @@ from transformers.utils import logging
 from rollouts import HFEngine
 from sekd.cli import build, recipe_folder
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate, load_rows, prepare
+from sekd.data.batch import Sample, collate
+from sekd.data.load import load_rows
+from sekd.data.prepare import prepare
 from sekd.types import IGNORE
 from sekd.word_problems import build_tokenizer, final_answer, make_problems
 

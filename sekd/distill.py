@@ -14,16 +14,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sekd.cache.teacher import CachedTeacher
 from sekd.classes import SampledHead, classes_at, negative_classes, sparse_forward_kl, top_k_classes, trim
 from sekd.config import SEKDConfig
+from sekd.distributions import cross_entropy, entropy
 from sekd.heads import Head, chunked_entropy, in_chunks
 from sekd.losses import ON_LOG_PROBABILITIES, at_kd, at_kd_factors, forward_kl, reduce
-from sekd.models import head_of, hidden_states
+from sekd.models import get_head, hidden_states
 from sekd.policies import make_policy
-from sekd.ranking import Generators, eligible, top_k, uniform
-from sekd.scores import Rows, Scoring, cross_entropy, entropy
-from sekd.stateful import Bandit, Gls
-from sekd.teachers import CachedTeacher, Teacher
+from sekd.policies.bandit import Bandit
+from sekd.policies.gls import Gls
+from sekd.policies.ranks import Generators, eligible, top_k, uniform
+from sekd.scores import Rows, Scoring
+from sekd.teachers import Teacher
 from sekd.types import Batch, SparseTargets
 
 AGREEMENT_STEPS = 10
@@ -54,7 +57,7 @@ class Method:
     fraction: float = 0.2
 
     @classmethod
-    def of(cls, args: SEKDConfig, vocab: int | None = None) -> "Method":
+    def from_config(cls, args: SEKDConfig, vocab: int | None = None) -> "Method":
         """What a configuration asks for; ``vocab`` are the classes that both models have."""
         policy = make_policy(args.position_policy, args.position_fraction, **args.policy_options)
         if isinstance(policy, Gls):
@@ -88,7 +91,7 @@ def distill(
     ``selected_entropy`` and ``divergence``. With the sampler's entropy (``batch.student_entropy``) now and then those
     of :func:`agreement`.
     """
-    head = head_of(student, method.vocab).converted()
+    head = get_head(student, method.vocab).in_autocast_dtype()
     rows = hidden_states(student, batch)[batch.valid]  # [N D], with graph
     targets = batch.targets[batch.valid]  # [N]
     teacher_rows = teacher.rows(batch)  # of the N valid rows
@@ -283,7 +286,7 @@ def teacher_cross_entropy(
 
 
 @torch.no_grad()
-def kl_of_chosen(
+def kl_after_step(
     student: nn.Module,
     teacher: Teacher,
     batch: Batch,
@@ -292,7 +295,7 @@ def kl_of_chosen(
     method: Method,
 ) -> Float[Tensor, " K"]:
     """KL(p || q) of the K rows that a step chose, with the student as it is now: what the bandit is rewarded by."""
-    head = head_of(student, method.vocab).converted()
+    head = get_head(student, method.vocab).in_autocast_dtype()
 
     def of_chunk(rows: Tensor, *teacher_rows: Tensor) -> tuple[Tensor]:
         return (forward_kl(head(rows).log_softmax(-1), teacher.logits(*teacher_rows).log_softmax(-1)),)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from sekd.scores import entropy
+from sekd.distributions import entropy
 
 CACHED_ROWS = 64
 """Rows whose logits about fit a CPU's caches: such chunks take about 0.6 of the time of 256 rows."""
@@ -45,7 +45,7 @@ class Head:
         """The linear layer alone, in its own type; :meth:`finish` makes logits of what it gives."""
         return self.projection(hidden)[:, : self.vocab]
 
-    def converted(self) -> "Head":
+    def in_autocast_dtype(self) -> "Head":
         """The same head with its weight converted to autocast's type now, and not again for each chunk of rows.
 
         Only a plain linear layer is: one that hooks or wrappers know about is called as it is.

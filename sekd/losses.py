@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sekd.scores import cross_entropy, kl_divergence
+from sekd.distributions import cross_entropy, kl_divergence
 
 Targets = Int[Tensor, " N"] | None
 

@@ -4,7 +4,6 @@ A sample's score is the mean of a row score over its valid rows (TopSmp, arXiv 2
 What is kept is a real subset of the data: batches are as large as without selection.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -21,26 +20,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sekd.cache.store import key_of
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate, prepare
+from sekd.data.batch import Sample, collate
+from sekd.data.prepare import prepare
 from sekd.distill import score_rows
-from sekd.models import (
-    common_vocab,
-    freeze,
-    head_of,
-    hidden_states,
-    load_model,
-    load_teacher,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
-from sekd.progress import write_atomically
+from sekd.files import write_atomically
+from sekd.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from sekd.models import common_vocab, freeze, get_head, hidden_states, load_model, load_teacher
 from sekd.scores import SCORES, Scoring
-from sekd.teachers import LiveTeacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 FORMAT = 1
+
+
 FIELDS = {
     "sample_score": "sample_score",
     "seed": "seed",
@@ -69,7 +62,7 @@ def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[in
     return sorted(values.argsort(descending=True, stable=True)[:count].tolist())
 
 
-def pool_of(dataset: Dataset | IterableDataset, size: int) -> Dataset:
+def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
     """The first ``size`` samples of prepared data; those of a stream are read into memory."""
     if isinstance(dataset, Dataset):
         return dataset.take(min(size, len(dataset)))
@@ -89,7 +82,7 @@ def prepare_all(
         raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
     tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
     dataset = prepare(rows, tokenizer, args)
-    return tokenizer, dataset if args.sample_pool is None else pool_of(dataset, args.sample_pool)
+    return tokenizer, dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
 
 
 def choose_of(
@@ -182,7 +175,7 @@ def score_samples(
     was_training = student.training
     student.eval()
     student.to(args.device)
-    head, scores = head_of(student, vocab), torch.zeros(len(dataset), device=args.device)
+    head, scores = get_head(student, vocab), torch.zeros(len(dataset), device=args.device)
     size = args.per_device_eval_batch_size
     shares = range(args.process_index * size, len(dataset), args.world_size * size)
     dtype = torch.bfloat16 if args.bf16 else torch.float16
@@ -195,7 +188,9 @@ def score_samples(
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
             rows, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
             teacher_rows = source.rows(batch) if source else ()
-            found, _ = score_rows(head.converted(), source, rows, targets, teacher_rows, scoring, args.head_chunk_rows)
+            found, _ = score_rows(
+                head.in_autocast_dtype(), source, rows, targets, teacher_rows, scoring, args.head_chunk_rows
+            )
         grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, found)
         scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)
@@ -234,11 +229,6 @@ def _fingerprint(
         assert teacher is not None
         found["teacher"] = weights_fingerprint(teacher)
     return found
-
-
-def data_fingerprint(dataset: Dataset) -> str:
-    """A hash of every sample's tokens, targets, documents and teacher's prompts, in their order."""
-    return hashlib.blake2b(b"".join(map(key_of, dataset)), digest_size=16).hexdigest()
 
 
 def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:

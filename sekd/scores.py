@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sekd.distributions import cross_entropy, entropy, kl_divergence
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -37,32 +39,6 @@ class Score(Protocol):
     needs_teacher: bool
 
     def __call__(self, rows: Rows) -> Float[Tensor, " N"]: ...
-
-
-def entropy(logp: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """H = -sum p log p of each row, in nats."""
-    return -(logp.exp() * logp).sum(-1)
-
-
-def entropy_of_top(logprobs: Float[Tensor, "N K"], classes: int) -> Float[Tensor, " N"]:
-    """H of rows of which the K largest log-probabilities are known: what is left is spread evenly over the others.
-
-    Even is as uncertain as can be, so this is never below H; and no other class is likelier than the K-th, so with
-    m the probability that is left and p_K the K-th largest it is above H by at most m log((V - K) p_K / m).
-    """
-    rest = (1 - logprobs.double().exp().sum(-1)).clamp(min=0)  # in float32 rounding would be all that is left
-    tail = torch.special.xlogy(rest, rest / max(classes - logprobs.shape[1], 1))
-    return (entropy(logprobs.double()) - tail).float()
-
-
-def cross_entropy(logp: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """-log p(y) of each row, in nats."""
-    return -logp.gather(-1, targets[:, None])[:, 0]
-
-
-def kl_divergence(logp: Float[Tensor, "N V"], logq: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """KL(p || q) of each row, in nats."""
-    return (logp.exp() * (logp - logq)).sum(-1)
 
 
 def student_entropy(rows: Rows) -> Float[Tensor, " N"]:
@@ -121,8 +97,11 @@ _FUNCTIONS: dict[str, Any] = {
     "ce_ratio": ce_ratio,
     "ce_ratio_plus_student_entropy": ce_ratio_plus_student_entropy,
 }
+
+
 for _name, _function in _FUNCTIONS.items():
     _function.needs_teacher = _name not in ("student_entropy", "student_ce")
+
 
 SCORES: dict[str, Score] = _FUNCTIONS
 """``SCORES[name](rows) -> [N]``, and ``SCORES[name].needs_teacher``."""

@@ -26,27 +26,32 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from rollouts import RolloutEngine, RolloutError
+from sekd.cache.teacher import CachedTeacher, cached_teacher, open_cache
+from sekd.callbacks import ProgressLine, RunFiles
 from sekd.checks import check_inputs
 from sekd.config import SEKDConfig
-from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, prepare
-from sekd.distill import Method, distill, kl_of_chosen
-from sekd.evaluate import held_out_sums, metrics_of
+from sekd.data.batch import Sample, collate, from_rollout
+from sekd.data.prepare import check_same_tokenizer, prepare
+from sekd.distill import Method, distill, kl_after_step
+from sekd.eval.held_out import compute_metrics, held_out_sums
+from sekd.metrics import means
 from sekd.models import (
     check_head,
     check_head_columns,
-    check_mergeable,
     common_vocab,
+    count_classes,
     freeze,
     load_model,
     load_teacher,
     run_inside,
-    vocab_rows,
 )
-from sekd.progress import ProgressLine, RunFiles, means
-from sekd.rounds import RepeatSampler, Rounds, repeated
-from sekd.samples import choose_samples, pool_of
-from sekd.stateful import Bandit, Gls, load_state, save_state
-from sekd.teachers import CachedTeacher, LiveTeacher, cached_teacher, open_cache
+from sekd.on_policy.sampler import RepeatSampler, repeated
+from sekd.on_policy.schedule import RolloutSchedule
+from sekd.on_policy.weights import check_mergeable
+from sekd.policies.bandit import Bandit
+from sekd.policies.gls import Gls, load_state, save_state
+from sekd.samples import choose_samples, take_pool
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 
@@ -107,7 +112,7 @@ class SEKDTrainer(Trainer):
         self.packed = False
         train_dataset = self._prepare_data(train_dataset, processing_class, args)
         if args.sample_pool is not None:
-            train_dataset = pool_of(train_dataset, args.sample_pool)
+            train_dataset = take_pool(train_dataset, args.sample_pool)
         if isinstance(train_dataset, IterableDataset) and args.rollouts_per_prompt > 1:
             train_dataset = repeated(train_dataset, args.rollouts_per_prompt)
         if eval_dataset is not None:
@@ -150,13 +155,13 @@ class SEKDTrainer(Trainer):
             check_mergeable(self.model)
         self.teacher: Any
         if store is not None:
-            self.teacher, vocab = cached_teacher(store, self.train_dataset, vocab_rows(self.model))
+            self.teacher, vocab = cached_teacher(store, self.train_dataset, count_classes(self.model))
         else:
             teacher = freeze(teacher).to(args.device)
             check_head(teacher, self.packed)
             vocab = common_vocab(self.model, teacher)
             self.teacher = LiveTeacher(teacher, vocab)
-        self.method = Method.of(args, vocab)
+        self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
         if isinstance(self.method.policy, Gls) and self.is_deepspeed_enabled:
             raise ValueError(
@@ -165,7 +170,7 @@ class SEKDTrainer(Trainer):
             )
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
-        self.rounds = Rounds(self, rollout_engine)
+        self.rounds = RolloutSchedule(self, rollout_engine)
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
 
@@ -256,7 +261,7 @@ class SEKDTrainer(Trainer):
             for batch, chosen, teacher_rows in policy.chosen:
                 args = (model, self.teacher, batch, chosen, teacher_rows, self.method)
                 with self.accelerator.autocast(), torch.no_grad():
-                    after.append(run_inside(model, lambda _, args=args: kl_of_chosen(*args), batch))
+                    after.append(run_inside(model, lambda _, args=args: kl_after_step(*args), batch))
             device = self.args.device
             policy.end_step(after, lambda update: self.accelerator.reduce(update.to(device), "sum").cpu())
 
@@ -328,7 +333,7 @@ class SEKDTrainer(Trainer):
             with self.accelerator.autocast():
                 _add(sums, run_inside(model, lambda b: held_out_sums(model, teacher, b, self.method), batch))
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics_of(self._over_processes(sums)).items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in compute_metrics(self._over_processes(sums)).items()}
         metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{self._evaluated()}"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -14,13 +14,15 @@ from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sekd.data import Sample, collate
+from sekd.cache.teacher import CachedTeacher
+from sekd.data.batch import Sample, collate
 from sekd.distill import Method, distill
 from sekd.losses import ON_LOG_PROBABILITIES
-from sekd.models import freeze, full_weights, run_inside
+from sekd.models import freeze, run_inside
+from sekd.on_policy.weights import full_weights
 from sekd.policies import make_policy
 from sekd.scores import Scoring
-from sekd.teachers import CachedTeacher, LiveTeacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 ENTROPY = Scoring(("student_entropy",), (1.0,))

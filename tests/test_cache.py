@@ -11,16 +11,18 @@ from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 from sekd import SEKDConfig
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, sample_draws
-from sekd.cache.store import key_of
+from sekd.cache.teacher import CachedTeacher
 from sekd.classes import classes_at
 from sekd.cli import main
-from sekd.data import Sample, collate, prepare
+from sekd.data.batch import Sample, collate
+from sekd.data.prepare import prepare
 from sekd.distill import Method, distill
+from sekd.fingerprints import sample_key
 from sekd.losses import forward_kl
 from sekd.models import freeze
 from sekd.policies import make_policy
 from sekd.scores import make_scoring
-from sekd.teachers import CachedTeacher, LiveTeacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 SETTINGS = dict(max_length=40, max_prompt_length=20, class_samples=16)
@@ -62,9 +64,9 @@ def test_every_sample_is_what_the_teacher_draws(tmp_path, tokenizer, rows):
                 )
             start += length
         p = torch.cat(logits).softmax(-1)
-        target = classes_at(p, sample_draws(key_of(row), args.seed, len(p), 16))
+        target = classes_at(p, sample_draws(sample_key(row), args.seed, len(p), 16))
         expected = torch.zeros(len(p), VOCAB).scatter_add_(1, target.ids, target.probs * 16)
-        ids, counts, _ = store.read(key_of(row))
+        ids, counts, _ = store.read(sample_key(row))
         found = torch.zeros(len(p), VOCAB).scatter_add_(1, torch.tensor(ids), torch.tensor(counts).float())
         torch.testing.assert_close(found, expected)
 
@@ -96,7 +98,7 @@ def test_training_from_the_cache_is_training_from_the_teacher(tmp_path, tokenize
     ours = trained_weights(cached)
 
     live = make_trainer(tmp_path / "b", tokenizer, data, class_selection="rs_kd", **settings)
-    keys = {row["sample_id"]: key_of(row) for row in live.train_dataset}
+    keys = {row["sample_id"]: sample_key(row) for row in live.train_dataset}
     from sekd import distill as module
 
     def draws_of_the_cache(counts, generator, dtype=None):
@@ -122,7 +124,7 @@ def test_in_expectation_the_gradient_is_that_of_forward_kl(tmp_path, tokenizer, 
     data = pairs.select(range(3))
     dataset = prepare(data, tokenizer, config(tmp_path))
     batch = Batch(**collate([Sample(**row) for row in dataset], 122))
-    keys = {row["sample_id"]: key_of(row) for row in dataset}
+    keys = {row["sample_id"]: sample_key(row) for row in dataset}
     student, teacher = make_model("untied"), freeze(make_model("untied", 1))
     policy = make_policy("top_k", 0.5)
 

@@ -18,7 +18,7 @@ from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader
 from sekd.cache.store import MANIFEST, Store, locked, verify
 from sekd.cli import main
-from sekd.data import prepare
+from sekd.data.prepare import prepare
 from sekd.models import freeze
 
 

@@ -13,13 +13,15 @@ from test_trainer import make_trainer
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, RayReaders, load_reader
-from sekd.cache.store import key_of
+from sekd.cache.teacher import CachedTeacher
 from sekd.cli import main
-from sekd.data import Sample, collate, prepare
+from sekd.data.batch import Sample, collate
+from sekd.data.prepare import prepare
 from sekd.distill import score_rows
-from sekd.models import head_of, hidden_states
-from sekd.scores import entropy
-from sekd.teachers import CachedTeacher, LiveTeacher
+from sekd.distributions import entropy
+from sekd.fingerprints import sample_key
+from sekd.models import get_head, hidden_states
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 
@@ -29,7 +31,7 @@ def test_a_byte_of_teacher_entropy(tmp_path, tokenizer, pairs):
     dataset, model = prepare(pairs, tokenizer, args), make_model("untied", 1)
     store = build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, str(tmp_path / "cache"))
     batch = Batch(**collate([Sample(**dataset[i]) for i in (3, 0, 7)], 122))
-    _, probs, found = CachedTeacher(store, {row["sample_id"]: key_of(row) for row in dataset}).rows(batch)
+    _, probs, found = CachedTeacher(store, {row["sample_id"]: sample_key(row) for row in dataset}).rows(batch)
     live = LiveTeacher(model)
     exact = entropy(live.logits(*live.rows(batch)).log_softmax(-1))
     assert (found - exact).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
@@ -51,7 +53,7 @@ def test_positions_by_the_teachers_entropy_from_a_cache(tmp_path, tokenizer, pai
         method, teacher = trainer.method, trainer.teacher
         rows = hidden_states(trainer.model, batch)[batch.valid]
         arguments = rows, batch.targets[batch.valid], teacher.rows(batch), method.scoring, method.chunk_rows
-        scores.append(score_rows(head_of(trainer.model), teacher, *arguments)[0])
+        scores.append(score_rows(get_head(trainer.model), teacher, *arguments)[0])
     assert (scores[0] - scores[1]).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
     assert scores[1].std() > 0.1
     trainer = make_trainer(tmp_path / "cached", tokenizer, pairs, teacher_cache=folder, **choices)

@@ -16,8 +16,8 @@ import yaml
 from conftest import EOS, make_model, make_vllm_model, save_pair
 from transformers import AutoModelForCausalLM
 
+from sekd.callbacks import as_recipe
 from sekd.cli import main, parse_recipe, recipe_folder
-from sekd.progress import as_recipe
 
 
 @pytest.fixture

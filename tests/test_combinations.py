@@ -9,8 +9,8 @@ from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.losses import DIVERGENCES
 from sekd.policies import NEEDS_POSITIVE, POLICIES, READS
+from sekd.policies.gls import STATEFUL
 from sekd.scores import SCORES, Scoring
-from sekd.stateful import STATEFUL
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SEVERAL = {"student_entropy": 1.0, "kl": 0.5}

@@ -160,7 +160,7 @@ def test_a_mapping_is_read_as_yaml():
 
 def test_options_that_nothing_reads_are_named(caplog, monkeypatch):
     warnings = []
-    monkeypatch.setattr("sekd.choices.logger.warning", warnings.append)
+    monkeypatch.setattr("sekd.validation.logger.warning", warnings.append)
     config(pos_rs_exponent=0.5, jsd_beta=0.3, class_samples=12)
     assert warnings == [
         f"{name} has no effect on what was chosen"

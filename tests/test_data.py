@@ -1,6 +1,7 @@
 """Rows become samples, samples become batches; what is supervised is exactly what should be."""
 
 import copy
+import importlib
 import json
 import random
 
@@ -11,11 +12,12 @@ from datasets import Dataset, IterableDataset
 from test_trainer import make_trainer
 from transformers import PreTrainedTokenizerFast
 
-import sekd.data
-import sekd.rows
+import sekd.data.encode
 from rollouts import Rollout
 from sekd.config import SEKDConfig
-from sekd.data import Sample, check_same_tokenizer, collate, from_rollout, load_rows, prepare
+from sekd.data.batch import Sample, collate, from_rollout
+from sekd.data.load import load_rows
+from sekd.data.prepare import check_same_tokenizer, prepare
 from sekd.types import IGNORE
 
 
@@ -387,7 +389,7 @@ def test_tokens_are_kept_for_the_next_run_but_not_for_other_code(tokenizer, pair
 
     before = ids()
     other = dict(input_ids=[7, 8], supervised=[0, 1], prompt_length=1, teacher_prompt_ids=None)
-    monkeypatch.setitem(sekd.rows.ENCODERS, "pair", lambda *known: other)
+    monkeypatch.setitem(sekd.data.encode.ENCODERS, "pair", lambda *known: other)
     assert ids() == before, "of this code they are there already"
-    monkeypatch.setattr(sekd.data, "CODE", "other code")
+    monkeypatch.setattr(importlib.import_module("sekd.data.prepare"), "CODE", "other code")
     assert ids() == [7, 8]

@@ -13,13 +13,13 @@ from test_scores import oracle as score_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate
+from sekd.data.batch import Sample, collate
 from sekd.distill import Method, distill
 from sekd.losses import DIVERGENCES, ON_LOG_PROBABILITIES
 from sekd.models import freeze, run_inside
 from sekd.policies import POLICIES, make_policy
 from sekd.scores import SCORES, Scoring
-from sekd.teachers import LiveTeacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import IGNORE, Batch
 
 ENTROPY = Scoring(("student_entropy",), (1.0,))
@@ -246,7 +246,7 @@ def check_method(args, losses_of, weights_of, step=3, kind="untied"):
     batch = Batch(**collate(samples, pad_token_id=122))
     student, teacher = make_model(kind), make_model(kind, 1)
     reference, dense_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-    method = Method.of(args, VOCAB)
+    method = Method.from_config(args, VOCAB)
     live = LiveTeacher(freeze(teacher))
     loss, _ = run_inside(student, lambda b: distill(student, live, b, method, step, seeded(batch)), batch)
     loss.backward()
@@ -395,7 +395,9 @@ def test_scores_are_combined_over_the_rows_that_may_be_chosen(tmp_path):
     args = config(tmp_path, position_score={"student_entropy": 1.0, "kl": 1.0}, score_normalization="minmax")
     args.position_skip = 2
     seen = []
-    method = dataclasses.replace(Method.of(args, VOCAB), policy=lambda s, v, **_: seen.append((s, v)) or v / v.sum())
+    method = dataclasses.replace(
+        Method.from_config(args, VOCAB), policy=lambda s, v, **_: seen.append((s, v)) or v / v.sum()
+    )
     distill(make_model(), LiveTeacher(make_model(seed=1)), batch, method)
     ((scores, valid),) = seen
     for s, v in zip(scores, valid, strict=True):
@@ -411,7 +413,7 @@ def test_a_score_that_is_not_finite_stops_every_policy(tmp_path, policy):
     student = make_model("untied")
     with torch.no_grad():
         student.lm_head.weight[3] = torch.nan
-    method = Method.of(config(tmp_path, position_policy=policy), VOCAB)
+    method = Method.from_config(config(tmp_path, position_policy=policy), VOCAB)
     generators = seeded(batch)
     if method.scoring is None:
         loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), batch, method, 3, generators)
@@ -424,7 +426,7 @@ def test_a_score_that_is_not_finite_stops_every_policy(tmp_path, policy):
 def test_negatives_change_from_step_to_step(tmp_path):
     samples, _ = prompts_and_completions()
     batch = Batch(**collate(samples, pad_token_id=122))
-    method = Method.of(config(tmp_path, class_selection="rs_kd", class_samples=9, sampled_softmax=20), VOCAB)
+    method = Method.from_config(config(tmp_path, class_selection="rs_kd", class_samples=9, sampled_softmax=20), VOCAB)
     student, teacher = make_model("untied"), LiveTeacher(make_model("untied", 1))
     first, again, later = (float(distill(student, teacher, batch, method, s, seeded(batch))[0]) for s in (3, 3, 4))
     assert first == again != later
@@ -437,7 +439,7 @@ def test_no_large_tensor_with_teacher_scores_or_sampled_classes(tmp_path, choice
     args = config(tmp_path, head_chunk_rows=16, position_fraction=0.2, **choices)
     with LargestTensor() as largest:
         loss, _ = distill(
-            make_model("untied"), LiveTeacher(freeze(make_model("untied", 1))), batch, Method.of(args, VOCAB)
+            make_model("untied"), LiveTeacher(freeze(make_model("untied", 1))), batch, Method.from_config(args, VOCAB)
         )
         loss.backward()
     assert largest.elements < 4 * 64 * VOCAB / 2

@@ -15,7 +15,7 @@ from test_trainer import make_trainer, trained_weights
 from sekd import SEKDConfig
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader
-from sekd.data import prepare
+from sekd.data.prepare import prepare
 from sekd.models import freeze
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 from test_trainer import make_trainer
 
-from sekd.data import prepare
+from sekd.data.prepare import prepare
 
 
 def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_model
 
 from sekd.heads import Head, chunked_entropy, in_chunks
-from sekd.models import head_of
+from sekd.models import get_head
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
@@ -70,9 +70,9 @@ def test_head_equals_the_models_own_logits(kind):
     model = make_model(kind)
     ids = torch.arange(9)[None]
     hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-    torch.testing.assert_close(head_of(model)(hidden), model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(get_head(model)(hidden), model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        head_of(model, 100)(hidden), model(input_ids=ids).logits[0, :, :100], rtol=1e-5, atol=1e-5
+        get_head(model, 100)(hidden), model(input_ids=ids).logits[0, :, :100], rtol=1e-5, atol=1e-5
     )
 
 
@@ -87,7 +87,7 @@ def test_a_converted_head_is_autocasts_own_in_value_and_gradient(bias, trained):
         rows.grad = None
         with torch.autocast("cpu", torch.bfloat16):
             head = Head(linear, vocab=490)
-            head = head.converted() if convert else head
+            head = head.in_autocast_dtype() if convert else head
             (sums,) = in_chunks(lambda h: (head(h).square().sum(-1),), (rows * 1.5,), 8)
         sums.sum().backward()
         return [sums.detach(), rows.grad, *(p.grad for p in linear.parameters())]
@@ -101,15 +101,15 @@ def test_a_converted_head_is_autocasts_own_in_value_and_gradient(bias, trained):
 
 def test_the_weight_is_converted_once_and_only_where_that_helps():
     linear = torch.nn.Linear(8, 30)
-    assert Head(linear).converted().projection is linear, "no autocast"
+    assert Head(linear).in_autocast_dtype().projection is linear, "no autocast"
     with torch.autocast("cpu", torch.bfloat16):
-        low = Head(linear).converted().projection.low
+        low = Head(linear).in_autocast_dtype().projection.low
         assert low.dtype == torch.bfloat16
-        assert Head(linear.bfloat16()).converted().projection is linear, "nothing to convert"
+        assert Head(linear.bfloat16()).in_autocast_dtype().projection is linear, "nothing to convert"
         linear.float().register_forward_hook(lambda *_: None)
-        assert Head(linear).converted().projection is linear, "a wrapper's hook must run"
+        assert Head(linear).in_autocast_dtype().projection is linear, "a wrapper's hook must run"
         adapted = torch.nn.Sequential(torch.nn.Linear(8, 30))
-        assert Head(adapted).converted().projection is adapted
+        assert Head(adapted).in_autocast_dtype().projection is adapted
         linear = torch.nn.Linear(8, 30)
         linear.forward = lambda rows: rows  # a wrapper's own
-        assert Head(linear).converted().projection is linear
+        assert Head(linear).in_autocast_dtype().projection is linear

@@ -8,7 +8,8 @@ from conftest import ARCHITECTURES, make_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from sekd.models import adapter_of, causal_lm, check_head, check_mergeable, full_weights, hidden_states, run_inside
+from sekd.models import causal_lm, check_head, hidden_states, run_inside
+from sekd.on_policy.weights import check_mergeable, extract_adapter, full_weights
 from sekd.types import Batch
 
 
@@ -143,9 +144,9 @@ def each_layer(method, *arguments):
 )
 def test_only_what_vllm_computes_alike_goes_as_an_adapter(change):
     adapted = lora(make_model("untied"))
-    assert adapter_of(adapted).rank == 4
+    assert extract_adapter(adapted).rank == 4
     change(adapted)
-    assert adapter_of(adapted) is None
+    assert extract_adapter(adapted) is None
 
 
 @pytest.mark.parametrize(
@@ -163,5 +164,5 @@ def test_only_what_vllm_computes_alike_goes_as_an_adapter(change):
     ids=str,
 )
 def test_which_adapters_go_alone(options, rank):
-    found = adapter_of(lora(make_model("untied"), **options))
+    found = extract_adapter(lora(make_model("untied"), **options))
     assert (found and found.rank) == rank

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekd.policies import POLICIES, READS, budgets, make_policy, options_of
-from sekd.ranking import eligible
-from sekd.stateful import FEATURES
+from sekd.policies import POLICIES, READS, make_policy, options_of
+from sekd.policies.bandit import FEATURES
+from sekd.policies.ranks import budgets, eligible
 
 VALID = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1]]).bool()
 SCORES = torch.tensor([[9.0, 1, 3, 3, 2, 9], [1, 1, 1, 1, 1, 1], [0, -5, 9, 9, 9, 0]])

@@ -6,7 +6,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rollouts import Rollout
-from sekd.progress import ProgressLine, RunFiles, installed_versions, show_completions, write_atomically
+from sekd.callbacks import ProgressLine, RunFiles, installed_versions
+from sekd.files import write_atomically
+from sekd.on_policy.record import show_completions
 
 
 def state(step, history=()):

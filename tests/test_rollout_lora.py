@@ -11,8 +11,8 @@ from test_rollouts import PROMPTS, model_logps, vllm_logps
 from test_trainer import make_trainer
 
 from rollouts import VLLMEngine, VLLMServerEngine
-from sekd.generation import sync
-from sekd.models import adapter_of
+from sekd.on_policy.engines import sync
+from sekd.on_policy.weights import extract_adapter
 
 pytestmark = [
     pytest.mark.slow,
@@ -116,7 +116,7 @@ def check_syncs(engine, model):
 def test_merged_copies_in_process(folder):
     """DoRA is none of vLLM's adapters."""
     model = make_lora(use_dora=True)
-    assert adapter_of(model) is None
+    assert extract_adapter(model) is None
     engine = VLLMEngine(str(folder), dtype="bfloat16", enforce_eager=True, **OPTIONS)
     check_parity(engine, model)
     check_syncs(engine, model)
@@ -160,7 +160,7 @@ def test_a_lora_run_in_process(tmp_path, tokenizer, pairs, kind):
     models, trained = (make_vllm_model(), make_vllm_model(1)), dict(peft_config=lora)
     trainer = make_trainer(tmp_path, tokenizer, pairs, *models, trained, rollout_engine="vllm", **ONE_STEP)
     trainer.train()
-    assert (adapter_of(trainer.model) is not None) == (kind == "adapter")
+    assert (extract_adapter(trainer.model) is not None) == (kind == "adapter")
     engine = trainer.engine
     assert (engine.lora is not None) == (kind == "adapter")
     sync(engine, trainer.model, 2, engine.lora_rank)

@@ -8,7 +8,7 @@ from conftest import make_model
 from peft import LoraConfig
 from test_trainer import make_trainer, trained_weights
 
-from sekd.scores import entropy, entropy_of_top
+from sekd.distributions import entropy, entropy_from_top
 
 ROLLOUT = dict(lmbda=1.0, score_source="rollout", temperature=1.0, max_prompt_length=16)
 
@@ -20,7 +20,7 @@ def test_the_estimate_lies_between_entropy_and_its_bound():
         for classes, known in ((50, 1), (50, 20), (5000, 20), (5000, 5)):
             logp = (torch.randn(200, classes, generator=generator, dtype=torch.float64) * scale).log_softmax(-1)
             top = logp.topk(known).values
-            exact, found = -(logp.exp() * logp).sum(-1), entropy_of_top(top.float(), classes).double()
+            exact, found = -(logp.exp() * logp).sum(-1), entropy_from_top(top.float(), classes).double()
             rest = (1 - top.exp().sum(-1)).clamp(min=1e-300)
             bound = rest * ((classes - known) * top[:, -1].exp() / rest).log()
             assert (found >= exact - 1e-4).all()
@@ -31,9 +31,9 @@ def test_the_estimate_lies_between_entropy_and_its_bound():
 
 def test_all_classes_known_is_exact():
     logp = torch.randn(9, 30).log_softmax(-1)
-    torch.testing.assert_close(entropy_of_top(logp.sort(descending=True).values, 30), entropy(logp))
+    torch.testing.assert_close(entropy_from_top(logp.sort(descending=True).values, 30), entropy(logp))
     certain = torch.tensor([[0.0, -math.inf, -math.inf]]).clamp(min=-9999)
-    assert entropy_of_top(certain, 3).item() == 0
+    assert entropy_from_top(certain, 3).item() == 0
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("curriculum", "pos_rs", "weighted", "gls")]

@@ -12,8 +12,8 @@ from test_trainer import make_trainer, trained_weights
 
 from rollouts import HFEngine, RolloutError
 from sekd import SEKDConfig
-from sekd.data import load_rows
-from sekd.rounds import RepeatSampler
+from sekd.data.load import load_rows
+from sekd.on_policy.sampler import RepeatSampler
 
 ON_POLICY = dict(lmbda=1.0, temperature=1.0, max_prompt_length=16, save_rollouts=True, report_to="none")
 

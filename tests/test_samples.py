@@ -14,9 +14,9 @@ from test_scores import oracle
 from test_trainer import make_trainer, qlora_student
 
 from sekd import SEKDConfig
-from sekd.data import prepare
-from sekd.models import weights_fingerprint
-from sekd.samples import choose_samples, data_fingerprint, pool_of, score_samples, select_samples
+from sekd.data.prepare import prepare
+from sekd.fingerprints import data_fingerprint, weights_fingerprint
+from sekd.samples import choose_samples, score_samples, select_samples, take_pool
 from sekd.scores import SCORES
 
 
@@ -232,7 +232,7 @@ def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
 def test_a_pool_keeps_the_order_and_the_columns_of_the_stream(tmp_path, tokenizer, texts):
     args = config(tmp_path, max_length=40, max_prompt_length=20)
     stream = prepare(texts.to_iterable_dataset(), tokenizer, args)
-    assert pool_of(stream, 10).to_list() == list(stream.take(10))
+    assert take_pool(stream, 10).to_list() == list(stream.take(10))
 
 
 def test_a_quantized_student_can_choose_samples(tmp_path, tokenizer, pairs):
@@ -251,4 +251,4 @@ def test_a_pool_of_data_with_a_length(tmp_path, tokenizer, pairs):
 
 def test_a_pool_larger_than_the_stream_is_the_stream(tmp_path, tokenizer, texts):
     args = config(tmp_path, max_length=40, max_prompt_length=20)
-    assert len(pool_of(prepare(texts.to_iterable_dataset(), tokenizer, args), 10_000)) < 10_000
+    assert len(take_pool(prepare(texts.to_iterable_dataset(), tokenizer, args), 10_000)) < 10_000

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sekd.policies import make_policy
-from sekd.stateful import FEATURES
+from sekd.policies.bandit import FEATURES
 from sekd.types import Batch
 
 VALID = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()

@@ -14,14 +14,16 @@ from test_trainer import make_trainer
 from tokenizers.processors import TemplateProcessing
 
 from rollouts import Rollout
-from sekd.data import Sample, collate, from_rollout, prepare
+from sekd.data.batch import Sample, collate, from_rollout
+from sekd.data.prepare import prepare
 from sekd.distill import Method, distill
+from sekd.fingerprints import data_fingerprint
 from sekd.losses import ON_LOG_PROBABILITIES
 from sekd.models import freeze, run_inside
 from sekd.policies import make_policy
-from sekd.samples import choose_samples, data_fingerprint, score_samples
+from sekd.samples import choose_samples, score_samples
 from sekd.scores import Scoring
-from sekd.teachers import LiveTeacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import IGNORE, Batch
 
 

@@ -4,8 +4,9 @@ import torch
 from conftest import make_model
 from test_distill import prompts_and_completions
 
-from sekd.data import collate
-from sekd.teachers import LiveTeacher, Teacher
+from sekd.data.batch import collate
+from sekd.teachers import Teacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 

@@ -19,8 +19,8 @@ from transformers import (
 
 from rollouts import Rollout
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.data import Sample
-from sekd.rounds import is_on_policy
+from sekd.data.batch import Sample
+from sekd.on_policy.schedule import is_on_policy
 
 
 def make_trainer(tmp_path, tokenizer, data, student=None, teacher=None, trainer_options=None, **kwargs):

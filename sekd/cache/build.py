@@ -17,10 +17,9 @@ from sekd.cache.readers import RayReaders, Reader, load_reader
 from sekd.cache.store import (
     FINGERPRINT,
     Store,
-    data_name,
     is_cache,
-    key_of,
     locked,
+    name_samples,
     read_manifest,
     read_sample,
     read_shard,
@@ -30,12 +29,13 @@ from sekd.cache.store import (
     write_shard,
 )
 from sekd.config import SEKDConfig
-from sekd.data import check_same_tokenizer
-from sekd.models import load_model, tokenizer_fingerprint
+from sekd.data.prepare import check_same_tokenizer
+from sekd.fingerprints import sample_key, tokenizer_fingerprint
+from sekd.models import load_model
 from sekd.samples import choose_samples, prepare_all
 
 
-def fingerprint_of(
+def build_fingerprint(
     keys: list[bytes],
     facts: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -49,7 +49,7 @@ def fingerprint_of(
         "dtype": facts["dtype"],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab": facts["vocab"],
-        "data": data_name(keys),
+        "data": name_samples(keys),
         **_settings(args),
         "form": "compressed",
         "shard_samples": shard_samples,
@@ -85,14 +85,14 @@ def build_cache(
         raise ValueError(
             f"class_samples {args.class_samples} cannot be cached: counts have 6 bits; use at most {MAX_DRAWS}"
         )
-    keys = [key_of(row) for row in dataset]
+    keys = [sample_key(row) for row in dataset]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}  # samples that repeat are kept once
     order = sorted(first.values())
     parts = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
     paths = [os.path.join(folder, shard_name(number)) for number in range(len(parts))]
     shards: dict[int, dict[str, Any]] = {}
     with locked(folder):
-        fingerprint = fingerprint_of(keys, reader.facts, tokenizer, args, shard_samples)
+        fingerprint = build_fingerprint(keys, reader.facts, tokenizer, args, shard_samples)
         listed = _claim(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from sekd.cache.codec import encode, entropy_to_bytes
-from sekd.cache.store import Encoded, key_of
+from sekd.cache.store import Encoded
 from sekd.config import SEKDConfig
-from sekd.data import Sample, collate
+from sekd.data.batch import Sample, collate
 from sekd.distill import Method, drawn
+from sekd.distributions import entropy
+from sekd.fingerprints import sample_key, weights_fingerprint
 from sekd.heads import in_chunks
-from sekd.models import check_head, freeze, load_teacher, vocab_rows, weights_fingerprint
-from sekd.scores import entropy
-from sekd.teachers import LiveTeacher
+from sekd.models import check_head, count_classes, freeze, load_teacher
+from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
 # Whatever head_chunk_rows is: the last bits of a logit may depend on how many rows pass the head with it.
@@ -46,9 +47,9 @@ class LocalReader:
     """The teacher in this process; ``classes`` are those of the student's head."""
 
     def __init__(self, teacher: Any, classes: int, args: SEKDConfig) -> None:
-        vocab = min(classes, vocab_rows(teacher))
+        vocab = min(classes, count_classes(teacher))
         self.teacher = LiveTeacher(teacher, vocab)
-        self.method = replace(Method.of(args, vocab), class_selection="rs_kd")
+        self.method = replace(Method.from_config(args, vocab), class_selection="rs_kd")
         self.with_entropy = args.cache_teacher_entropy
         self.facts = {
             "weights": weights_fingerprint(teacher),
@@ -70,7 +71,7 @@ class LocalReader:
         device: Any = self.teacher.model.device
         inputs = collate([Sample(**row)], 0)
         batch = {name: tensor.to(device) for name, tensor in inputs.items()}
-        (hidden,), key = self.teacher.rows(Batch(**batch)), key_of(row)
+        (hidden,), key = self.teacher.rows(Batch(**batch)), sample_key(row)
 
         def of_chunk(projected: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
             logits = head.finish(projected)

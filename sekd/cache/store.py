@@ -17,10 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from sekd.cache.codec import FORMS, Decoded, decode
-from sekd.progress import write_atomically
+from sekd.files import write_atomically
 
 FORMAT = 2
+
+
 MANIFEST = "manifest.json"
+
+
 FINGERPRINT: dict[str, tuple[Any, str]] = {
     "teacher": (dict, "teacher_model_name_or_path, its revision or weights"),
     "dtype": (str, "teacher_dtype"),
@@ -40,22 +44,19 @@ FINGERPRINT: dict[str, tuple[Any, str]] = {
     "shard_samples": (int, "the samples of a shard"),
 }
 """What must match for a cache to be the one that is asked for: type, and what a user calls it."""
+
+
 SHARD = {"samples": int, "rows": int, "classes": int, "bytes": int, "sha256": str}
-AGAIN = "delete it and build (or pull) again"
+
+
+REBUILD_HINT = "delete it and build (or pull) again"
+
+
 Encoded = tuple[bytes, int, int, bytes]
 """Of a sample: key, number of rows, number of classes in all rows, bytes."""
+
+
 SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
-
-
-def key_of(row: Mapping[str, Any]) -> bytes:
-    """16 bytes that name a prepared sample by its tokens, targets, packed documents and the teacher's own prompt:
-    whatever its place or batch."""
-    digest = hashlib.blake2b(digest_size=16)
-    lengths = row.get("seq_lengths") or [len(row["input_ids"])]
-    theirs = row.get("teacher_prompt_ids")
-    for part in (row["input_ids"], row["supervised"], lengths, *([] if theirs is None else [theirs])):
-        digest.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype=np.int64).tobytes())
-    return digest.digest()
 
 
 def shard_name(number: int) -> str:
@@ -101,9 +102,9 @@ def read_shard(path: str) -> pa.RecordBatch:
         reader = pa.ipc.open_file(pa.memory_map(path))
         batch = reader.get_batch(0)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"cache shard {path!r} cannot be read ({error}); {AGAIN}") from error
+        raise ValueError(f"cache shard {path!r} cannot be read ({error}); {REBUILD_HINT}") from error
     if batch.schema != SCHEMA:
-        raise ValueError(f"cache shard {path!r} has not the columns of this version; {AGAIN}")
+        raise ValueError(f"cache shard {path!r} has not the columns of this version; {REBUILD_HINT}")
     return batch
 
 
@@ -148,7 +149,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
         with open(path) as file:
             manifest = json.load(file)
     except ValueError as error:
-        raise ValueError(f"{path!r} cannot be read ({error}); {AGAIN}") from error
+        raise ValueError(f"{path!r} cannot be read ({error}); {REBUILD_HINT}") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ValueError(f"{path!r} is not the manifest of a teacher cache; name another folder")
     if manifest["format"] != FORMAT:
@@ -224,7 +225,9 @@ def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
     if not os.path.exists(path):
         raise ValueError(f"cache shard {path!r} is missing; build (or pull) the cache again, the others stay")
     if os.path.getsize(path) != shard["bytes"]:
-        raise ValueError(f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; {AGAIN}")
+        raise ValueError(
+            f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; {REBUILD_HINT}"
+        )
     return read_shard(path)
 
 
@@ -237,7 +240,7 @@ def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mappi
         if (found.entropy is not None) != fingerprint["teacher_entropy"]:
             raise ValueError("its rows have other fields than the manifest says")
     except ValueError as error:
-        raise ValueError(f"cache shard {name!r}, sample {place}: {error}; {AGAIN}") from error
+        raise ValueError(f"cache shard {name!r}, sample {place}: {error}; {REBUILD_HINT}") from error
     return found
 
 
@@ -249,7 +252,7 @@ def verify(folder: str) -> list[str]:
         try:
             batch = open_shard(folder, shard)
             if sha256(os.path.join(folder, shard["file"])) != shard["sha256"]:
-                raise ValueError(f"{shard['file']}: the checksum differs; {AGAIN}")
+                raise ValueError(f"{shard['file']}: the checksum differs; {REBUILD_HINT}")
             for place in range(batch.num_rows):
                 read_sample(batch, place, shard["file"], manifest["fingerprint"])
             keys += batch.column("key").to_pylist()
@@ -257,11 +260,11 @@ def verify(folder: str) -> list[str]:
             problems.append(str(error))
     if not manifest["complete"]:
         problems.append(f"{MANIFEST}: the cache is not complete; run its `sekd cache build` again, it goes on")
-    elif not problems and data_name(keys) != manifest["fingerprint"]["data"]:
+    elif not problems and name_samples(keys) != manifest["fingerprint"]["data"]:
         problems.append(f"{MANIFEST}: it lists other samples than it was built from; build (or pull) again")
     return problems
 
 
-def data_name(keys: Iterable[bytes]) -> str:
+def name_samples(keys: Iterable[bytes]) -> str:
     """A name of a set of samples, whatever their order; one that repeats counts once."""
     return hashlib.blake2b(b"".join(sorted(set(keys))), digest_size=16).hexdigest()

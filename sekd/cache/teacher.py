@@ -1,58 +1,19 @@
-"""Where the teacher's distributions come from."""
+"""A cache in the place of a teacher model."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sekd.cache.codec import entropy_from_bytes
-from sekd.cache.store import FINGERPRINT, Store, key_of
+from sekd.cache.store import FINGERPRINT, Store
 from sekd.config import SEKDConfig
-from sekd.models import head_of, hidden_states, tokenizer_fingerprint
+from sekd.fingerprints import sample_key, tokenizer_fingerprint
 from sekd.types import Batch
-
-
-@runtime_checkable
-class Teacher(Protocol):
-    """A source of teacher distributions, asked once a batch for its rows and then a chunk at a time for logits."""
-
-    def rows(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the teacher keeps of the N valid rows of the batch: tensors of N rows, small against [N V].
-
-        A teacher that reads the tokens reads those of ``batch.for_teacher``.
-        """
-
-    def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
-        """Logits (or log-probabilities) of a chunk of those rows."""
-
-    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
-        """What it knows of a chunk of those rows, as the fields of :class:`sekd.scores.Rows`."""
-
-
-class LiveTeacher:
-    """A teacher model in memory: one backbone pass a batch; its head reads only the rows that are asked for."""
-
-    def __init__(self, model: nn.Module, vocab: int | None = None) -> None:
-        self.model = model
-        self.head = head_of(model, vocab)
-
-    @torch.no_grad()
-    def rows(self, batch: Batch) -> tuple[Float[Tensor, "N D"]]:
-        batch = batch.for_teacher
-        return (hidden_states(self.model, batch)[batch.valid],)
-
-    @torch.no_grad()
-    def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
-        (hidden,) = rows
-        return self.head(hidden)
-
-    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
-        return {"teacher_logp": self.logits(*rows).log_softmax(-1)}
 
 
 class CachedTeacher:
@@ -148,4 +109,4 @@ def cached_teacher(store: Store, dataset: Dataset, classes: int) -> tuple[Cached
             f"teacher_cache {store.folder!r} has {vocab} classes, and the student's head only {classes}; build it with "
             "this student as model_name_or_path"
         )
-    return CachedTeacher(store, {row["sample_id"]: key_of(row) for row in dataset}), vocab
+    return CachedTeacher(store, {row["sample_id"]: sample_key(row) for row in dataset}), vocab

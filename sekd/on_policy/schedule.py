@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,23 +14,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import IterableDataset
-from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from rollouts import Rollout, RolloutEngine, RolloutError, RolloutRefused, VLLMServerEngine
+from rollouts import Rollout, RolloutConfigError, RolloutEngine, RolloutError, VLLMServerEngine
 from sekd.config import SEKDConfig
-from sekd.data import Sample, from_rollout
-from sekd.generation import check_served, make_engine, sync
-from sekd.models import vocab_rows
-from sekd.progress import show_completions, write_atomically
-from sekd.scores import entropy_of_top
+from sekd.data.batch import Sample, from_rollout
+from sekd.distributions import entropy_from_top
+from sekd.files import write_atomically
+from sekd.models import count_classes
+from sekd.on_policy.engines import check_served, make_engine, sync
+from sekd.on_policy.record import _as_line, _as_state, _from_state, _lines_before, show_completions
 
 logger = logging.get_logger(__name__)
 
+
 Parts = list[list[Sample]]
 """The samples of an optimizer step, micro-batch by micro-batch."""
+
 
 Timed = tuple[list[Rollout], float]
 """Rollouts, and the seconds that they took."""
@@ -53,7 +54,7 @@ class _Round:
     answer: Callable[[], Timed]
 
 
-class Rounds:
+class RolloutSchedule:
     """The optimizer steps of a run, the on-policy ones with completions by the student.
 
     A round is one call of the engine, for the on-policy ones of ``rollout_batches`` steps. With ``rollout_staleness``
@@ -130,7 +131,7 @@ class Rounds:
             if step.rollouts == []:
                 step.rollouts = [next(written) for _ in _samples(step)]
                 if [rollout.prompt_ids for rollout in step.rollouts] != [*map(_prompt, _samples(step))]:
-                    raise RolloutRefused("the rollout engine answered other prompts than asked, or in other order")
+                    raise RolloutConfigError("the rollout engine answered other prompts than asked, or in other order")
         return this.steps
 
     def _record(self, step: Step, rollouts: list[Rollout]) -> None:
@@ -155,8 +156,8 @@ class Rounds:
     def _sample(self, sample: Sample, rollout: Rollout) -> Sample:
         if rollout.top_logprobs is None:
             return from_rollout(sample, rollout)
-        classes = self.trainer.method.vocab or vocab_rows(self.trainer.model)
-        return from_rollout(sample, rollout, entropy_of_top(torch.from_numpy(rollout.top_logprobs), classes).tolist())
+        classes = self.trainer.method.vocab or count_classes(self.trainer.model)
+        return from_rollout(sample, rollout, entropy_from_top(torch.from_numpy(rollout.top_logprobs), classes).tolist())
 
     # The engine
 
@@ -194,7 +195,7 @@ class Rounds:
     def _of_leader(self, found: Any) -> Any:
         """What the process with the engine found; an error is raised in all, so that none waits for the others."""
         if isinstance(found, BaseException):  # as one that travels
-            found = (RolloutError if isinstance(found, RolloutError) else RolloutRefused)(str(found))
+            found = (RolloutError if isinstance(found, RolloutError) else RolloutConfigError)(str(found))
         box = [found]
         if self.joint:
             broadcast_object_list(box)
@@ -209,7 +210,7 @@ class Rounds:
         if self.engine is None and (not self.joint or trainer.accelerator.is_main_process):
             try:
                 self.engine = make_engine(trainer.model, trainer.processing_class, self.args)
-            except (RolloutError, RolloutRefused) as error:
+            except (RolloutError, RolloutConfigError) as error:
                 found = error
         if self.engine is not None:
             found = getattr(self.engine, "lora_rank", 0)
@@ -273,32 +274,6 @@ class Rounds:
             self.thread = None
 
 
-class RepeatSampler(Sampler[int]):
-    """Each index ``times`` times in a row, so that rollouts of a prompt meet in a step; shuffled anew each epoch.
-
-    The order is the epoch's own, so that a resumed run finds it again, which TRL's sampler of this name cannot.
-    """
-
-    def __init__(self, length: int, times: int, seed: int, shuffle: bool = True) -> None:
-        self.length, self.times, self.seed, self.shuffle, self.epoch = length, times, seed, shuffle, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length * self.times
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
-        order = torch.randperm(self.length, generator=generator) if self.shuffle else torch.arange(self.length)
-        yield from order.repeat_interleave(self.times).tolist()
-
-
-def repeated(stream: IterableDataset, times: int) -> IterableDataset:
-    """As :class:`RepeatSampler`, for a stream, which no sampler reads."""
-    return stream.map(lambda rows: {name: [v for v in rows[name] for _ in range(times)] for name in rows}, batched=True)
-
-
 def is_on_policy(args: SEKDConfig, step: int) -> bool:
     """Whether an optimizer step learns from rollouts: a draw of its own, with probability ``lmbda``."""
     return random.Random(f"{args.seed}/{step}").random() < args.lmbda
@@ -314,7 +289,7 @@ def _now(work: Callable[..., Timed], *arguments: Any) -> Future[Timed]:
     job: Future[Timed] = Future()
     try:
         job.set_result(work(*arguments))
-    except (RolloutError, RolloutRefused) as error:
+    except (RolloutError, RolloutConfigError) as error:
         job.set_exception(error)
     return job
 
@@ -325,43 +300,3 @@ def _samples(step: Step) -> list[Sample]:
 
 def _prompt(sample: Sample) -> list[int]:
     return sample.input_ids[: sample.prompt_length]
-
-
-def _as_state(rollout: Rollout) -> dict[str, Any]:
-    state = {name: getattr(rollout, name) for name in rollout.__slots__}
-    if rollout.top_logprobs is not None:  # torch.load takes tensors
-        state["top_logprobs"] = torch.from_numpy(rollout.top_logprobs)
-    return state
-
-
-def _from_state(state: dict[str, Any]) -> Rollout:
-    top = state["top_logprobs"]
-    return Rollout(**state | {"top_logprobs": None if top is None else top.numpy()})
-
-
-def _as_line(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str:
-    """A line of the file of all rollouts: token ids for a machine, and the same as text."""
-    line = {
-        "step": step,
-        "weights_step": rollout.weights_step,
-        "sample_id": sample.sample_id,
-        "finish_reason": rollout.finish_reason,
-        "prompt": tokenizer.decode(rollout.prompt_ids),
-        "completion": tokenizer.decode(rollout.completion_ids),
-        "prompt_ids": rollout.prompt_ids,
-        "completion_ids": rollout.completion_ids,
-    }
-    if sample.teacher_prompt_ids is not None:
-        line["teacher_prompt_ids"] = sample.teacher_prompt_ids
-    return json.dumps(line) + "\n"
-
-
-def _lines_before(path: str, step: int) -> Iterator[str]:
-    """The whole lines of steps before ``step``: a killed run wrote others, which will be written again."""
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        for line in file:
-            with suppress(ValueError):
-                if line.endswith("\n") and json.loads(line)["step"] < step:
-                    yield line

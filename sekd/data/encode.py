@@ -18,7 +18,7 @@ ROLLOUT_COLUMNS = ("prompt_ids", "completion_ids")
 """What makes a row a rollout that was written before; its tokens are taken as they are."""
 
 
-def kind_of(first: Mapping[str, Any], args: SEKDConfig) -> str:
+def detect_kind(first: Mapping[str, Any], args: SEKDConfig) -> str:
     """The kind of rows that the columns of the first one make, a key of :data:`ENCODERS`.
 
     Raises:

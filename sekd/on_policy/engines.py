@@ -13,14 +13,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rollouts import HFEngine, RolloutEngine, RolloutRefused, VLLMEngine, VLLMServerEngine
+from rollouts import HFEngine, RolloutConfigError, RolloutEngine, VLLMEngine, VLLMServerEngine
 from rollouts.vllm_local import LORA_RANKS
 from sekd.config import SEKDConfig
-from sekd.models import adapter_of, base_weights, causal_lm, full_weights, unwrap
+from sekd.models import causal_lm, unwrap
+from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
 
 logger = logging.get_logger(__name__)
 
-MOST = 0.1
+MAX_LOGPROB_DIFFERENCE = 0.1
 """Mean difference of log-probabilities: bf16 rounds by hundredths, and another model is off by far more."""
 
 
@@ -59,7 +60,7 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
             timeout=args.rollout_timeout,
             request_timeout=args.rollout_timeout,
         )
-    adapter = adapter_of(model)
+    adapter = extract_adapter(model)
     if adapter is not None and adapter.rank <= LORA_RANKS[-1]:
         try:
             return _vllm_engine(model, tokenizer, args, sampling, adapter.rank)
@@ -113,7 +114,7 @@ def sync(engine: RolloutEngine | None, model: nn.Module, step: int, lora_rank: i
     """
     if engine is not None and getattr(engine, "model", None) is causal_lm(model):
         return engine.sync_weights(causal_lm(model), step)
-    adapter = adapter_of(model) if lora_rank else None
+    adapter = extract_adapter(model) if lora_rank else None
     if adapter is not None and adapter.rank > lora_rank:
         adapter = None
     weights = full_weights(model) if adapter is None else ()
@@ -130,7 +131,7 @@ def check_served(engine: RolloutEngine | None, model: nn.Module, prompts: Sequen
     without an engine takes its part in the student's forward.
 
     Raises:
-        RolloutRefused: they differ, so it serves another model.
+        RolloutConfigError: they differ, so it serves another model.
     """
     student, ids = unwrap(model), [*itertools.chain(*prompts)][:64]
     was_training, device = student.training, next(student.parameters()).device
@@ -142,8 +143,8 @@ def check_served(engine: RolloutEngine | None, model: nn.Module, prompts: Sequen
         return
     for url in engine.urls:
         difference = float((torch.tensor(engine.logprobs(ids, url)) - own).abs().mean()) if len(ids) > 1 else 0.0
-        if not difference < MOST:
-            raise RolloutRefused(
+        if not difference < MAX_LOGPROB_DIFFERENCE:
+            raise RolloutConfigError(
                 f"rollout server {url} computes other probabilities than the student (log-probabilities differ by "
                 f"{difference:.2g} in the mean), so it serves another model; start it with model_name_or_path"
             )

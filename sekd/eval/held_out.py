@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sekd.distill import Method
+from sekd.distributions import cross_entropy, entropy
 from sekd.heads import in_chunks
-from sekd.losses import cross_entropy, forward_kl, reverse_kl
-from sekd.models import head_of, hidden_states
-from sekd.scores import entropy
+from sekd.losses import forward_kl, reverse_kl
+from sekd.models import get_head, hidden_states
 from sekd.teachers import Teacher
 from sekd.types import Batch
 
@@ -27,7 +27,7 @@ def held_out_sums(student: nn.Module, teacher: Teacher | None, batch: Batch, met
 
     Divide by ``rows`` for the mean a token. Temperature 1, whatever the training used.
     """
-    head = head_of(student, method.vocab).converted()
+    head = get_head(student, method.vocab).in_autocast_dtype()
 
     def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, ...]:
         q = head(rows).log_softmax(-1)
@@ -47,7 +47,7 @@ def held_out_sums(student: nn.Module, teacher: Teacher | None, batch: Batch, met
     return {**sums, "rows": batch.valid.sum(), "calibration": calibration}
 
 
-def metrics_of(sums: dict[str, Any]) -> dict[str, float]:
+def compute_metrics(sums: dict[str, Any]) -> dict[str, float]:
     """Means a row, ``perplexity`` = exp(student_ce), and ``ece``: sum over bins of |hits - confidence| / rows (Guo et
     al., 2017)."""
     rows = max(sums["rows"], 1)

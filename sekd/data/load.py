@@ -1,0 +1,59 @@
+"""Rows of local files or of a hub dataset."""
+
+import glob
+import os
+
+from datasets import Dataset, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+from trl.data_utils import get_dataset_column_names
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def is_local(name: str) -> bool:
+    """Whether a dataset's name means files here, rather than a hub id."""
+    return os.path.splitext(name)[1] in BUILDERS or os.path.exists(name) or name.startswith((".", "/", "~"))
+
+
+def load_rows(
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False, field: str = "dataset_name"
+) -> Dataset | IterableDataset:
+    """Rows of a local json, jsonl, csv or parquet file (or folder, or glob of them), or else of a hub dataset.
+
+    Files are one split, whatever ``split`` calls it; a slice such as ``train[:64]`` or ``train[90%:]`` selects from
+    their rows. Of several files the columns that all of them have are kept. Errors name ``field``.
+
+    Raises:
+        ValueError: a file or folder that is not there or holds nothing readable.
+    """
+    if not is_local(name):
+        return load_dataset(name, config, split=split, streaming=streaming)
+    path = os.path.expanduser(name)
+    pattern = os.path.join(path, "**") if os.path.isdir(path) else path
+    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.splitext(f)[1] in BUILDERS)
+    if not files:
+        raise ValueError(f"{field} {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
+    if len({os.path.splitext(f)[1] for f in files}) > 1:
+        raise ValueError(f"{field} {name!r} mixes kinds of files; name those of one kind, such as 'folder/*.jsonl'")
+    if empty := [f for f in files if not os.path.getsize(f)]:
+        raise ValueError(f"{field} {name!r}: {empty[0]} is empty")
+    try:
+        kind = BUILDERS[os.path.splitext(files[0])[1]]
+        parts = [load_dataset(kind, data_files=f, split="train", streaming=streaming) for f in files]
+    except DatasetsError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{field} {name!r} cannot be read as {kind}: {cause}") from error
+    if len(parts) > 1:
+        columns = [
+            c for c in get_dataset_column_names(parts[0]) if all(c in get_dataset_column_names(p) for p in parts)
+        ]
+        parts = [part.select_columns(columns) for part in parts]
+    dataset = concatenate_datasets(parts)
+    if "[" not in split:
+        return dataset
+    if streaming:
+        raise ValueError(f"split {split!r} slices a stream, whose length is unknown; set dataset_streaming: false")
+    spans = ReadInstruction.from_spec("train" + split[split.index("[") :]).to_absolute({"train": len(dataset)})
+    return dataset.select(
+        [i for span in spans for i in range(span.from_ or 0, len(dataset) if span.to is None else span.to)]
+    )

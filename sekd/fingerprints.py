@@ -1,0 +1,46 @@
+"""What tells samples, data, tokenizers and models apart."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from sekd.models import causal_lm
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of every weight's name, shape and up to 1,024 of its values, in float32: tells models apart quickly."""
+    digest = hashlib.sha256()
+    for name, tensor in causal_lm(model).state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // 1024)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary and the chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def sample_key(row: Mapping[str, Any]) -> bytes:
+    """16 bytes that name a prepared sample by its tokens, targets, packed documents and the teacher's own prompt:
+    whatever its place or batch."""
+    digest = hashlib.blake2b(digest_size=16)
+    lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+    theirs = row.get("teacher_prompt_ids")
+    for part in (row["input_ids"], row["supervised"], lengths, *([] if theirs is None else [theirs])):
+        digest.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype=np.int64).tobytes())
+    return digest.digest()
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """A hash of every sample's tokens, targets, documents and teacher's prompts, in their order."""
+    return hashlib.blake2b(b"".join(map(sample_key, dataset)), digest_size=16).hexdigest()

@@ -1,0 +1,107 @@
+"""The student's weights as a rollout engine takes them: whole, below an adapter, or the adapter alone."""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rollouts import Adapter
+from sekd.models import causal_lm, unwrap
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights under their checkpoint names, one whole tensor at a time: shards gathered, adapters
+    merged into copies. The training weights themselves are never touched, so that nothing drifts.
+
+    Under FSDP2 every rank must consume the whole iterator.
+    """
+    lm = causal_lm(model)
+    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in layers.items():
+        merged = copy.deepcopy(layer)  # one layer at a time; merging itself knows DoRA, biases and embeddings
+        merged.merge()
+        for leaf, tensor in merged.get_base_layer().state_dict().items():
+            yield f"{name}.{leaf}", _whole(tensor)
+    for name, tensor in lm.state_dict().items():
+        if ".original_module." in name or any(name.startswith(f"{layer}.") for layer in layers):
+            continue
+        yield name.replace(".modules_to_save.default", ""), _whole(tensor)
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a LoRA student's adapter is for, as its checkpoint has them: one that is input and output
+    embedding once, under the first name, which is the one that vLLM loads."""
+    seen = set()
+    for name, tensor in causal_lm(model).state_dict(keep_vars=True).items():
+        if ".lora_" not in name and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name.replace(".base_layer.", "."), _whole(tensor)
+
+
+SERVED_LORA = (
+    {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}
+    | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    | {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+)
+"""Fields of a LoraConfig that vLLM reads as PEFT does, or that change no result; others must have their defaults."""
+
+
+def extract_adapter(model: nn.Module) -> Adapter | None:
+    """The student's adapter alone, whole tensors of it, if it is one that vLLM can apply: plain LoRA of linear layers
+    before the head. Without one, engines take :func:`full_weights`.
+
+    Under FSDP2 every rank must call it.
+    """
+    inner: Any = unwrap(model)
+    configs = getattr(inner, "peft_config", {})
+    if [*configs] != ["default"] or type(configs["default"]) is not LoraConfig:
+        return None
+    found, plain = configs["default"].to_dict(), LoraConfig().to_dict()
+    if found["init_lora_weights"] in (False, "gaussian"):  # other ways to start may change the base weights
+        found["init_lora_weights"] = True
+    if any(found[name] != plain[name] for name in plain.keys() - SERVED_LORA):
+        return None
+    layers = {n: m for n, m in causal_lm(model).named_modules() if isinstance(m, BaseTunerLayer)}
+    if any("lm_head" in n or not isinstance(m.get_base_layer(), nn.Linear) for n, m in layers.items()):
+        return None
+    if not all(map(_is_as_configured, layers.values())):
+        return None
+    if any(parameter.requires_grad and "lora_" not in name for name, parameter in inner.named_parameters()):
+        return None  # what is below the adapter changes too
+    found |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    found |= {name: sorted(value) for name, value in found.items() if isinstance(value, set)}
+    weights = get_peft_model_state_dict(inner, save_embedding_layers=False)
+    return Adapter(found, {name: _whole(tensor) for name, tensor in weights.items()})
+
+
+def _is_as_configured(layer: Any) -> bool:
+    """Whether a LoRA layer does what its configuration says: not merged, switched off or scaled by hand."""
+    rank, alpha = layer.r["default"], layer.lora_alpha["default"]
+    plain = alpha / (math.sqrt(rank) if layer.use_rslora.get("default", False) else rank)
+    on = layer.active_adapters == ["default"] and not layer.merged and not layer.disable_adapters
+    return on and math.isclose(layer.scaling["default"], plain)
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise ValueError for an adapter whose merged weights no checkpoint of the student's architecture can hold."""
+    lm = causal_lm(model)
+    adapted = [n for n, m in lm.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    tied = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapted}
+    if any(name.endswith("token_adapter") for name in adapted):
+        raise ValueError("trainable_token_indices cannot be sent to a rollout engine; use rollout_engine: hf")
+    if tied and lm.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            f"the adapter changes {' and '.join(sorted(tied))}, but this student has one weight for input and output, "
+            "so no engine could take the merged result; leave them out of lora_target_modules and "
+            "lora_modules_to_save, or use rollout_engine: hf"
+        )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
