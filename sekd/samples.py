@@ -23,13 +23,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import prepare
-from sekd.distill import score_rows
+from sekd.distill import score_positions
 from sekd.files import write_atomically
 from sekd.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from sekd.models import common_vocab, freeze, get_head, hidden_states, load_model, load_teacher
-from sekd.scores import SCORES, Scoring
+from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
-from sekd.types import Batch
+from sekd.types import Batch, Positions
 
 FORMAT = 1
 
@@ -89,12 +89,11 @@ def choose_of(
     rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """:func:`choose_samples` for raw rows and models by name; the teacher is loaded only where the score needs it."""
-    needs_teacher = args.sample_score != "random" and SCORES[args.sample_score].needs_teacher
-    if needs_teacher and args.teacher_model_name_or_path is None:
+    if needs_teacher(args.sample_score) and args.teacher_model_name_or_path is None:
         raise ValueError(f"sample_score {args.sample_score!r} needs a teacher: set teacher_model_name_or_path")
     tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
     model, teacher = load_model(student, **{"dtype": torch.float32, **model_init_kwargs}), None
-    if needs_teacher:
+    if needs_teacher(args.sample_score):
         name = str(args.teacher_model_name_or_path)
         teacher = load_teacher(name, args, model_init_kwargs.get("attn_implementation"))
     return choose_samples(dataset, model, teacher, tokenizer, args)
@@ -157,15 +156,15 @@ def choose_samples(
 def score_samples(
     dataset: Dataset, student: nn.Module, teacher: nn.Module | None, args: SEKDConfig
 ) -> Float[Tensor, " n"]:
-    """The mean of ``args.sample_score`` over the valid rows of each sample, in one pass of the frozen models.
+    """The mean of ``args.sample_score`` over the valid positions of each sample, in one pass of the frozen models.
 
-    A prompt without completion is scored on its own tokens, which are the student's to both models; a sample without
-    any row scores 0. Processes share the work.
+    A prompt without completion is scored on its own tokens, and both models read the student's prompt then. A sample
+    without any position scores 0. Processes share the work.
 
     Raises:
         FloatingPointError: a score that is not finite, with the sample.
     """
-    if args.sample_score == "random":
+    if args.sample_score == RANDOM:
         return torch.rand(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     scoring, source, vocab = Scoring((args.sample_score,)), None, None
     if scoring.needs_teacher:
@@ -186,12 +185,12 @@ def score_samples(
         inputs = {name: tensor.to(args.device) for name, tensor in collate(samples, 0).items()}
         batch = Batch(**inputs)
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
-            rows, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
-            teacher_rows = source.rows(batch) if source else ()
-            found, _ = score_rows(
-                head.in_autocast_dtype(), source, rows, targets, teacher_rows, scoring, args.head_chunk_rows
+            hidden, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
+            positions = Positions(hidden, targets, source.read(batch) if source else {})
+            at_positions, _ = score_positions(
+                head.in_autocast_dtype(), source, positions, scoring, args.head_chunk_rows
             )
-        grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, found)
+        grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, at_positions)
         scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)
     bar.close()
@@ -221,11 +220,11 @@ def _fingerprint(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data_fingerprint(dataset),
     }
-    if args.sample_score == "random":
+    if args.sample_score == RANDOM:
         return found | {"seed": args.seed}
     found["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     found["student"] = weights_fingerprint(student)
-    if SCORES[args.sample_score].needs_teacher:
+    if needs_teacher(args.sample_score):
         assert teacher is not None
         found["teacher"] = weights_fingerprint(teacher)
     return found

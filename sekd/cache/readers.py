@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from sekd.cache.codec import encode, entropy_to_bytes
 from sekd.cache.store import Encoded
+from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
-from sekd.distill import Method, drawn
 from sekd.distributions import entropy
 from sekd.fingerprints import sample_key, weights_fingerprint
 from sekd.heads import in_chunks
@@ -49,7 +48,7 @@ class LocalReader:
     def __init__(self, teacher: Any, classes: int, args: SEKDConfig) -> None:
         vocab = min(classes, count_classes(teacher))
         self.teacher = LiveTeacher(teacher, vocab)
-        self.method = replace(Method.from_config(args, vocab), class_selection="rs_kd")
+        self.draws, self.temperature, self.seed = args.class_samples, args.kd_temperature, args.seed
         self.with_entropy = args.cache_teacher_entropy
         self.facts = {
             "weights": weights_fingerprint(teacher),
@@ -67,19 +66,19 @@ class LocalReader:
 
     @torch.no_grad()
     def _encode(self, row: Mapping[str, Any]) -> Encoded:
-        head, method = self.teacher.head, self.method
+        head = self.teacher.head
         device: Any = self.teacher.model.device
         inputs = collate([Sample(**row)], 0)
         batch = {name: tensor.to(device) for name, tensor in inputs.items()}
-        (hidden,), key = self.teacher.rows(Batch(**batch)), sample_key(row)
+        hidden, key = self.teacher.read(Batch(**batch))["hidden"], sample_key(row)
 
         def of_chunk(projected: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
             logits = head.finish(projected)
-            target = drawn(logits, draws, method)
+            target = CLASS_SELECTIONS["rs_kd"].from_logits(logits, draws, self.temperature)
             columns = target.ids, target.probs
             return (*columns, entropy(logits.log_softmax(-1))) if self.with_entropy else columns
 
-        draws = sample_draws(key, method.seed, len(hidden), method.class_samples).to(device)
+        draws = sample_draws(key, self.seed, len(hidden), self.draws).to(device)
         # A CPU multiplies many rows faster, and takes the softmax of few rows faster, since these stay in its cache.
         few = FEW_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
         found = [
@@ -92,7 +91,7 @@ class LocalReader:
                 f"the teacher's distribution is not finite at some position of sample {row['sample_id']}; look at it, "
                 "or choose another teacher_dtype"
             )
-        counts = (probs * method.class_samples).round().long().numpy()
+        counts = (probs * self.draws).round().long().numpy()
         codes = [entropy_to_bytes(e, head.classes) for e in entropies]
         data = encode(ids.numpy(), counts, head.classes, "compressed", *codes)
         return key, len(counts), int((counts > 0).sum()), data
