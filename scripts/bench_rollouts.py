@@ -37,7 +37,7 @@ from rollouts import HFEngine, VLLMEngine, VLLMServerEngine
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.load import load_rows
 from sekd.models import freeze, load_model
-from sekd.on_policy.engines import sync
+from sekd.on_policy.engines import send_weights
 
 ENGINES = ("hf", "vllm", "vllm_server")
 
@@ -83,7 +83,7 @@ def engines(
         for round_ in tqdm(range(options.rounds + 1), desc="engines"):  # the first one warms up
             for name, engine in found.items():
                 started = time.perf_counter()
-                sync(engine, model, round_)
+                send_weights(engine, model, round_)
                 times[name].setdefault("sync", []).append(time.perf_counter() - started)
                 for count in options.prompts:
                     started = time.perf_counter()
@@ -185,8 +185,8 @@ def step_seconds(
     parts = {
         (sekd.distill, "score_rows"): "scoring",
         (sekd.distill, "agreement"): "agreement",
-        (sekd.on_policy.schedule.RolloutSchedule, "_ask"): "generation",
-        (sekd.on_policy.schedule, "sync"): "sync",
+        (sekd.on_policy.schedule.RolloutSchedule, "_request"): "generation",
+        (sekd.on_policy.schedule, "send_weights"): "sync",
         (trainer.teacher, "rows"): "teacher",
         (trainer.teacher, "logits"): "teacher",
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
+from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES, READS, options_of
@@ -22,8 +23,6 @@ from sekd.validation import (
     read_score,
     within,
 )
-
-ENGINES = ("vllm", "vllm_server", "hf")
 
 
 def _help(text: str) -> dict:
