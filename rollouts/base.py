@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -122,9 +122,11 @@ class EngineSetup:
         output_dir: the folder of the run.
         max_prompt_length: tokens of the longest prompt.
         dtype: the student's compute dtype.
-        get_adapter: the student's LoRA adapter, or None if an engine could not apply it. Every process must call it.
-        get_base_weights: the weights that the adapter was trained on. Every process must call it.
+        get_adapter: the student's LoRA adapter, or None if an engine could not apply it.
+        get_base_weights: the weights that the adapter was trained on, under their checkpoint names.
         options: the settings of the run by field name, such as ``rollout_timeout``.
+
+    ``get_adapter`` and ``get_base_weights`` gather shards, so only an engine that every process starts may call them.
     """
 
     model: PreTrainedModel
@@ -165,7 +167,7 @@ class BaseEngine(RolloutEngine):
     lora_rank: int = 0
 
     @classmethod
-    def start(cls, setup: EngineSetup) -> Self:
+    def start(cls, setup: EngineSetup) -> "BaseEngine":
         """Start the engine of a run. Each process that has an engine calls this once, before the first round."""
         raise NotImplementedError(f"{cls.__name__} has no start(setup), so it cannot be started by its name")
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class HFEngine(BaseEngine):
     shares_model = True
 
     @classmethod
-    def start(cls, setup: EngineSetup) -> Self:
+    def start(cls, setup: EngineSetup) -> "HFEngine":
         """Sample from the student itself."""
         return cls(setup.model, tokenizer=setup.tokenizer, **asdict(setup.sampling))
 

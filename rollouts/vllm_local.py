@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class VLLMEngine(BaseEngine):
     single_process = True
 
     @classmethod
-    def start(cls, setup: EngineSetup) -> Self:
+    def start(cls, setup: EngineSetup) -> "VLLMEngine":
         """Start vLLM on the student's base weights if it can apply the student's adapter, else on its architecture."""
         adapter = setup.get_adapter()
         if adapter is not None and adapter.rank <= LORA_RANKS[-1]:
@@ -79,7 +79,7 @@ class VLLMEngine(BaseEngine):
         return cls._start(setup, lora_rank=0)
 
     @classmethod
-    def _start(cls, setup: EngineSetup, lora_rank: int) -> Self:
+    def _start(cls, setup: EngineSetup, lora_rank: int) -> "VLLMEngine":
         """Start vLLM from a folder with the student's configuration, and with its base weights if adapters follow."""
         folder, options = os.path.join(setup.output_dir, "rollout_config"), setup.options
         config = copy.deepcopy(setup.model.config)

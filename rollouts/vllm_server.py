@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class VLLMServerEngine(BaseEngine):
     generates_in_background = True
 
     @classmethod
-    def start(cls, setup: EngineSetup) -> Self:
+    def start(cls, setup: EngineSetup) -> "VLLMServerEngine":
         """Connect to the servers that the run's settings name."""
         folder = os.path.join(setup.output_dir, "rollout_weights")
         shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left weights

@@ -51,7 +51,7 @@ SERVED_LORA = (
     | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
 )
-"""Fields of a LoraConfig that vLLM reads as PEFT does, or that change no result. All others must have their defaults."""
+"""Fields of a LoraConfig that vLLM reads as PEFT does, or that change no result. Others must have their defaults."""
 
 
 def extract_adapter(model: nn.Module) -> Adapter | None:
@@ -91,7 +91,7 @@ def _is_as_configured(layer: Any) -> bool:
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raise ValueError for an adapter whose merged weights do not fit into a checkpoint of the student's architecture."""
+    """Raise ValueError for an adapter whose merged weights no checkpoint of the student's kind can hold."""
     lm = causal_lm(model)
     adapted = [n for n, m in lm.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     tied = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapted}
