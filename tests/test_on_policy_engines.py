@@ -128,12 +128,9 @@ def test_three_methods_are_an_engine():
     assert add_defaults(complete) is complete
 
 
-def test_an_engine_without_start_says_so():
-    class Unfinished(Mine):
-        start = BaseEngine.start
-
-    with pytest.raises(NotImplementedError, match=r"has no start\(setup\)"):
-        Unfinished.start(None)
+def test_an_engine_without_start_says_so(make_run):
+    with pytest.raises(NotImplementedError, match=r"BaseEngine has no start\(setup\)"):
+        make_run(BaseEngine).train()
 
 
 @pytest.mark.parametrize("supports_lora", [True, False])
@@ -151,10 +148,9 @@ def test_vllm_starts_from_a_copy_of_the_students_configuration(tmp_path, monkeyp
     before = student.get_base_model().config.to_dict()
     make_engine(student, make_tokenizer(), SEKDConfig(str(tmp_path), rollout_engine="vllm", stop_strings=["w1"]))
     assert student.get_base_model().config.to_dict() == before
-    files = {path.name for path in (tmp_path / "rollout_config").iterdir()}
-    assert json.loads((tmp_path / "rollout_config" / "config.json").read_text())["architectures"] == [
-        "LlamaForCausalLM"
-    ]
+    folder = tmp_path / "rollout_config"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    files = {path.name for path in folder.iterdir()}
     assert "tokenizer.json" in files, "for the stop strings"
     assert not any("safetensors" in name for name in files)
     assert starts[0] == (4, "auto", sorted(files | {"model.safetensors"}))
