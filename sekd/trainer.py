@@ -39,7 +39,7 @@ from sekd.eval.held_out import compute_metrics, held_out_sums, join_predictions
 from sekd.losses import DIVERGENCES
 from sekd.metrics import means
 from sekd.models import check_head, check_head_columns, load_model, run_inside
-from sekd.on_policy.sampler import RepeatSampler, repeated
+from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
@@ -107,7 +107,7 @@ class SEKDTrainer(Trainer):
         if args.sample_pool is not None:
             train_dataset = take_pool(train_dataset, args.sample_pool)
         if isinstance(train_dataset, IterableDataset) and args.rollouts_per_prompt > 1:
-            train_dataset = repeated(train_dataset, args.rollouts_per_prompt)
+            train_dataset = repeat_rows(train_dataset, args.rollouts_per_prompt)
         if eval_dataset is not None:
             eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
             if args.max_eval_samples is not None:
@@ -154,7 +154,9 @@ class SEKDTrainer(Trainer):
             )
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
-        self.rounds = RolloutSchedule(self, rollout_engine)
+        self.rounds = RolloutSchedule(
+            args, self.accelerator, processing_class, lambda: self.model_wrapped, vocab, self.count, rollout_engine
+        )
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
 
@@ -182,7 +184,7 @@ class SEKDTrainer(Trainer):
         def pull() -> list[list[Sample]]:
             return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
 
-        micro_batches = self.rounds.next_step(self.state.global_step, pull)
+        micro_batches = self.rounds.next_step(self.state.global_step, self.state.max_steps, pull)
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
@@ -308,8 +310,7 @@ class SEKDTrainer(Trainer):
             data = self._prepare_data(data, self.processing_class, self.args)
         samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
-            # A step of its own for the seeds: the same noise at each evaluation, and none that training used.
-            samples = [*map(from_rollout, samples, self.rounds.generate(samples, -1))]
+            samples = [*map(from_rollout, samples, self.rounds.generate(samples))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
         size, model, teacher = self.args.per_device_eval_batch_size, self.model_wrapped, self.teacher
         was_training = model.training

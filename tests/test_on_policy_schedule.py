@@ -96,14 +96,14 @@ def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs,
     for name, weight in resumed.model.named_parameters():
         torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-6, atol=1e-7)
     assert read_rollouts(tmp_path / "cut") == read_rollouts(tmp_path / "whole")
-    assert sum(count for _, count in engine.rounds) <= 16, "known rollouts are not written again"
+    assert sum(count for _, count in engine.rounds) <= 16, "restored rollouts are not generated again"
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, tokenizer, pairs):
     options = dict(save_strategy="steps", save_steps=2, max_steps=4, rollout_batches=4)
     make_run(tmp_path, tokenizer, pairs, **options).train()
     other = make_run(tmp_path, tokenizer, pairs.select(range(63, -1, -1)), **options)
-    with pytest.raises(ValueError, match="checkpoint's rollouts for step 2 are of other prompts; resume with the same"):
+    with pytest.raises(ValueError, match="checkpoint's rollouts for step 2 are for other prompts; resume with"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -156,7 +156,7 @@ def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
         def generate(self, prompts):
             return super().generate(prompts)[::-1]
 
-    with pytest.raises(ValueError, match="answered other prompts than asked, or in other order"):
+    with pytest.raises(ValueError, match="answers are for other prompts, or in another order"):
         make_run(tmp_path, tokenizer, pairs, Reversed()).train()
 
 
