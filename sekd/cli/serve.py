@@ -87,9 +87,9 @@ def build_environment(environment: Mapping[str, str], on_cpu: bool) -> dict[str,
 def read_port(options: Sequence[str]) -> str:
     """The last ``--port`` among the options, or vLLM's own."""
     port = "8000"
-    for option, following in zip(options, [*options[1:], ""], strict=True):
+    for place, option in enumerate(options):
         if option == "--port":
-            port = following
+            port = "".join(options[place + 1 : place + 2])
         elif option.startswith("--port="):
             port = option.removeprefix("--port=")
     return port
