@@ -14,11 +14,9 @@ import torch
 from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from jaxtyping import Float
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
@@ -26,7 +24,7 @@ from sekd.data.prepare import prepare
 from sekd.distill import score_positions
 from sekd.files import write_atomically
 from sekd.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from sekd.models import common_vocab, freeze, get_head, hidden_states, load_model, load_teacher
+from sekd.models import common_vocab, freeze, get_head, hidden_states
 from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch, Positions
@@ -74,43 +72,12 @@ def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def prepare_all(
-    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
-) -> tuple[PreTrainedTokenizerBase, Dataset]:
-    """The student's tokenizer, and the prepared samples; those of a stream are its first ``sample_pool``."""
-    if isinstance(rows, IterableDataset) and args.sample_pool is None:
-        raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
-    tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
+def prepare_samples(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
+) -> Dataset | IterableDataset:
+    """Rows as samples: tokenized, packed or cut, and only the first ``sample_pool`` of them where it is set."""
     dataset = prepare(rows, tokenizer, args)
-    return tokenizer, dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
-
-
-def choose_of(
-    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """:func:`choose_samples` for raw rows and models by name; the teacher is loaded only where the score needs it."""
-    if needs_teacher(args.sample_score) and args.teacher_model_name_or_path is None:
-        raise ValueError(f"sample_score {args.sample_score!r} needs a teacher: set teacher_model_name_or_path")
-    tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
-    model, teacher = load_model(student, **{"dtype": torch.float32, **model_init_kwargs}), None
-    if needs_teacher(args.sample_score):
-        name = str(args.teacher_model_name_or_path)
-        teacher = load_teacher(name, args, model_init_kwargs.get("attn_implementation"))
-    return choose_samples(dataset, model, teacher, tokenizer, args)
-
-
-def show_samples(found: dict[str, Any], score: str) -> None:
-    """Print how many samples were kept, and where their scores lie."""
-    scores = torch.tensor(found["scores"], dtype=torch.float64)
-    kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[found["kept"]] = True
-    table = Table(title=f"samples by {score.replace('_', ' ')}", title_justify="left")
-    for column in ("", "samples", "lowest", "median", "highest"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, part in (("all", scores), ("kept", scores[kept]), ("left out", scores[~kept])):
-        numbers = [part.min(), part.median(), part.max()] if len(part) else []
-        table.add_row(name, f"{len(part):,}", *(f"{float(v):.4g}" for v in numbers))
-    Console().print(table)
+    return dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
 
 
 def samples_path(args: SEKDConfig) -> str:

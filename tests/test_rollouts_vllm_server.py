@@ -303,13 +303,13 @@ def test_two_processes_share_a_server(tmp_path, server, tokenizer, pairs):
 RAISES = """
 import sys
 from transformers import TrainerCallback
-from sekd.cli import build
+from sekd.recipe import Run
 
 class Raise(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         raise RuntimeError("as it happens")
 
-trainer, _ = build(sys.argv[1])
+trainer = Run.parse(sys.argv[1]).trainer()
 trainer.add_callback(Raise())
 trainer.train()
 """
