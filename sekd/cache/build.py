@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from sekd.cache.codec import MAX_DRAWS
+from sekd.cache.codec import FORM, MAX_DRAWS
 from sekd.cache.readers import RayReaders, Reader, load_reader
 from sekd.cache.store import (
     FINGERPRINT,
@@ -51,7 +51,7 @@ def build_fingerprint(
         "vocab": facts["vocab"],
         "data": name_samples(keys),
         **_settings(args),
-        "form": "compressed",
+        "form": FORM,
         "shard_samples": shard_samples,
     }
 
@@ -83,7 +83,7 @@ def build_cache(
     """
     if args.class_samples > MAX_DRAWS:
         raise ValueError(
-            f"class_samples {args.class_samples} cannot be cached: counts have 6 bits; use at most {MAX_DRAWS}"
+            f"class_samples {args.class_samples} cannot be cached: a cache holds at most {MAX_DRAWS} draws a position"
         )
     keys = [sample_key(row) for row in dataset]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}  # samples that repeat are kept once

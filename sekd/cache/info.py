@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sekd.cache.codec import MAX_DRAWS, id_bits
+from sekd.cache.codec import MAX_DRAWS, count_id_bytes
 from sekd.cache.store import Store
 
 BYTES_A_DRAW = 3
@@ -59,7 +59,7 @@ def show_plan(positions: float, vocab: int, draws: int, fraction: float, per_row
             raise ValueError(f"--{name} {value} must be above 0{limit}")
     if draws > MAX_DRAWS:
         raise ValueError(f"--draws {draws}: a cache holds at most {MAX_DRAWS}")
-    ours = per_row or 1 + (id_bits(vocab) + 6) // 8 * draws
+    ours = per_row or 1 + count_id_bytes(vocab) * draws
     word = "measured" if per_row else "before compression"
     title = f"{positions:,.0f} positions, {vocab:,} classes, {draws} draws, {100 * fraction:g} % of the samples"
     table = Table("", "bytes a position", "in all", "of Full KD's", title=title, title_justify="left")

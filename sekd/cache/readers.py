@@ -94,7 +94,7 @@ class LocalReader:
             )
         counts = (probs * method.class_samples).round().long().numpy()
         codes = [entropy_to_bytes(e, head.classes) for e in entropies]
-        data = encode(ids.numpy(), counts, head.classes, "compressed", *codes)
+        data = encode(ids.numpy(), counts, head.classes, *codes)
         return key, len(counts), int((counts > 0).sum()), data
 
 

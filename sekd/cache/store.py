@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sekd.cache.codec import FORMS, Decoded, decode
+from sekd.cache.codec import FORM, Decoded, decode
 from sekd.files import write_atomically
 
 FORMAT = 2
@@ -170,7 +170,7 @@ def _what_is_wrong(manifest: dict[str, Any]) -> str | None:
     for name, (kind, _) in FINGERPRINT.items():
         if not isinstance(found.get(name), kind) or (kind is int and isinstance(found[name], bool)):
             return f"fingerprint {name} is {found.get(name)!r}"
-    if found["form"] not in FORMS or not {"name", "revision", "weights"} <= found["teacher"].keys():
+    if found["form"] != FORM or not {"name", "revision", "weights"} <= found["teacher"].keys():
         return f"fingerprint form {found['form']!r} or teacher {found['teacher']!r} is unknown"
     for number, shard in enumerate(shards):
         if not isinstance(shard, dict) or shard.get("file") != shard_name(number):
@@ -234,7 +234,7 @@ def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
 def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mapping[str, Any]) -> Decoded:
     """The rows of a sample (ValueError if they are damaged, with the shard's name)."""
     try:
-        found = decode(memoryview(batch.column("data")[place].as_buffer()), fingerprint["vocab"], fingerprint["form"])
+        found = decode(memoryview(batch.column("data")[place].as_buffer()), fingerprint["vocab"])
         if (found.counts.sum(1, dtype=np.int64) != fingerprint["class_samples"]).any():
             raise ValueError("counts do not add up to the draws")
         if (found.entropy is not None) != fingerprint["teacher_entropy"]:
