@@ -1,7 +1,7 @@
 """Sampled classes and their counts as bytes, and back, without loss.
 
-A position has k unique classes, whose counts add up to U draws. The positions of a sample become these streams of bytes,
-each compressed by zstd:
+A position has k unique classes, whose counts add up to U draws. The positions of a sample become streams of bytes, each
+compressed by zstd:
 
 - k - 1 of each position;
 - count - 1 of each class;

@@ -45,7 +45,7 @@ def cache_build(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def cache_info(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """``sekd cache info``."""
-    from sekd.cache.info import measured, show_cache, show_plan
+    from sekd.cache.info import measure_cache, show_cache, show_plan
     from sekd.cache.store import Store, is_cache
 
     parser.add_argument("what", nargs="?", metavar="DIR|RECIPE")
@@ -69,7 +69,7 @@ def cache_info(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
             return 0
         known: dict[str, Any] = {"fraction": 1.0}
         if found.what is not None:
-            known |= measured(found.what) if is_cache(found.what) else plan_of(found.what, given)
+            known |= measure_cache(found.what) if is_cache(found.what) else plan_of(found.what, given)
         if missing := {"positions", "vocab", "draws"} - (known | given).keys():
             raise ValueError(f"the plan needs --{' and --'.join(sorted(missing))}, or a cache or recipe that says so")
         show_plan(**known | given)
