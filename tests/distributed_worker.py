@@ -1,4 +1,4 @@
-"""Run under torchrun by test_distributed.py; writes what rank 0 found to a file."""
+"""Run under torchrun by test_trainer_distributed.py; writes what rank 0 found to a file."""
 
 import json
 import os
@@ -9,8 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from conftest import make_model, make_pairs, make_tokenizer, make_vllm_model
-from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
+from helpers import ONE_SGD_STEP, make_model, make_pairs, make_tokenizer, make_trainer, make_vllm_model, trained_weights
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 

@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import VOCAB, make_model, save_pair
-from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
+from cache_helpers import SETTINGS, config, make_cache
+from helpers import ONE_SGD_STEP, VOCAB, make_model, make_trainer, save_pair, trained_weights
 
-from sekd import SEKDConfig
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, sample_draws
 from sekd.cache.teacher import CachedTeacher
@@ -24,25 +23,6 @@ from sekd.policies import make_policy
 from sekd.scores import make_scoring
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
-
-SETTINGS = dict(max_length=40, max_prompt_length=20, class_samples=16)
-
-
-def config(folder, **choices):
-    return SEKDConfig(output_dir=str(folder), bf16=False, disable_tqdm=True, **SETTINGS | choices)
-
-
-def make_cache(folder, tokenizer, rows, seed=1, order=None, shard_samples=8, **choices):
-    args = config(f"{folder}.run", **choices)
-    dataset = prepare(rows, tokenizer, args)
-    if order is not None:
-        dataset = dataset.select(order(len(dataset)))
-    reader = LocalReader(freeze(make_model("untied", seed)), VOCAB, args)
-    return build_cache(dataset, reader, tokenizer, args, str(folder), shard_samples)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(params=["pairs", "texts"])

@@ -10,9 +10,19 @@ import time
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
-from test_cache import SETTINGS, config, contents, make_cache
-from test_trainer import make_trainer
+from cache_helpers import (
+    SETTINGS,
+    config,
+    contents,
+    damage_flip,
+    damage_format,
+    damage_incomplete,
+    damage_manifest,
+    damage_remove,
+    damage_truncate,
+    make_cache,
+)
+from helpers import VOCAB, make_model, make_tokenizer, make_trainer
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader
@@ -75,38 +85,6 @@ def test_a_build_does_not_go_on_with_another_cache(tmp_path, tokenizer, texts, c
     with pytest.raises(ValueError, match=message):
         make_cache(tmp_path / "cache", tokenizer, texts, **change)
     assert contents(tmp_path / "cache") == before
-
-
-def damage_truncate(folder):
-    path = folder / "shard-00001.arrow"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def damage_flip(folder):
-    path = folder / "shard-00001.arrow"
-    store = Store(str(folder))
-    data = path.read_bytes()
-    # In the middle of a sample's bytes, where Arrow itself notices nothing.
-    place = data.index(store.shards[1].column("data")[0].as_py()) + 30
-    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-
-
-def damage_remove(folder):
-    (folder / "shard-00001.arrow").unlink()
-
-
-def damage_format(folder):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
-
-
-def damage_incomplete(folder):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"complete": False}))
-
-
-def damage_manifest(folder):
-    (folder / MANIFEST).unlink()
 
 
 @pytest.mark.parametrize(
@@ -230,8 +208,6 @@ def test_samples_that_are_not_in_the_cache(tmp_path, tokenizer, pairs):
 
 
 def test_another_tokenizer_and_a_smaller_head_are_refused(tmp_path, tokenizer, pairs):
-    from conftest import make_tokenizer
-
     make_cache(tmp_path / "cache", tokenizer, pairs)
     other = make_tokenizer()
     other.chat_template = None

@@ -10,10 +10,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_cache import contents, make_cache
-from test_cache_faults import damage_flip
+from cache_helpers import contents, damage_flip, make_cache
 
 pytestmark = pytest.mark.slow
+
+
 COMMIT = "0123456789" * 4
 
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_cache import make_cache
+from cache_helpers import make_cache
+from helpers import make_model
 
 from sekd.cli import main
 
@@ -51,8 +52,6 @@ def test_a_small_cache_says_what_a_large_one_takes(tmp_path, tokenizer, pairs, c
 
 
 def test_a_recipe_says_its_own_numbers(tmp_path, tokenizer, capsys):
-    from conftest import make_model
-
     for name, kind in (("student", "tied"), ("teacher", "untied")):
         make_model(kind).save_pretrained(tmp_path / name)
     recipe = tmp_path / "recipe.yaml"

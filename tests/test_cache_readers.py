@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, make_model, save_pair
-from test_cache import config, contents
-from test_trainer import make_trainer
+from cache_helpers import config, contents
+from helpers import VOCAB, make_model, make_trainer, save_pair
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, RayReaders, load_reader

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scores import KINDS, logits, teacher_logits
+from oracles import KINDS, logits, teacher_logits
 
 from sekd.classes import (
     SampledHead,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import EOS, make_model, make_vllm_model, save_pair
+from helpers import EOS, make_model, make_vllm_model, save_pair
 from transformers import AutoModelForCausalLM
 
 from sekd.callbacks import as_recipe

@@ -2,15 +2,20 @@
 
 import copy
 import dataclasses
-import math
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, make_model
-from test_losses import oracle as loss_oracle
-from test_scores import oracle as score_oracle
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import (
+    ARCHITECTURES,
+    VOCAB,
+    LargestTensor,
+    gradients,
+    make_model,
+    prompts_and_completions,
+    samples_with_contexts,
+)
+from oracles import dense_rows, losses_by, naive, naive_with_contexts, seeded, sparse_rows, weights_by
 
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
@@ -23,41 +28,6 @@ from sekd.teachers.live import LiveTeacher
 from sekd.types import IGNORE, Batch
 
 ENTROPY = Scoring(("student_entropy",), (1.0,))
-
-
-def naive(student, teacher, documents, fraction, divergence="reverse_kl", kd_weight=1.0, temperature=1.0):
-    """The sum over sequences of the mean loss over chosen rows, in float64, one document after the other.
-
-    ``documents`` holds, for each sequence, its packed documents as (ids, supervised) pairs.
-    """
-    student, teacher = student.double(), teacher.double()
-    total = torch.zeros((), dtype=torch.float64)
-    for sequence in documents:
-        losses, entropies = [], []
-        for ids, supervised in sequence:
-            q_logits = student(input_ids=torch.tensor([ids])).logits[0]
-            p_logits = teacher(input_ids=torch.tensor([ids])).logits[0].detach()
-            for t in range(len(ids) - 1):
-                if not supervised[t + 1]:
-                    continue
-                q = torch.softmax(q_logits[t], 0)
-                entropies.append(float(-(q * q.log()).sum().detach()))
-                q_T, p_T = torch.softmax(q_logits[t] / temperature, 0), torch.softmax(p_logits[t] / temperature, 0)
-                if divergence == "reverse_kl":
-                    value = (q_T * (q_T.log() - p_T.log())).sum()
-                else:
-                    value = (p_T * (p_T.log() - q_T.log())).sum()
-                losses.append(kd_weight * temperature**2 * value - (1 - kd_weight) * q[ids[t + 1]].log())
-        if not losses:
-            continue
-        k = max(1, math.ceil(Fraction(str(fraction)) * len(losses)))
-        chosen = sorted(range(len(losses)), key=lambda i: (-entropies[i], i))[:k]
-        total = total + sum(losses[i] for i in chosen) / k
-    return total
-
-
-def gradients(model):
-    return {name: p.grad.double() for name, p in model.named_parameters()}
 
 
 def check(
@@ -82,17 +52,6 @@ def check(
             gradient / scale, wanted[name] / scale, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
     return sums
-
-
-def prompts_and_completions(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    samples, documents = [], []
-    for number, (prompt, completion) in enumerate([(3, 9), (5, 4), (2, 12), (4, 1)]):
-        ids = torch.randint(0, VOCAB, (prompt + completion,), generator=generator).tolist()
-        supervised = [0] * prompt + [1] * completion
-        samples.append(Sample(ids, supervised, number, prompt))
-        documents.append([(ids, supervised)])
-    return samples, documents
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.2])
@@ -189,19 +148,6 @@ def test_vocabularies_padded_differently_use_the_common_rows():
     torch.testing.assert_close(*losses)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
 @pytest.mark.parametrize("policy", ["top_k", "all", "random"])
 def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
     batch_size, length = 4, 64
@@ -219,25 +165,6 @@ def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
     with LargestTensor() as dense:
         student(input_ids=batch.input_ids)
     assert dense.elements >= batch_size * length * VOCAB, "the probe must see a dense step"
-
-
-# Every axis against dense float64 rows, whose scores and losses are the oracles of test_scores and test_losses
-
-
-def dense_rows(student, teacher, batch):
-    """Logits of both models and targets of the valid rows of each sequence, in float64."""
-    for b in range(len(batch.input_ids)):
-        valid = batch.valid[b]
-        ids = batch.input_ids[b : b + 1]
-        yield (
-            student(input_ids=ids).logits[0][valid],
-            teacher(input_ids=ids).logits[0][valid].detach(),
-            batch.targets[b][valid],
-        )
-
-
-def seeded(batch):
-    return [torch.Generator().manual_seed(100 + b) for b in range(len(batch.input_ids))]
 
 
 def check_method(args, losses_of, weights_of, step=3, kind="untied"):
@@ -264,30 +191,6 @@ def check_method(args, losses_of, weights_of, step=3, kind="untied"):
         torch.testing.assert_close(
             gradient / scale, wanted[name] / scale, rtol=0, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-def weights_by(args):
-    """Weights of the rows, from the float64 oracle's scores."""
-
-    def weights_of(q, p, targets, lengths, batch, step):
-        names = args.scoring.names if args.scoring else ("student_entropy",)
-        grid = torch.zeros(*batch.valid.shape, len(names), dtype=torch.float64)
-        for c, name in enumerate(names):
-            grid[..., c][batch.valid] = score_oracle(name, q, p, targets)
-        scores = args.scoring.combine(grid, batch.valid) if args.scoring else grid[..., 0]
-        policy = make_policy(args.position_policy, args.position_fraction, **args.policy_options)
-        return policy(scores.float(), batch.valid, step=step, generator=seeded(batch))[batch.valid].double()
-
-    return weights_of
-
-
-def losses_by(name, **options):
-    def losses_of(q, p, targets, weights, batch):
-        chosen = weights > 0
-        rows = torch.zeros(len(q), dtype=torch.float64)
-        return rows.masked_scatter(chosen, loss_oracle(name, q[chosen], p[chosen], targets[chosen], **options))
-
-    return losses_of
 
 
 def config(tmp_path, **choices):
@@ -326,40 +229,6 @@ def test_every_divergence_in_chunks_equals_the_dense_formula(tmp_path, divergenc
             return chosen * 4 / chosen.sum()
 
     check_method(args, losses_by(divergence), weights_of)
-
-
-def sparse_rows(args):
-    """The naive loss on sampled or truncated classes, with the draws that the generators give."""
-
-    def losses_of(q, p, targets, weights, batch):
-        generators, rows = seeded(batch), []
-        for b, n in enumerate(batch.valid.sum(1).tolist()):
-            chosen = weights[len(rows) : len(rows) + n] > 0
-            if args.position_policy == "random":
-                torch.rand(n, generator=generators[b])  # the policy drew first
-            draws = torch.rand(int(chosen.sum()) * args.class_samples, generator=generators[b], dtype=torch.float64)
-            draws = iter(draws.view(-1, args.class_samples))
-            for t in range(n):
-                row = len(rows)
-                if not chosen[t]:
-                    rows.append(q.new_zeros(()))
-                    continue
-                probs, log_q = p[row].softmax(-1), q[row].log_softmax(-1)
-                numbers = next(draws)
-                if args.class_selection == "rs_kd":
-                    cumulative = probs.cumsum(-1)
-                    target = torch.zeros(VOCAB, dtype=torch.float64)
-                    for u in numbers.tolist():
-                        target[int((cumulative <= u * cumulative[-1]).sum())] += 1 / args.class_samples
-                else:
-                    kept = probs.topk(args.class_samples).indices
-                    target = torch.zeros_like(probs)
-                    target[kept] = probs[kept] / probs[kept].sum()
-                used = target > 0
-                rows.append((target[used] * (target[used].log() - log_q[used])).sum())
-        return torch.stack(rows)
-
-    return losses_of
 
 
 @pytest.mark.parametrize("policy", ["all", "top_k", "random"])
@@ -443,3 +312,39 @@ def test_no_large_tensor_with_teacher_scores_or_sampled_classes(tmp_path, choice
         )
         loss.backward()
     assert largest.elements < 4 * 64 * VOCAB / 2
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_equals_the_dense_formula_behind_the_teachers_own_prompts(divergence, fraction):
+    samples, student, teacher = samples_with_contexts(), make_model("untied"), make_model("untied", 1)
+    reference, live = copy.deepcopy(student), LiveTeacher(freeze(copy.deepcopy(teacher)))
+    method = Method(
+        Scoring(("kl",), (1.0,)), make_policy("top_k", fraction), ON_LOG_PROBABILITIES[divergence], chunk_rows=5
+    )
+    batch = Batch(**collate(samples, 122))
+    loss, sums = run_inside(student, lambda b: distill(student, live, b, method), batch)
+    loss.backward()
+    expected = naive_with_contexts(reference, teacher, samples, divergence, fraction)
+    expected.backward()
+    assert sums["rows"] == 9 + 4 + 12 + 6
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-5, atol=1e-6)
+    wanted = gradients(reference)
+    for name, gradient in gradients(student).items():
+        scale = wanted[name].abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(gradient / scale, wanted[name] / scale, rtol=0, atol=2e-4)
+
+
+def test_equal_prompts_are_the_plain_result_to_the_bit():
+    plain = [replace(sample, teacher_prompt_ids=None) for sample in samples_with_contexts()]
+    same = [replace(sample, teacher_prompt_ids=sample.input_ids[: sample.prompt_length]) for sample in plain]
+    method = Method(Scoring(("kl",), (1.0,)), make_policy("top_k", 0.5), ON_LOG_PROBABILITIES["reverse_kl"])
+    results = []
+    for samples in (plain, same):
+        student = make_model("untied")
+        batch = Batch(**collate(samples, 122))
+        assert (batch.for_teacher is batch) == (samples is plain)
+        loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), batch, method)
+        loss.backward()
+        results.append([loss.detach(), *gradients(student).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model
+from helpers import ARCHITECTURES, make_model
 
 from sekd.heads import Head, chunked_entropy, in_chunks
 from sekd.models import get_head

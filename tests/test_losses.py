@@ -2,47 +2,10 @@
 
 import pytest
 import torch
-from test_scores import KINDS, logits, teacher_logits
+from oracles import KINDS, kl, logits, loss_oracle, teacher_logits
 
 from sekd.distributions import cross_entropy
 from sekd.losses import DIVERGENCES, ON_LOG_PROBABILITIES, at_kd, at_kd_factors, decoupled_kl, forward_kl, reduce
-
-
-def kl(a, b):
-    return torch.where(a > 0, a * (a.clamp(min=1e-300).log() - b.clamp(min=1e-300).log()), 0.0).sum()
-
-
-def oracle(name, q_logits, p_logits, targets, **options):
-    """Row by row in float64 probabilities."""
-    rows = []
-    q_all, p_all = torch.softmax(q_logits.double(), -1), torch.softmax(p_logits.double(), -1)
-    order = sorted(range(len(q_all)), key=lambda i: (p_all[i, targets[i]].item(), i))  # hardest first
-    hard = set(order[: (len(order) + 1) // 2])
-    for i, (q, p, y) in enumerate(zip(q_all, p_all, targets.tolist(), strict=True)):
-        others = torch.arange(len(q)) != y
-        q_rest, p_rest = q[others].sum(), p[others].sum()
-        target = kl(torch.stack([p[y], p_rest]), torch.stack([q[y], q_rest]))
-        rest = kl(p[others] / p_rest, q[others] / q_rest)
-        if name == "forward_kl":
-            rows.append(kl(p, q))
-        elif name == "reverse_kl":
-            rows.append(kl(q, p))
-        elif name == "jsd":
-            beta = options.get("beta", 0.5)
-            m = beta * p + (1 - beta) * q
-            rows.append(beta * kl(p, m) + (1 - beta) * kl(q, m))
-        elif name == "skew_kl":
-            alpha = options.get("alpha", 0.1)
-            rows.append(kl(p, alpha * p + (1 - alpha) * q))
-        elif name == "total_variation":
-            rows.append((p - q).abs().sum() / 2)
-        elif name == "decoupled_kl":
-            rows.append(options.get("alpha", 1.0) * target + options.get("beta", 8.0) * rest)
-        elif i in hard:
-            rows.append(0.8 * len(q_all) / len(hard) * (target + rest))
-        else:
-            rows.append(0.2 * len(q_all) / (len(q_all) - len(hard)) * rest)
-    return torch.stack(rows) if rows else q_logits.new_zeros(0).double()
 
 
 def case(kind, dtype):
@@ -57,7 +20,7 @@ def test_equals_the_formula(name, kind, dtype):
     student, teacher, targets = case(kind, dtype)
     ours, theirs = student.clone().requires_grad_(), student.double().requires_grad_()
     value = DIVERGENCES[name](ours, teacher, targets)
-    expected = oracle(name, theirs, teacher, targets)
+    expected = loss_oracle(name, theirs, teacher, targets)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-5)
     if len(student):
@@ -80,7 +43,9 @@ def test_equals_the_formula(name, kind, dtype):
 def test_options(name, options):
     student, teacher, targets = case("random", torch.float32)
     value = DIVERGENCES[name](student, teacher, targets, **options)
-    torch.testing.assert_close(value.double(), oracle(name, student, teacher, targets, **options), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        value.double(), loss_oracle(name, student, teacher, targets, **options), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_log_probabilities_and_logits_give_the_same():

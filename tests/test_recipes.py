@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_model, make_vllm_model
+from helpers import make_model, make_vllm_model
 
 from sekd.cli import main, parse_recipe, recipe_folder
 

@@ -8,16 +8,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import EOS, make_tokenizer, make_vllm_model
-from test_trainer import make_trainer
+from helpers import EOS, make_tokenizer, make_trainer, make_vllm_model
+from rollout_helpers import PROMPTS, model_logps, vllm_logps
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rollouts import HFEngine, RolloutEngine, VLLMEngine
 from rollouts.base import named_weights, request_seeds
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+
+
 pytestmark = pytest.mark.xdist_group("vLLM in process")
-PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
 
 
 @pytest.fixture(scope="module")
@@ -188,24 +189,6 @@ def test_more_prompt_tokens_than_one_pass_takes(vllm):
     prompts = [[(i + j) % 110 for j in range(20 + i % 12)] for i in range(400)]
     assert sum(map(len, prompts)) > 8192
     assert len(vllm.generate(prompts)) == 400
-
-
-def vllm_logps(engine, ids):
-    """vLLM's log-probability of each token but the first."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    prompt = [{"prompt_token_ids": ids}]
-    (output,) = engine.llm.generate(prompt, params, lora_request=engine.lora, use_tqdm=False)
-    return torch.tensor(
-        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
-    )
-
-
-def model_logps(model, ids):
-    with torch.no_grad():
-        logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-    return logp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 @needs_vllm

@@ -6,16 +6,15 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from helpers import config, make_model, make_tokenizer, make_trainer, qlora_student
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scores import oracle
-from test_trainer import make_trainer, qlora_student
+from oracles import score_oracle
 
 from sekd import SEKDConfig
 from sekd.data.prepare import prepare
-from sekd.fingerprints import data_fingerprint, weights_fingerprint
+from sekd.fingerprints import data_fingerprint
 from sekd.samples import choose_samples, score_samples, select_samples, take_pool
 from sekd.scores import SCORES
 
@@ -35,7 +34,7 @@ def test_fractions_outside(fraction):
         select_samples([1.0, 2.0], fraction)
 
 
-def config(tmp_path, **choices):
+def sample_config(tmp_path, **choices):
     settings = dict(output_dir=str(tmp_path), bf16=False, disable_tqdm=True, per_device_eval_batch_size=3)
     return SEKDConfig(**settings | choices)
 
@@ -43,7 +42,7 @@ def config(tmp_path, **choices):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("kind", ["pairs", "texts"])
 def test_a_sample_scores_the_mean_over_its_rows(tmp_path, tokenizer, request, score, kind):
-    args = config(tmp_path, sample_score=score, max_length=40, max_prompt_length=20)
+    args = sample_config(tmp_path, sample_score=score, max_length=40, max_prompt_length=20)
     data = prepare(request.getfixturevalue(kind).select(range(10)), tokenizer, args)
     student, teacher = make_model("untied"), make_model("untied", 1)
     scores = score_samples(data, student, teacher, args)
@@ -54,25 +53,25 @@ def test_a_sample_scores_the_mean_over_its_rows(tmp_path, tokenizer, request, sc
             where = [t for t in range(length - 1) if row["supervised"][start + t + 1]]
             with torch.no_grad():
                 q, p = (model(input_ids=ids).logits[0][where] for model in (student, teacher))
-            expected += oracle(score, q, p, ids[0, 1:][where]).tolist()
+            expected += score_oracle(score, q, p, ids[0, 1:][where]).tolist()
             start += length
         assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
 def test_a_prompt_without_completion_is_scored_on_its_own_tokens(tmp_path, tokenizer, pairs):
-    args = config(tmp_path, lmbda=1.0, rollout_engine="hf")
+    args = sample_config(tmp_path, lmbda=1.0, rollout_engine="hf")
     data = prepare(pairs.remove_columns("completion").select(range(4)), tokenizer, args)
     student = make_model("untied")
     scores = score_samples(data, student, None, args)
     ids = torch.tensor([data[2]["input_ids"]])
     with torch.no_grad():
         logits = student(input_ids=ids).logits[0, :-1]
-    expected = oracle("student_entropy", logits, logits, ids[0, 1:]).mean()
+    expected = score_oracle("student_entropy", logits, logits, ids[0, 1:]).mean()
     assert scores[2].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_frozen_student_has_no_dropout(tmp_path, tokenizer, pairs):
-    args, found = config(tmp_path), []
+    args, found = sample_config(tmp_path), []
     data = prepare(pairs, tokenizer, args)
     for dropout in (0.0, 0.5):
         student = make_model("untied").train()
@@ -91,24 +90,24 @@ def test_a_score_that_is_no_number_has_no_rank():
 def test_scores_do_not_depend_on_the_batch_size(tmp_path, tokenizer, pairs):
     found = []
     for size in (1, 5, 64):
-        args = config(tmp_path, per_device_eval_batch_size=size)
+        args = sample_config(tmp_path, per_device_eval_batch_size=size)
         found.append(score_samples(prepare(pairs, tokenizer, args), make_model("untied"), None, args))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-6)
 
 
 def test_random_needs_no_model_and_follows_the_seed(tmp_path, tokenizer, pairs):
-    args = config(tmp_path, sample_score="random", sample_fraction=0.3)
+    args = sample_config(tmp_path, sample_score="random", sample_fraction=0.3)
     data = prepare(pairs, tokenizer, args)
     first = score_samples(data, make_model("untied"), None, args)
     assert torch.equal(first, score_samples(data, make_model("tied"), None, args))
-    args = config(tmp_path, sample_score="random", seed=5)
+    args = sample_config(tmp_path, sample_score="random", seed=5)
     assert not torch.equal(first, score_samples(data, make_model("untied"), None, args))
 
 
 def test_a_score_that_is_not_finite_names_the_sample(tmp_path, tokenizer, pairs):
     student = make_model("untied")
-    args = config(tmp_path)
+    args = sample_config(tmp_path)
     data = prepare(Dataset.from_list([{"prompt": "w1", "completion": f"w{i} w2"} for i in (5, 7, 9)]), tokenizer, args)
     with torch.no_grad():
         student.model.embed_tokens.weight[7] = torch.nan
@@ -180,7 +179,7 @@ def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change, message):
-    args = config(tmp_path, sample_fraction=0.5, sample_score="kl")
+    args = sample_config(tmp_path, sample_fraction=0.5, sample_score="kl")
     models = {"student": make_model("untied"), "teacher": make_model("untied", 1)}
     choose_samples(prepare(pairs, tokenizer, args), models["student"], models["teacher"], tokenizer, args)
     path = tmp_path / "samples.json"
@@ -194,7 +193,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change,
             models[change].lm_head.weight[5, 3] += 1e-3
             models[change].model.norm.weight += 1e-4
     elif change == "score":
-        args = config(tmp_path, sample_fraction=0.5, sample_score="ce_ratio")
+        args = sample_config(tmp_path, sample_fraction=0.5, sample_score="ce_ratio")
     elif change == "format":
         path.write_text(json.dumps({"format": 0}))
     elif change == "empty":
@@ -208,17 +207,6 @@ def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change,
         choose_samples(prepare(pairs, tokenizer, args), models["student"], models["teacher"], tokenizer, args)
 
 
-def test_fingerprints(tokenizer, pairs, tmp_path):
-    data = prepare(pairs, tokenizer, config(tmp_path))
-    assert data_fingerprint(data) == data_fingerprint(prepare(pairs, tokenizer, config(tmp_path)))
-    assert data_fingerprint(data) != data_fingerprint(data.select(range(63)))
-    assert data_fingerprint(data) != data_fingerprint(
-        prepare(pairs, tokenizer, config(tmp_path, supervise_prompt=True))
-    )
-    assert weights_fingerprint(make_model("untied")) == weights_fingerprint(make_model("untied"))
-    assert weights_fingerprint(make_model("untied")) != weights_fingerprint(make_model("untied", 1))
-
-
 def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
     stream = pairs.to_iterable_dataset()
     with pytest.raises(ValueError, match=r"sample_fraction 0.5 of a stream is unknown, .* set sample_pool"):
@@ -230,7 +218,7 @@ def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
 
 
 def test_a_pool_keeps_the_order_and_the_columns_of_the_stream(tmp_path, tokenizer, texts):
-    args = config(tmp_path, max_length=40, max_prompt_length=20)
+    args = sample_config(tmp_path, max_length=40, max_prompt_length=20)
     stream = prepare(texts.to_iterable_dataset(), tokenizer, args)
     assert take_pool(stream, 10).to_list() == list(stream.take(10))
 
@@ -250,5 +238,28 @@ def test_a_pool_of_data_with_a_length(tmp_path, tokenizer, pairs):
 
 
 def test_a_pool_larger_than_the_stream_is_the_stream(tmp_path, tokenizer, texts):
-    args = config(tmp_path, max_length=40, max_prompt_length=20)
+    args = sample_config(tmp_path, max_length=40, max_prompt_length=20)
     assert len(take_pool(prepare(texts.to_iterable_dataset(), tokenizer, args), 10_000)) < 10_000
+
+
+def test_a_sample_choice_belongs_to_the_teachers_prompts(tmp_path, tokenizer, pairs):
+    student, teacher, found, names = make_model("untied"), make_model("untied", 1), [], []
+    for prefix in (None, "w9 ", "w8 "):
+        args = config(sample_score="kl", sample_fraction=0.5, samples_file=str(tmp_path / f"{prefix}.json"))
+        args.teacher_prompt_prefix = prefix
+        data = prepare(pairs.select(range(6)), tokenizer, args)
+        names.append(data_fingerprint(data))
+        found.append(choose_samples(data, student, teacher, tokenizer, args)["scores"])
+    assert len(set(names)) == 3
+    assert found[0] != found[1] != found[2]
+    args.samples_file = str(tmp_path / "w9 .json")
+    with pytest.raises(ValueError, match=r"was made with another value of the data \(.*teacher_prompt_prefix\)"):
+        choose_samples(data, student, teacher, tokenizer, args)
+
+
+def test_a_prompt_alone_is_scored_as_the_student_sees_it(tokenizer, pairs):
+    data, found = pairs.remove_columns("completion").select(range(5)), []
+    for prefix in (None, "w9 "):
+        args = config(lmbda=1.0, sample_score="kl", teacher_prompt_prefix=prefix)
+        found.append(score_samples(prepare(data, tokenizer, args), make_model("untied"), make_model("untied", 1), args))
+    assert torch.equal(*found)

@@ -4,58 +4,10 @@ import math
 
 import pytest
 import torch
+from oracles import KINDS, logits, score_oracle, teacher_logits
 
 from sekd.losses import split_kl
 from sekd.scores import NORMALIZATIONS, SCORES, Rows, Scoring, make_scoring
-
-KINDS = ["random", "peaked", "flat", "single", "empty"]
-
-
-def logits(kind: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(6, 50, generator=generator)
-    return {
-        "random": random,
-        "peaked": random * 30,
-        "flat": torch.zeros(6, 50),
-        "single": random[:1],
-        "empty": random[:0],
-    }[kind]
-
-
-def teacher_logits(rows: int) -> torch.Tensor:
-    return logits("random")[:rows].flip(-1) * 2
-
-
-def log_softmax(row):
-    """The definition, shifted by the largest so that float64 does not overflow."""
-    shifted = row - row.max()
-    return shifted - shifted.exp().sum().log()
-
-
-def oracle(name, student, teacher, targets):
-    """Row by row and class by class, as in the paper's table 1."""
-    values = []
-    for z_q, z_p, y in zip(student.double(), teacher.double(), targets.tolist(), strict=True):
-        q, p = log_softmax(z_q), log_softmax(z_p)
-        H_q = -sum(a.exp() * a for a in q)
-        H_p = -sum(a.exp() * a for a in p)
-        ratio = -q[y] / (-p[y] + 1e-6)
-        forward = sum(b.exp() * (b - a) for a, b in zip(q, p, strict=True))
-        values.append(
-            {
-                "student_entropy": H_q,
-                "teacher_entropy": H_p,
-                "student_ce": -q[y],
-                "teacher_ce": -p[y],
-                "kl": forward,
-                "reverse_kl": sum(a.exp() * (a - b) for a, b in zip(q, p, strict=True)),
-                "kl_plus_student_entropy": forward + H_q,
-                "ce_ratio": ratio,
-                "ce_ratio_plus_student_entropy": ratio + H_q,
-            }[name]
-        )
-    return torch.stack(values) if values else student.new_zeros(0).double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,7 +18,7 @@ def test_equals_the_formula(name, kind, dtype):
     targets = torch.arange(len(student)) * 7 % 50
     ours, theirs = student.clone().requires_grad_(), student.double().requires_grad_()
     value = SCORES[name](Rows(ours.float().log_softmax(-1), targets, teacher.float().log_softmax(-1)))
-    expected = oracle(name, theirs, teacher, targets)
+    expected = score_oracle(name, theirs, teacher, targets)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-5)
     if len(student) and expected.requires_grad:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_vllm_model, save_pair
+from helpers import make_vllm_model, save_pair
 
 ROOT = Path(__file__).parents[1]
+
+
 pytestmark = pytest.mark.slow
 
 

@@ -1,8 +1,7 @@
 """A live teacher gives its own distributions at the valid rows, without a graph."""
 
 import torch
-from conftest import make_model
-from test_distill import prompts_and_completions
+from helpers import make_model, prompts_and_completions
 
 from sekd.data.batch import collate
 from sekd.teachers import Teacher

@@ -6,55 +6,16 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, make_model, make_vllm_model
 from datasets import Dataset
+from helpers import EOS, ONE_SGD_STEP, LargestTensor, make_model, make_trainer, qlora_student, trained_weights
+from oracles import naive
 from peft import LoraConfig
-from test_distill import LargestTensor, naive
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from rollouts import Rollout
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.batch import Sample
 from sekd.on_policy.schedule import is_on_policy
-
-
-def make_trainer(tmp_path, tokenizer, data, student=None, teacher=None, trainer_options=None, **kwargs):
-    defaults = dict(
-        output_dir=str(tmp_path),
-        rollout_engine="hf",
-        max_completion_length=6,
-        per_device_train_batch_size=4,
-        max_steps=2,
-        learning_rate=1e-3,
-        bf16=False,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        teacher_dtype="float32",
-        report_to="none",
-        log_completions_steps=0,
-    )
-    return SEKDTrainer(
-        model=student or make_model("untied"),
-        teacher_model=teacher or make_model("untied", 1),
-        args=SEKDConfig(**defaults | kwargs),
-        train_dataset=data,
-        processing_class=tokenizer,
-        **(trainer_options or {}),
-    )
-
-
-def trained_weights(trainer):
-    trainer.train()
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-ONE_SGD_STEP = dict(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant")
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (4, 2)])
@@ -248,15 +209,6 @@ def test_an_adapter_trains_and_the_base_does_not(tmp_path, tokenizer, pairs, lmb
             assert torch.equal(p, before[name.replace(".base_layer", "")]), name
 
 
-def qlora_student(folder):
-    """A saved student, and the trainer's options that load it in 4 bits with an adapter."""
-    make_vllm_model(intermediate=128).save_pretrained(folder / "student")
-    return str(folder / "student"), dict(
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
-        model_init_kwargs=dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
-    )
-
-
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_a_quantized_student_learns_through_its_adapter(tmp_path, tokenizer, pairs, lmbda):
     """QLoRA trainers elsewhere have had a loss of zero (TRL #2217)."""
@@ -369,3 +321,19 @@ def test_no_tensor_of_size_batch_tokens_vocabulary_in_a_training_step(tmp_path, 
         trainer.train()
     assert trainer.state.global_step == 1
     assert largest.elements < 4 * 64 * 128
+
+
+def test_a_run_lets_the_teacher_read_the_reference(tmp_path, tokenizer, pairs):
+    options = dict(trainer_options={"eval_dataset": pairs.select(range(6))}, max_steps=3)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, lmbda=1.0, teacher_prompt_prefix="w99 {completion} ", **options)
+    read, seen = trainer.teacher.rows, []
+    trainer.teacher.rows = lambda batch: seen.append(batch) or read(batch)
+    trainer.train()
+    assert len(seen) == 3
+    for batch in seen:
+        for number, ids in zip(batch.sample_ids.tolist(), batch.for_teacher.input_ids.tolist(), strict=True):
+            expected = tokenizer(f"w99 {pairs[number]['completion']} {pairs[number]['prompt']}")["input_ids"]
+            assert ids[: len(expected)] == expected
+        assert torch.equal(batch.for_teacher.targets[batch.for_teacher.valid], batch.targets[batch.valid])
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    assert trainer.evaluate()["eval_reverse_kl"] > 0

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model
+from helpers import ONE_SGD_STEP, make_model, make_trainer, trained_weights
 from peft import LoraConfig
-from test_trainer import ONE_SGD_STEP, make_trainer, trained_weights
 from transformers import TrainerCallback
 
 from sekd.policies import POLICIES
 
 THREE_STEPS = ONE_SGD_STEP | dict(max_steps=3, learning_rate=0.1)
+
 
 # Draws, thresholds and learned selectors included; at_kd ranks within a batch by definition.
 SPLITS = [{"position_policy": name} for name in POLICIES] + [

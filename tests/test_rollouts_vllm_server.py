@@ -11,21 +11,10 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from conftest import EOS, make_tokenizer, make_vllm_model
 from distributed_worker import SERVED as TWO_PROCESSES
-from serving import (
-    Faulty,
-    Server,
-    spoil_error,
-    spoil_fewer,
-    spoil_garbage,
-    spoil_hang,
-    spoil_other_prompt,
-)
-from test_distributed import run_two_processes
-from test_rollout_lora import check_parity, check_syncs, make_lora
-from test_rollouts import PROMPTS, model_logps
-from test_trainer import make_trainer, trained_weights
+from helpers import EOS, make_tokenizer, make_trainer, make_vllm_model, run_two_processes, trained_weights
+from rollout_helpers import PROMPTS, check_parity, check_syncs, make_lora, model_logps
+from serving import Faulty, Server, spoil_error, spoil_fewer, spoil_garbage, spoil_hang, spoil_other_prompt
 
 from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMEngine, VLLMServerEngine
 

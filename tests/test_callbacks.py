@@ -1,14 +1,10 @@
-"""What a person sees, and atomic files."""
+"""What a person sees and what a run leaves in its folder."""
 
 import json
 
-import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rollouts import Rollout
 from sekd.callbacks import ProgressLine, RunFiles, installed_versions
-from sekd.files import write_atomically
-from sekd.on_policy.record import show_completions
 
 
 def state(step, history=()):
@@ -32,22 +28,3 @@ def test_metrics_keep_what_the_checkpoint_knows_only(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == [{"step": 1}, {"step": 2}, {"step": 3}]
     assert f"output_dir: {tmp_path}" in (tmp_path / "recipe.yaml").read_text()
     assert json.loads((tmp_path / "versions.json").read_text())["torch"] == installed_versions()["torch"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(str(path), "\ud800")
-    assert path.read_text() == "old"
-    write_atomically(str(path), "new")
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir() if p.name != "file.tmp"] == ["file"]
-
-
-def test_completions_are_shown_as_text(tokenizer, capsys):
-    show_completions(tokenizer, [Rollout([1, 2], [3, 120], 5, "stop")], 5)
-    out = capsys.readouterr().out
-    assert "rollouts at step 5" in out
-    assert "w1 w2" in out
-    assert "w3 <eos>" in out

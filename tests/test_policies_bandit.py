@@ -1,6 +1,5 @@
-"""A global threshold and a bandit, against their definitions."""
+"""A contextual bandit, against its definition."""
 
-import copy
 import math
 
 import pytest
@@ -11,78 +10,6 @@ from sekd.policies.bandit import FEATURES
 from sekd.types import Batch
 
 VALID = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
-
-
-def batches(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 5, generator=generator) for _ in range(count)]
-
-
-def quantile(values, fraction):
-    """Linear between the two nearest ranks."""
-    values = sorted(values)
-    place = fraction * (len(values) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (place - low) * (values[high] - values[low])
-
-
-def test_gls_takes_its_threshold_before_it_pushes():
-    policy, seen = make_policy("gls", 0.3, queue_size=20), []
-    for number, scores in enumerate(batches(6)):
-        weights = policy(scores, VALID)
-        if number == 0:
-            assert torch.equal(weights, make_policy("top_k", 0.3)(scores, VALID)), "nothing to compare with yet"
-        else:
-            chosen = VALID & (scores.double() >= quantile(seen[-20:], 0.7))
-            assert torch.equal(weights > 0, chosen)
-            if chosen.any():
-                # The batch loss, a mean over its 2 sequences, is the mean over the selected rows.
-                losses = torch.arange(10.0).view(2, 5)
-                torch.testing.assert_close((weights * losses).sum() / 2, losses[chosen].mean())
-        seen += scores[VALID].double().tolist()
-        torch.testing.assert_close(policy.queue.double(), torch.tensor(seen[-20:], dtype=torch.float64))
-
-
-def test_gls_keeps_30_000_scores():
-    policy = make_policy("gls")
-    for _ in range(4):
-        policy(torch.randn(10, 1000), torch.ones(10, 1000).bool())
-    assert len(policy.queue) == 30_000
-
-
-def test_gls_resumes_with_the_same_threshold():
-    policy = make_policy("gls", 0.3)
-    *before, after = batches(5)
-    for scores in before:
-        policy(scores, VALID)
-    resumed = make_policy("gls", 0.3)
-    resumed.load_state_dict(copy.deepcopy(policy.state_dict()))
-    assert resumed.threshold == policy.threshold is not None
-    assert torch.equal(resumed(after, VALID), policy(after, VALID))
-
-
-def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
-    """Two parts of each of two processes: the queue, and so the next threshold, is that of one process."""
-    parts = [batches(4, seed) for seed in range(3)]
-    whole, *ranks = (make_policy("gls", 0.3) for _ in range(3))
-    for policy in (whole, *ranks):
-        policy.whole_steps = True
-    for first, second, third, fourth in parts:
-        # One process sees batches of four sequences: the first two belong to rank 0.
-        expected = [
-            whole(torch.cat([first, second]), VALID.repeat(2, 1)),
-            whole(torch.cat([third, fourth]), VALID.repeat(2, 1)),
-        ]
-        found = [ranks[0](first, VALID), ranks[1](second, VALID), ranks[0](third, VALID), ranks[1](fourth, VALID)]
-        assert torch.equal(torch.cat(found), torch.cat(expected))
-        assert whole.selected == sum(rank.selected for rank in ranks)
-        whole.end_step()
-        waiting = [rank._waiting for rank in ranks]
-        for rank in ranks:
-            rank.end_step(lambda _, waiting=waiting: waiting)
-        assert torch.equal(ranks[0].queue, whole.queue)
-        assert ranks[1].threshold == whole.threshold
 
 
 def features(scores, valid):

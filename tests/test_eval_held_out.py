@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
-from test_trainer import make_trainer
+from helpers import make_model, make_trainer
 
 from sekd.data.prepare import prepare
 

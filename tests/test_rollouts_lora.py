@@ -3,12 +3,10 @@
 import importlib.util
 
 import pytest
-import torch
-from conftest import EOS, make_tokenizer, make_vllm_model
-from peft import LoraConfig, get_peft_model
+from helpers import EOS, make_tokenizer, make_trainer, make_vllm_model
+from peft import LoraConfig
+from rollout_helpers import PROMPTS, check_parity, check_syncs, make_lora, model_logps, vllm_logps
 from serving import Server
-from test_rollouts import PROMPTS, model_logps, vllm_logps
-from test_trainer import make_trainer
 
 from rollouts import VLLMEngine, VLLMServerEngine
 from sekd.on_policy.engines import sync
@@ -19,22 +17,6 @@ pytestmark = [
     pytest.mark.xdist_group("a server for adapters"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
-
-
-def make_lora(**options):
-    """A tiny student whose adapter does much."""
-    settings = dict(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"])
-    adapted = get_peft_model(make_vllm_model(), LoraConfig(**settings | options))
-    change(adapted)
-    return adapted
-
-
-@torch.no_grad()
-def change(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -74,43 +56,8 @@ def engine(request, tmp_path):
     found.close()
 
 
-def logps(engine, ids):
-    if isinstance(engine, VLLMServerEngine):
-        return torch.tensor(engine.logprobs(ids, engine.urls[0]))
-    return vllm_logps(engine, ids)
-
-
-def largest_difference(engine, model, sequences):
-    with torch.autocast("cpu", torch.bfloat16):
-        return max((logps(engine, ids) - model_logps(model, ids)).abs().max().item() for ids in sequences)
-
-
-def check_parity(engine, model):
-    """Over 500 tokens and more, after a sync and not without the next one."""
-    sync(engine, model, 0, engine.lora_rank)
-    rollouts = engine.generate([[i, i + 1, i + 2] for i in range(40)])
-    assert {r.weights_step for r in rollouts} == {0}
-    sequences = [r.prompt_ids + r.completion_ids for r in rollouts]
-    assert sum(map(len, sequences)) > 500
-    assert largest_difference(engine, model, sequences) < 0.05
-    change(model, 1)
-    assert largest_difference(engine, model, sequences) > 0.2, "a skipped sync must show"
-    sync(engine, model, 1, engine.lora_rank)
-    assert largest_difference(engine, model, sequences) < 0.05
-    assert engine.generate(PROMPTS)[0].weights_step == 1
-
-
 def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engine):
     check_parity(engine, make_lora())
-
-
-def check_syncs(engine, model):
-    """A hundred of them change no bit of the student."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for step in range(100):
-        sync(engine, model, step, engine.lora_rank)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
 
 
 def test_merged_copies_in_process(folder):

@@ -1,57 +1,25 @@
-"""Rounds of generation: one for several steps, one ahead, several rollouts a prompt; recorded, resumed, replayed."""
+"""Rounds of generation: one for several steps, one ahead; resumed, and stopped by a failing engine."""
 
 import copy
-import json
-import math
 
 import pytest
 import torch
-from conftest import make_model
 from datasets import Dataset
-from test_trainer import make_trainer, trained_weights
+from helpers import make_trainer, trained_weights
+from rollout_helpers import ON_POLICY, Counting, make_run, read_rollouts
 
-from rollouts import HFEngine, RolloutError
+from rollouts import RolloutError
 from sekd import SEKDConfig
-from sekd.data.load import load_rows
-from sekd.on_policy.sampler import RepeatSampler
-
-ON_POLICY = dict(lmbda=1.0, temperature=1.0, max_prompt_length=16, save_rollouts=True, report_to="none")
-
-
-class Counting(HFEngine):
-    """transformers' generation with weights of its own, as a server has them; it counts, and can fail."""
-
-    def __init__(self, **options):
-        super().__init__(make_model("untied"), max_completion_length=6, **options)
-        self.rounds, self.fails_after = [], math.inf
-
-    def generate(self, prompts):
-        if len(self.rounds) >= self.fails_after:
-            raise RolloutError("no server answers")
-        self.rounds.append((self.step, len(prompts)))
-        return super().generate(prompts)
-
-
-def run(folder, tokenizer, pairs, engine=None, callbacks=(), **options):
-    """A trainer that generates as with servers; ``engine`` in their place."""
-    engine = engine or Counting(top_logprobs=20 * (options.get("score_source") == "rollout"))
-    trainer_options = dict(rollout_engine=engine, callbacks=[*callbacks])
-    settings = ON_POLICY | dict(rollout_engine="vllm_server", max_steps=8) | options
-    return make_trainer(folder, tokenizer, pairs, trainer_options=trainer_options, **settings)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
 
 
 def ages(folder):
     """step -> how many steps old its rollouts are."""
-    return {line["step"]: line["step"] - line["weights_step"] for line in lines(folder)}
+    return {line["step"]: line["step"] - line["weights_step"] for line in read_rollouts(folder)}
 
 
 def test_one_round_serves_several_steps(tmp_path, tokenizer, pairs):
     engine = Counting()
-    trainer = run(tmp_path, tokenizer, pairs, engine, rollout_batches=3)
+    trainer = make_run(tmp_path, tokenizer, pairs, engine, rollout_batches=3)
     trainer.train()
     assert engine.rounds == [(0, 12), (3, 12), (6, 8)]
     assert ages(tmp_path) == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0, 7: 1}
@@ -69,9 +37,9 @@ def test_the_data_keep_their_order(tmp_path, tokenizer, pairs, options):
     orders = []
     for name, more in (("plain", {}), ("rounds", options)):
         sizes = {"per_device_train_batch_size": 4 // more.get("gradient_accumulation_steps", 1)}
-        trainer = run(tmp_path / name, tokenizer, pairs.select(range(20)), max_steps=12, **sizes | more)
+        trainer = make_run(tmp_path / name, tokenizer, pairs.select(range(20)), max_steps=12, **sizes | more)
         trainer.train()
-        orders.append([(line["step"], line["sample_id"]) for line in lines(tmp_path / name)])
+        orders.append([(line["step"], line["sample_id"]) for line in read_rollouts(tmp_path / name)])
     assert orders[0] == orders[1]
     assert sorted(i for _, i in orders[0][:20]) == list(range(20))
 
@@ -79,11 +47,13 @@ def test_the_data_keep_their_order(tmp_path, tokenizer, pairs, options):
 def test_rounds_one_ahead_are_one_step_old(tmp_path, tokenizer, pairs):
     """The first of an epoch is fresh, and nothing is written for steps that never come."""
     engine = Counting()
-    trainer = run(tmp_path, tokenizer, pairs.select(range(20)), engine, rollout_staleness=1, max_steps=12)
+    trainer = make_run(tmp_path, tokenizer, pairs.select(range(20)), engine, rollout_staleness=1, max_steps=12)
     trainer.train()
     assert ages(tmp_path) == {step: int(step % 5 > 0) for step in range(12)}
     assert sum(count for _, count in engine.rounds) == 48
-    assert len({tuple(line["completion_ids"]) for line in lines(tmp_path)}) > 20, "rounds of the same weights differ"
+    assert len({tuple(line["completion_ids"]) for line in read_rollouts(tmp_path)}) > 20, (
+        "rounds of the same weights differ"
+    )
 
 
 def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer, pairs):
@@ -95,8 +65,8 @@ def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer,
             super().sync_weights(model, step)
             weights[step] = copy.deepcopy(self.model.state_dict())
 
-    run(tmp_path, tokenizer, pairs, Keep(), rollout_staleness=1, max_steps=5, learning_rate=0.1).train()
-    found = [line for line in lines(tmp_path) if line["step"] == 3]
+    make_run(tmp_path, tokenizer, pairs, Keep(), rollout_staleness=1, max_steps=5, learning_rate=0.1).train()
+    found = [line for line in read_rollouts(tmp_path) if line["step"] == 3]
     fresh = Counting()
     fresh.model.load_state_dict(weights[2])
     fresh.step = 2
@@ -116,23 +86,23 @@ def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer,
 def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs, options):
     """A checkpoint in the middle of a round has what was written and not yet trained on."""
     options = options | dict(save_strategy="steps", save_steps=5, max_steps=9, learning_rate=0.01)
-    whole = trained_weights(run(tmp_path / "whole", tokenizer, pairs, **options))
-    run(tmp_path / "cut", tokenizer, pairs, **options).train()
+    whole = trained_weights(make_run(tmp_path / "whole", tokenizer, pairs, **options))
+    make_run(tmp_path / "cut", tokenizer, pairs, **options).train()
     with open(tmp_path / "cut" / "rollouts.jsonl", "a") as file:
         file.write('{"step": 4, "sample_')  # a kill in the middle of a line
-    resumed = run(tmp_path / "cut", tokenizer, pairs, **options)
+    resumed = make_run(tmp_path / "cut", tokenizer, pairs, **options)
     engine = resumed.engine
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
     for name, weight in resumed.model.named_parameters():
         torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-6, atol=1e-7)
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert read_rollouts(tmp_path / "cut") == read_rollouts(tmp_path / "whole")
     assert sum(count for _, count in engine.rounds) <= 16, "known rollouts are not written again"
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, tokenizer, pairs):
     options = dict(save_strategy="steps", save_steps=2, max_steps=4, rollout_batches=4)
-    run(tmp_path, tokenizer, pairs, **options).train()
-    other = run(tmp_path, tokenizer, pairs.select(range(63, -1, -1)), **options)
+    make_run(tmp_path, tokenizer, pairs, **options).train()
+    other = make_run(tmp_path, tokenizer, pairs.select(range(63, -1, -1)), **options)
     with pytest.raises(ValueError, match="checkpoint's rollouts for step 2 are of other prompts; resume with the same"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -140,18 +110,18 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, tokenizer, pairs):
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_no_rollouts_end_in_a_checkpoint(tmp_path, tokenizer, pairs, staleness):
     options = dict(rollout_staleness=staleness, max_steps=6, learning_rate=0.01)
-    whole = trained_weights(run(tmp_path / "whole", tokenizer, pairs, **options))
+    whole = trained_weights(make_run(tmp_path / "whole", tokenizer, pairs, **options))
     failing = Counting()
     failing.fails_after = 3
     with pytest.raises(RolloutError, match="no server answers"):
-        run(tmp_path / "cut", tokenizer, pairs, failing, **options).train()
+        make_run(tmp_path / "cut", tokenizer, pairs, failing, **options).train()
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-3"
-    resumed = run(tmp_path / "cut", tokenizer, pairs, **options)
+    resumed = make_run(tmp_path / "cut", tokenizer, pairs, **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    steps = [line["step"] for line in lines(tmp_path / "cut")]
+    steps = [line["step"] for line in read_rollouts(tmp_path / "cut")]
     assert steps == sorted(steps)
-    orders = [[line["sample_id"] for line in lines(tmp_path / name)] for name in ("cut", "whole")]
+    orders = [[line["sample_id"] for line in read_rollouts(tmp_path / name)] for name in ("cut", "whole")]
     assert orders[0] == orders[1]
     if not staleness:  # else the resumed step is fresh
         for name, weight in resumed.model.named_parameters():
@@ -178,7 +148,7 @@ def test_an_evaluation_changes_no_rollout(tmp_path, tokenizer, pairs, staleness)
         trainer_options = dict(rollout_engine=Counting(), eval_dataset=pairs.select(range(4)))
         settings = ON_POLICY | dict(rollout_engine="vllm_server", rollout_staleness=staleness, max_steps=6) | more
         make_trainer(tmp_path / name, tokenizer, pairs, trainer_options=trainer_options, **settings).train()
-    assert lines(tmp_path / "plain") == lines(tmp_path / "evaluated")
+    assert read_rollouts(tmp_path / "plain") == read_rollouts(tmp_path / "evaluated")
 
 
 def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
@@ -187,64 +157,7 @@ def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
             return super().generate(prompts)[::-1]
 
     with pytest.raises(ValueError, match="answered other prompts than asked, or in other order"):
-        run(tmp_path, tokenizer, pairs, Reversed()).train()
-
-
-def test_several_rollouts_of_a_prompt_meet_in_a_step(tmp_path, tokenizer, pairs):
-    data = pairs.select(range(8))
-    trainer = run(tmp_path, tokenizer, data, rollouts_per_prompt=4, per_device_train_batch_size=8, max_steps=8)
-    assert len(trainer.get_train_dataloader()) == 4
-    trainer.train()
-    steps = [[line for line in lines(tmp_path) if line["step"] == step] for step in range(8)]
-    for step in steps:
-        ids = [line["sample_id"] for line in step]
-        assert sorted(ids) == sorted([ids[0], ids[-1]] * 4)
-        for i in (ids[0], ids[-1]):
-            assert len({tuple(line["completion_ids"]) for line in step if line["sample_id"] == i}) > 1
-    for epoch in (steps[:4], steps[4:]):
-        assert {line["sample_id"] for step in epoch for line in step} == set(range(8))
-    assert [line["sample_id"] for s in steps[:4] for line in s] != [line["sample_id"] for s in steps[4:] for line in s]
-
-
-def test_a_repeating_sampler():
-    assert list(RepeatSampler(3, 2, seed=0, shuffle=False)) == [0, 0, 1, 1, 2, 2]
-    sampler = RepeatSampler(50, 2, seed=0)
-    first = list(sampler)
-    assert sorted(first) == sorted([*range(50)] * 2)
-    assert first[::2] == first[1::2]
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-
-
-def test_a_stream_repeats_its_prompts_too(tmp_path, tokenizer, pairs):
-    stream = pairs.to_iterable_dataset()
-    run(tmp_path, tokenizer, stream, rollouts_per_prompt=2, max_steps=2).train()
-    assert [line["sample_id"] for line in lines(tmp_path)] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_draws_of_a_prompts_rollouts_differ(tmp_path, tokenizer, pairs):
-    trainer = run(tmp_path, tokenizer, pairs, rollouts_per_prompt=2)
-    trainer.state.max_steps = 8
-    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    from sekd.types import Batch
-
-    names = trainer._names(Batch.from_inputs(batches[0]))
-    assert len(names) == len(set(names)) == 4
-
-
-def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, pairs):
-    """The first step of a replay in the file's order has the loss of the run that wrote it."""
-    options = dict(max_steps=1, divergence="reverse_kl", logging_steps=1)
-    first = run(tmp_path / "first", tokenizer, pairs, **options)
-    first.train()
-    file = str(tmp_path / "first" / "rollouts.jsonl")
-    again = run(
-        tmp_path / "again", tokenizer, load_rows(file), **options, rollouts=file, train_sampling_strategy="sequential"
-    )
-    again.train()
-    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (first, again)]
-    assert losses[0] == losses[1]
-    assert again.engine.rounds == [], "nothing is generated"
+        make_run(tmp_path, tokenizer, pairs, Reversed()).train()
 
 
 @pytest.mark.parametrize(
@@ -278,7 +191,7 @@ def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, p
 )
 def test_what_cannot_work_is_refused(tmp_path, tokenizer, pairs, options, message):
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, tokenizer, pairs, **options)
+        make_run(tmp_path, tokenizer, pairs, **options)
 
 
 def test_one_stop_string_is_a_list_of_one(tmp_path):
@@ -287,19 +200,6 @@ def test_one_stop_string_is_a_list_of_one(tmp_path):
     assert args.rollout_server_urls == ["http://127.0.0.1:8001"]
 
 
-def test_what_is_recorded_is_not_lost(tmp_path, tokenizer, pairs):
-    """Neither by a replay into the same folder, whose recipe records, nor by a run that starts anew there."""
-    run(tmp_path, tokenizer, pairs, max_steps=1).train()
-    first = lines(tmp_path)
-    assert len(first) == 4
-    file = str(tmp_path / "rollouts.jsonl")
-    run(tmp_path, tokenizer, load_rows(file), max_steps=1, rollouts=file).train()
-    assert lines(tmp_path) == first
-    run(tmp_path, tokenizer, pairs, max_steps=1, seed=9).train()
-    assert lines(tmp_path) != first
-    assert [json.loads(line) for line in (tmp_path / "rollouts.jsonl.old").read_text().splitlines()] == first
-
-
 def test_prompts_without_a_token_are_dropped(tmp_path, tokenizer):
     data = Dataset.from_list([{"prompt": "w1"}, {"prompt": ""}, {"prompt": "w2 w3"}])
-    assert len(run(tmp_path, tokenizer, data).train_dataset) == 2
+    assert len(make_run(tmp_path, tokenizer, data).train_dataset) == 2

@@ -1,16 +1,11 @@
 """Two processes give the single process's loss and gradient."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
 from distributed_worker import TWO_STEPS, gradients, samples
-from test_trainer import make_trainer, trained_weights
+from helpers import VOCAB, make_model, make_trainer, run_two_processes, trained_weights
 
 from sekd import SEKDConfig
 from sekd.cache.build import build_cache
@@ -18,16 +13,7 @@ from sekd.cache.readers import LocalReader
 from sekd.data.prepare import prepare
 from sekd.models import freeze
 
-HERE = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
-
-
-def run_two_processes(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(HERE / "distributed_worker.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_fsdp2_gives_the_single_process_loss_and_gradient(tmp_path):

@@ -1,0 +1,45 @@
+"""Rollouts are shown as text, recorded, and replayed."""
+
+import json
+
+from rollout_helpers import make_run, read_rollouts
+
+from rollouts import Rollout
+from sekd.data.load import load_rows
+from sekd.on_policy.record import show_completions
+
+
+def test_completions_are_shown_as_text(tokenizer, capsys):
+    show_completions(tokenizer, [Rollout([1, 2], [3, 120], 5, "stop")], 5)
+    out = capsys.readouterr().out
+    assert "rollouts at step 5" in out
+    assert "w1 w2" in out
+    assert "w3 <eos>" in out
+
+
+def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, pairs):
+    """The first step of a replay in the file's order has the loss of the run that wrote it."""
+    options = dict(max_steps=1, divergence="reverse_kl", logging_steps=1)
+    first = make_run(tmp_path / "first", tokenizer, pairs, **options)
+    first.train()
+    file = str(tmp_path / "first" / "rollouts.jsonl")
+    again = make_run(
+        tmp_path / "again", tokenizer, load_rows(file), **options, rollouts=file, train_sampling_strategy="sequential"
+    )
+    again.train()
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (first, again)]
+    assert losses[0] == losses[1]
+    assert again.engine.rounds == [], "nothing is generated"
+
+
+def test_what_is_recorded_is_not_lost(tmp_path, tokenizer, pairs):
+    """Neither by a replay into the same folder, whose recipe records, nor by a run that starts anew there."""
+    make_run(tmp_path, tokenizer, pairs, max_steps=1).train()
+    first = read_rollouts(tmp_path)
+    assert len(first) == 4
+    file = str(tmp_path / "rollouts.jsonl")
+    make_run(tmp_path, tokenizer, load_rows(file), max_steps=1, rollouts=file).train()
+    assert read_rollouts(tmp_path) == first
+    make_run(tmp_path, tokenizer, pairs, max_steps=1, seed=9).train()
+    assert read_rollouts(tmp_path) != first
+    assert [json.loads(line) for line in (tmp_path / "rollouts.jsonl.old").read_text().splitlines()] == first

@@ -1,0 +1,297 @@
+"""Which values and which combinations work: what cannot is refused, and every combination that can trains."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from helpers import config, make_trainer
+
+from sekd.classes import CLASS_SELECTIONS
+from sekd.config import SEKDConfig
+from sekd.losses import DIVERGENCES
+from sekd.policies import NEEDS_POSITIVE, POLICIES, READS
+from sekd.policies.gls import STATEFUL
+from sekd.scores import SCORES, Scoring
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(position_fraction=0.0), r"position_fraction 0.0 is outside \(0, 1\]; write 0.2 for 20 %"),
+        (dict(position_fraction=20), r"position_fraction 20 is outside"),
+        (dict(lmbda=1.5), r"lmbda 1.5 is outside \[0, 1\]; 0 is off-policy, 1 on-policy"),
+        (dict(lmbda=-0.1), r"lmbda -0.1 is outside"),
+        (dict(kd_weight=2.0), r"kd_weight 2.0 is outside \[0, 1\]; 1 is the divergence alone"),
+        (dict(kd_temperature=0.0), r"kd_temperature 0.0 must be above 0"),
+        (
+            dict(jsd_beta=1.0),
+            r"jsd_beta 1.0 is outside \(0, 1\]?\)?; its limits are divergence: forward_kl and reverse_kl",
+        ),
+        (dict(divergence="kl"), r"divergence 'kl' is unknown; choose one of forward_kl, reverse_kl, jsd"),
+        (dict(position_score="entropy"), r"position_score 'entropy' is unknown; choose from student_entropy"),
+        (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is no mapping"),
+        (dict(position_score={"kl": 1.0, "hk": 1.0}), r"position_score 'hk' is unknown; choose from student_entropy"),
+        (dict(position_score=3), "position_score 3 is neither a name nor weights; write kl, or"),
+        (dict(position_score=["kl"]), r"position_score \['kl'\] is neither a name nor weights"),
+        (dict(position_score={}), "has no weight other than 0"),
+        (dict(position_score={"kl": "much"}), "the weight of kl is 'much'; write a number such as 0.5"),
+        (
+            dict(position_score="kl", position_policy="tip"),
+            "position_score 'kl' has no effect: position_policy 'tip' reads student_entropy and reverse_kl; leave",
+        ),
+        (
+            dict(score_normalization="zscore", position_policy="random"),
+            "score_normalization 'zscore' has no effect: position_policy 'random' reads no score",
+        ),
+        (
+            dict(divergence="at_kd", position_policy="pos_rs"),
+            "'at_kd' weighs positions itself",
+        ),
+        (dict(decoupled_alpha=0.0, decoupled_beta=0.0), "decoupled_alpha and decoupled_beta are both 0"),
+        (dict(kd_temperature=float("nan")), "kd_temperature nan is no number that can be used; write a finite one"),
+        (dict(bandit_alpha=float("inf")), "bandit_alpha inf is no number that can be used"),
+        (dict(position_fraction=True), "position_fraction True is no number"),
+        (dict(position_skip=1.5), "position_skip 1.5 must be a whole number"),
+        (dict(gls_queue_size=10**9), "gls_queue_size 1000000000 must be from 1 to 10,000,000"),
+        (dict(samples_file=""), "samples_file is empty; name a path, or leave it out"),
+        (dict(text_prompt_length=0), "text_prompt_length 0 must be a whole number from 1 to max_prompt_length 512"),
+        (dict(text_prompt_length=9, max_prompt_length=8), "text_prompt_length 9 must be .* to max_prompt_length 8"),
+        (dict(text_prompt_length=1.5), "text_prompt_length 1.5 must be a whole number"),
+        (dict(teacher_cache="c", lmbda=0.5), "lmbda 0.5 with teacher_cache: a cache knows the data's rows"),
+        (dict(teacher_cache="c", class_selection="top_k_classes"), "teacher_cache holds rs_kd targets"),
+        (dict(teacher_cache="c", class_samples=65), "class_samples 65 with teacher_cache: counts have 6 bits"),
+        (dict(teacher_cache="c", position_score="kl"), "teacher_cache lacks what kl of position_policy 'top_k' needs"),
+        (
+            dict(teacher_cache="c", position_policy="tip"),
+            "teacher_cache lacks what reverse_kl of",
+        ),
+        (
+            dict(teacher_cache="c", sample_fraction=0.5, sample_score="kl"),
+            "sample_score 'kl' needs a teacher, and teacher_cache stands in for it",
+        ),
+        (dict(score_normalization="log"), r"score_normalization 'log' is unknown; choose one of none, zscore, minmax"),
+        (
+            dict(position_policy="pos_rs", score_normalization="zscore"),
+            "makes negative scores, which position_policy 'pos_rs' cannot take for proportions; use minmax or none",
+        ),
+        (
+            dict(position_policy="weighted", position_score={"kl": 1.0, "student_ce": -1.0}),
+            "position_score has a negative weight, and position_policy 'weighted' takes scores for proportions",
+        ),
+        (dict(position_skip=-1), "position_skip -1 must not be negative; 0 skips no position"),
+        (dict(curriculum_steps=0), "curriculum_steps 0 must be at least 1"),
+        (dict(gls_queue_size=0), "gls_queue_size 0 must be from 1 to"),
+        (dict(pos_rs_exponent=-0.5), "pos_rs_exponent -0.5 must not be negative"),
+        (dict(pos_rs_coverage=1.0), r"pos_rs_coverage 1.0 is outside \[0, 1\); at 1 choose position_policy: top_k"),
+        (dict(bandit_alpha=-1.0), "bandit_alpha -1.0 must not be negative; 0 never explores"),
+        (dict(bandit_ridge=0.0), "bandit_ridge 0.0 must be above 0"),
+        (dict(skew_alpha=0.0), r"skew_alpha 0.0 is outside \(0, 1\)"),
+        (dict(decoupled_beta=-8.0), "decoupled_beta -8.0 must not be negative; 0 leaves that part out"),
+        (dict(class_selection="rskd"), "class_selection 'rskd' is unknown; choose one of full, rs_kd, top_k_classes"),
+        (dict(class_samples=0), "class_samples 0 must be at least 1"),
+        (dict(sampled_softmax=-1), "sampled_softmax -1 must not be negative; 0 uses all classes"),
+        (dict(sampled_softmax=4096), "compares the student on kept classes only; set class_selection: rs_kd"),
+        (
+            dict(class_selection="rs_kd", divergence="reverse_kl"),
+            "class_selection 'rs_kd' estimates forward KL only; set divergence: forward_kl",
+        ),
+        (
+            dict(class_selection="rs_kd", sampled_softmax=4096, kd_weight=0.5),
+            "kd_weight 0.5 mixes in a cross-entropy, which needs the student's whole softmax",
+        ),
+        (dict(class_selection="rs_kd", sampled_softmax=64), "sampled_softmax 64 must be above class_samples 64"),
+        (dict(sample_fraction=0.0), r"sample_fraction 0.0 is outside \(0, 1\]; 0.2 keeps 20 %"),
+        (dict(sample_score="loss"), "sample_score 'loss' is unknown; choose one of student_entropy"),
+        (dict(sample_pool=0), "sample_pool 0 must be at least 1"),
+        (dict(position_policy="top"), r"position_policy 'top' is unknown; choose one of all, top_k, random"),
+        (dict(rollout_engine="tgi"), r"rollout_engine 'tgi' is unknown; choose one of vllm, vllm_server, hf"),
+        (dict(rollout_timeout=0), "rollout_timeout 0.* must be above 0 seconds"),
+        (
+            dict(rollout_server_urls=["localhost:8000"]),
+            "'localhost:8000' is no address of a server; write http://127.0.0.1:8000",
+        ),
+        (dict(rollout_server_urls=[], rollout_engine="vllm_server"), "rollout_server_urls is empty: name the servers"),
+        (dict(overlong_prompts="cut"), r"overlong_prompts 'cut' is unknown; choose one of error, drop"),
+        (dict(teacher_dtype="int8"), r"teacher_dtype 'int8' is unknown; choose one of auto, bfloat16"),
+        (dict(temperature=-1.0), r"temperature -1.0 must not be negative; 0 is greedy"),
+        (dict(top_p=0.0), r"top_p 0.0 is outside \(0, 1\]"),
+        (dict(top_k=-1), r"top_k -1 must not be negative"),
+        (dict(min_p=1.1), r"min_p 1.1 is outside \[0, 1\]"),
+        (dict(max_length=0), r"max_length 0 must be at least 1"),
+        (dict(max_completion_length=0), r"max_completion_length 0 must be at least 1"),
+        (dict(head_chunk_rows=0), r"head_chunk_rows 0 must be at least 1"),
+        (dict(torch_compile=True), r"torch_compile: true is not supported"),
+        (dict(prompt_template="Q:"), r"prompt_template 'Q:' lacks \{prompt\}"),
+    ],
+)
+def test_values_that_cannot_work(values, message):
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else found(name, *a))
+    with pytest.raises(ValueError, match=r"needs vLLM, which is not installed: run `bash scripts/setup.sh`"):
+        config(lmbda=1.0, rollout_engine="vllm")
+    config(lmbda=0.0, rollout_engine="vllm")  # nobody generates
+
+
+def test_options_that_nothing_reads_are_named(caplog, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("sekd.validation.logger.warning", warnings.append)
+    config(pos_rs_exponent=0.5, jsd_beta=0.3, class_samples=12)
+    assert warnings == [
+        f"{name} has no effect on what was chosen"
+        for name in ("class_samples 12", "jsd_beta 0.3", "pos_rs_exponent 0.5")
+    ]
+    warnings.clear()
+    config(position_policy="pos_rs", pos_rs_exponent=0.5, divergence="jsd", jsd_beta=0.3)
+    assert not warnings
+
+
+@pytest.mark.parametrize("field", ["teacher_system_prompt", "teacher_prompt_prefix"])
+def test_fields_that_exclude_each_other(field):
+    with pytest.raises(ValueError, match=f"{field} with teacher_cache 'c': a cache holds .* leave teacher_cache out"):
+        config(**{field: "w9", "teacher_cache": "c"})
+    with pytest.raises(ValueError, match=f"supervise_prompt true with {field}: .* set supervise_prompt: false"):
+        config(**{field: "w9", "supervise_prompt": True})
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SEVERAL = {"student_entropy": 1.0, "kl": 0.5}
+
+
+def allowed(**choices):
+    try:
+        SEKDConfig(output_dir="unused", rollout_engine="hf", **choices)
+    except ValueError:
+        return False
+    return True
+
+
+def mark(**choices):
+    return "✓" if allowed(**choices) else "–"
+
+
+def policy_table():
+    lines = [
+        "| `position_policy` | reads | teacher's head | several scores | `zscore` | `at_kd` | `teacher_cache` | state |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for name in POLICIES:
+        own = READS.get(name)
+        reads = "`position_score`" if own is None else ", ".join(f"`{n}`" for n in own) or "nothing"
+        head = "as the score" if own is None else "all rows" if Scoring(own).needs_teacher else "chosen rows"
+        several, zscore = ("", "")
+        if own is None:
+            several = mark(position_policy=name, position_score=SEVERAL)
+            zscore = mark(position_policy=name, position_score=SEVERAL, score_normalization="zscore")
+        at_kd = mark(position_policy=name, divergence="at_kd")
+        cache = mark(position_policy=name, teacher_cache="folder")
+        state = "✓" if name in STATEFUL else ""
+        lines.append(f"| `{name}` | {reads} | {head} | {several} | {zscore} | {at_kd} | {cache} | {state} |")
+    return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+
+
+def class_table():
+    kinds = {"`full`": {}, "`rs_kd`": {"class_selection": "rs_kd"}}
+    kinds |= {"`top_k_classes`": {"class_selection": "top_k_classes"}}
+    kinds |= {"with `sampled_softmax`": {"class_selection": "rs_kd", "sampled_softmax": 4096}}
+    lines = [f"| `divergence` | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for name in DIVERGENCES:
+        cells = [mark(divergence=name, **choices) for choices in kinds.values()]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    cells = [mark(divergence="forward_kl", kd_weight=0.5, **choices) for choices in kinds.values()]
+    lines.append(f"| `forward_kl`, `kd_weight` < 1 | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("table", [policy_table, class_table])
+def test_the_readme_has_the_table(table):
+    assert table() in README, f"put this into the README:\n\n{table()}\n"
+
+
+def cells():
+    """Every pair that the tables allow."""
+    for policy in POLICIES:
+        if policy in READS:
+            yield {"position_policy": policy}
+            continue
+        for score in SCORES:
+            yield {"position_policy": policy, "position_score": score}
+        for normalization in ("none", "minmax", "zscore"):
+            if normalization != "zscore" or policy not in NEEDS_POSITIVE:
+                choices = {"position_score": SEVERAL, "score_normalization": normalization}
+                yield {"position_policy": policy, **choices}
+    for policy in POLICIES:
+        yield {"position_policy": policy, "lmbda": 1.0}
+        yield {"position_policy": policy, "class_selection": "rs_kd", "class_samples": 8}
+        if allowed(position_policy=policy, divergence="at_kd"):
+            yield {"position_policy": policy, "divergence": "at_kd"}
+    for divergence in DIVERGENCES:
+        yield {"divergence": divergence}
+        yield {"divergence": divergence, "kd_weight": 0.5, "kd_temperature": 2.0}
+    for classes in CLASS_SELECTIONS[1:]:
+        yield {"class_selection": classes, "class_samples": 8}
+        yield {"class_selection": classes, "class_samples": 8, "kd_weight": 0.5, "kd_temperature": 2.0}
+        yield {"class_selection": classes, "class_samples": 8, "sampled_softmax": 64}
+    for score in (*SCORES, "random"):
+        yield {"sample_fraction": 0.5, "sample_score": score}
+
+
+def name_of(choices):
+    return "-".join("+".join(v) if isinstance(v, dict) else str(v) for v in choices.values())
+
+
+def train(tmp_path, tokenizer, pairs, steps, choices):
+    options = dict(max_steps=steps, learning_rate=2e-3, save_strategy="no", logging_steps=steps)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        None,
+        None,
+        dict(eval_dataset=pairs),
+        **options,
+        **{"position_fraction": 0.4} | choices,
+    )
+    before = trainer.evaluate()["eval_forward_kl"]
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert trainer.evaluate()["eval_forward_kl"] < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choices", [pytest.param(c, id=name_of(c)) for c in cells()])
+def test_every_cell_trains(tmp_path, tokenizer, pairs, choices):
+    train(tmp_path, tokenizer, pairs.select(range(24)), 20, choices)
+
+
+RS_KD = {"class_selection": "rs_kd", "class_samples": 64}
+TOP_SAMPLES = {"sample_fraction": 0.2}
+
+
+PAPER = {
+    "Full KD": {"position_policy": "all"},
+    "RandomPos": {"position_policy": "random"},
+    "AT-KD": {"position_policy": "all", "divergence": "at_kd"},
+    **{score: {"position_score": score} for score in SCORES},
+    "GLS": {"position_policy": "gls"},
+    "Curriculum": {"position_policy": "curriculum", "curriculum_steps": 200},
+    "Pos RS-KD*": {"position_policy": "pos_rs_corrected"},
+    "Pos RS-KD": {"position_policy": "pos_rs"},
+    "RandomSmp": {"position_policy": "all", "sample_score": "random", **TOP_SAMPLES},
+    "RS-KD": {"position_policy": "all", **RS_KD},
+    "TopSmp": {"position_policy": "all", **TOP_SAMPLES},
+    "TopSmp + RS-KD": {"position_policy": "all", **TOP_SAMPLES, **RS_KD},
+    "SE-KD + TopSmp": TOP_SAMPLES,
+    "SE-KD 3X": {**TOP_SAMPLES, **RS_KD},
+}
+"""The rows of the paper's tables 2, 3 and 4."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", PAPER)
+def test_every_row_of_the_papers_tables_trains_200_steps(tmp_path, tokenizer, pairs, row):
+    train(tmp_path, tokenizer, pairs, 200, {"position_fraction": 0.2, **PAPER[row]})
