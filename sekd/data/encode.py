@@ -110,8 +110,8 @@ def _encode_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, arg
 
 
 def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    """Everything before the last answer is the prompt. Earlier answers are targets too, unless the template changes them
-    when the conversation continues (Qwen3 drops their thinking): a student does not generate the changed text."""
+    """Everything before the last answer is the prompt. Earlier answers are targets too, unless the template changes
+    them when the conversation continues (Qwen3 drops their thinking): a student does not generate the changed text."""
     messages = _add_system_turn(row[args.messages_column], args)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
@@ -150,7 +150,7 @@ def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
 
 
 def _encode_rollout(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    """Use a rollout's tokens unchanged. Only generated tokens are supervised, and a truncated completion gets no EOS."""
+    """Use a rollout's tokens unchanged. Only generated tokens are supervised; a truncated completion gets no EOS."""
     prompt, completion = (_get_token_ids(row, column) for column in ROLLOUT_COLUMNS)
     text, decoded = row.get("completion"), tokenizer.decode(completion)
     if isinstance(text, str) and text != decoded:
