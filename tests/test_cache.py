@@ -9,7 +9,7 @@ from cache_helpers import SETTINGS, config, make_cache
 from helpers import ONE_SGD_STEP, VOCAB, make_model, make_trainer, save_pair, trained_weights
 
 from sekd.cache.build import build_cache
-from sekd.cache.readers import LocalReader, sample_draws
+from sekd.cache.readers import LocalReader, draw_uniforms
 from sekd.cache.teacher import CachedTeacher
 from sekd.classes import CLASS_SELECTIONS, classes_at
 from sekd.cli import main
@@ -44,7 +44,7 @@ def test_every_sample_is_what_the_teacher_draws(tmp_path, tokenizer, rows):
                 )
             start += length
         p = torch.cat(logits).softmax(-1)
-        target = classes_at(p, sample_draws(sample_key(row), args.seed, len(p), 16))
+        target = classes_at(p, draw_uniforms(sample_key(row), args.seed, len(p), 16))
         expected = torch.zeros(len(p), VOCAB).scatter_add_(1, target.ids, target.probs * 16)
         ids, counts, _ = store.read(sample_key(row))
         found = torch.zeros(len(p), VOCAB).scatter_add_(1, torch.tensor(ids), torch.tensor(counts).float())
@@ -85,7 +85,7 @@ def test_training_from_the_cache_is_training_from_the_teacher(tmp_path, tokenize
         batch = module_batch[0]
         parts = []
         for sample, chosen in zip(batch.sample_ids.tolist(), chosen_rows(live, batch), strict=True):
-            parts.append(sample_draws(keys[sample], live.args.seed, len(chosen), 16)[chosen].flatten())
+            parts.append(draw_uniforms(keys[sample], live.args.seed, len(chosen), 16)[chosen].flatten())
         return torch.cat(parts)
 
     module_batch = []
@@ -148,7 +148,7 @@ def test_build_info_verify_and_train(tmp_path, tokenizer, texts, capsys):
     assert main(["cache", "build", recipe, "--output", folder]) == 0
     assert main(["cache", "info", folder]) == 0
     shown = capsys.readouterr().out
-    assert "bytes a row" in shown
+    assert "bytes a position" in shown
     assert "of 64 draws, 128 in the vocabulary" in shown
     assert main(["cache", "verify", folder]) == 0
     shutil.move(tmp_path / "teacher", tmp_path / "gone")  # nobody needs it any more

@@ -26,7 +26,7 @@ from helpers import VOCAB, make_model, make_tokenizer, make_trainer
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader
-from sekd.cache.store import MANIFEST, Store, locked, verify
+from sekd.cache.store import MANIFEST, Store, lock_folder, verify
 from sekd.cli import main
 from sekd.data.prepare import prepare
 from sekd.models import freeze
@@ -59,13 +59,16 @@ def test_kill_9_at_random_moments_loses_and_changes_nothing(tmp_path, tokenizer,
 
 
 def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
-    with locked(str(tmp_path / "cache")), pytest.raises(ValueError, match="another process builds the cache in"):
+    with (
+        lock_folder(str(tmp_path / "cache")),
+        pytest.raises(ValueError, match="another process is building the cache in"),
+    ):
         make_cache(tmp_path / "cache", tokenizer, pairs)
     make_cache(tmp_path / "cache", tokenizer, pairs)
 
 
 def test_the_lock_does_not_claim_the_errors_of_others(tmp_path):
-    with pytest.raises(BlockingIOError, match="of another file"), locked(str(tmp_path)):
+    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path)):
         raise BlockingIOError("of another file")
 
 
@@ -91,9 +94,9 @@ def test_a_build_does_not_go_on_with_another_cache(tmp_path, tokenizer, texts, c
     ("damage", "message"),
     [
         (damage_truncate, r"shard-00001.arrow' has \d+ bytes instead of \d+; delete it and build \(or pull\) again"),
-        (damage_remove, "shard-00001.arrow' is missing; build \(or pull\) the cache again, the others stay"),
-        (damage_format, "has format 99, and this version of sekd reads 2; install the version that wrote it"),
-        (damage_incomplete, "is not complete; run its `sekd cache build` again, it goes on"),
+        (damage_remove, "shard-00001.arrow' is missing; build \(or pull\) the cache again, which keeps the others"),
+        (damage_format, "has format 99, and this version of sekd reads 2; install the version of sekd that wrote it"),
+        (damage_incomplete, "is not complete; run its `sekd cache build` again to resume it"),
         (damage_manifest, "holds no manifest.json; build it with `sekd cache build RECIPE`"),
     ],
 )
@@ -161,7 +164,7 @@ def test_verify_names_every_broken_shard_and_missing_samples(tmp_path, tokenizer
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"shards": manifest["shards"][:-1]}))
     assert verify(str(folder)) == [
-        "manifest.json: it lists other samples than it was built from; build (or pull) again"
+        "manifest.json: the shards hold other samples than the cache was built from; build (or pull) again"
     ]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     damage_truncate(folder)
@@ -179,7 +182,7 @@ def test_a_teacher_that_is_not_finite_stops_the_build_with_the_sample(tmp_path, 
         teacher.model.embed_tokens.weight[token] = float("nan")
     first = next(row["sample_id"] for row in dataset if token in row["input_ids"][:-1])
     reader = LocalReader(teacher, VOCAB, args)
-    with pytest.raises(FloatingPointError, match=rf"not finite at some position of sample {first}; look at it"):
+    with pytest.raises(FloatingPointError, match=rf"not finite at a position of sample {first}; look at the"):
         build_cache(dataset, reader, tokenizer, args, str(tmp_path / "cache"))
     trainer = make_trainer(tmp_path, tokenizer, pairs, None, teacher, class_selection="rs_kd", max_steps=8)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+, on samples \["):
@@ -220,7 +223,7 @@ def test_another_tokenizer_and_a_smaller_head_are_refused(tmp_path, tokenizer, p
 
 
 def test_a_full_disk_is_survived(tmp_path, tokenizer, pairs, monkeypatch):
-    """Writing fails as it does on a full disk; what was written before stays, and the next build goes on."""
+    """Writing fails as it does on a full disk; the finished shards stay, and the next build resumes."""
     make_cache(tmp_path / "whole", tokenizer, pairs)
     import sekd.cache.store as module
 
@@ -243,7 +246,7 @@ def test_a_full_disk_is_survived(tmp_path, tokenizer, pairs, monkeypatch):
 
 
 def test_a_small_disk_is_survived(tmp_path, tokenizer, pairs):
-    """A file system that is really full; with more room the same call goes on."""
+    """A file system that is really full; with more room the same call resumes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]

@@ -106,7 +106,7 @@ def test_what_is_pushed_is_what_is_pulled(tmp_path, tokenizer, pairs, hub):
 
     pulled = run("pull", "me/cache", tmp_path / "pulled")
     assert pulled.returncode == 0, pulled.stderr[-2000:]
-    assert "bytes a row" in pulled.stdout
+    assert "bytes a position" in pulled.stdout
     assert not run("verify", tmp_path / "pulled").returncode
     for name, content in contents(tmp_path / "cache").items():
         assert (tmp_path / "pulled" / name).read_bytes() == content
@@ -138,7 +138,7 @@ def test_a_repository_of_something_else(tmp_path, hub):
     files["train.parquet"] = b"rows"
     refused = run("pull", "me/cache", tmp_path / "pulled")
     assert refused.returncode == 2
-    assert "sekd: dataset repository 'me/cache' holds no manifest.json, so it is no cache of sekd" in refused.stderr
+    assert "sekd: dataset repository 'me/cache' holds no manifest.json, so it is not a cache of sekd" in refused.stderr
     files["manifest.json"] = b"[1]"
     refused = run("pull", "me/cache", tmp_path / "pulled")
     assert refused.returncode == 2
@@ -150,4 +150,4 @@ def test_a_hub_that_cannot_be_reached_is_not_called_empty(tmp_path, hub):
     refused = run("pull", "me/cache", tmp_path / "pulled", HF_HUB_OFFLINE="1")
     assert refused.returncode == 2
     assert "offline" in refused.stderr
-    assert "no cache of sekd" not in refused.stderr
+    assert "not a cache of sekd" not in refused.stderr

@@ -129,7 +129,7 @@ def test_the_command_builds_through_ray(models, capsys):
     )
     build = ["cache", "build", str(models / "recipe.yaml"), "--output"]
     assert main([*build, str(models / "ray"), "--engine", "ray", "--num-workers", "2", "--seed", "3"]) == 0
-    assert "bytes a row" in capsys.readouterr().out
+    assert "bytes a position" in capsys.readouterr().out
     assert main([*build, str(models / "here"), "--seed", "3"]) == 0
     assert contents(models / "ray") == contents(models / "here")
     assert main([*build, str(models / "more"), "--num-workers", "2"]) == 2

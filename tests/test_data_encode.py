@@ -82,7 +82,7 @@ def test_the_first_tokens_of_a_document_are_its_prompt(tokenizer, lmbda):
 def test_text_on_policy_needs_a_length_for_its_prompts(tokenizer):
     with pytest.raises(ValueError, match=r"lmbda 0.5 needs prompts, .* \(text_column 'text'\): set text_prompt_length"):
         first([{"text": "w1"}], tokenizer, lmbda=0.5)
-    with pytest.raises(ValueError, match="max_length 2 leaves no room behind a text_prompt_length of 2; raise"):
+    with pytest.raises(ValueError, match="max_length 2 leaves no room after a text_prompt_length of 2; raise"):
         first([{"text": "w1"}], tokenizer, lmbda=1.0, max_length=2, text_prompt_length=2)
 
 
@@ -111,20 +111,26 @@ def test_rollouts_carry_the_teachers_prompts(tokenizer):
     assert [row["teacher_prompt_ids"] for row in prepare(stream, tokenizer, config())] == found
     args = config(teacher_prompt_prefix="w9 ")
     assert prepare(Dataset.from_list(rows[:1]), tokenizer, args)[0]["teacher_prompt_ids"] == [9, 1]
-    with pytest.raises(ValueError, match="teacher_prompt_prefix cannot be put before tokens, and the rollouts lack"):
+    with pytest.raises(
+        ValueError, match="teacher_prompt_prefix cannot be added to the tokens of a rollout, and the rollouts lack"
+    ):
         prepare(Dataset.from_list(rows), tokenizer, args)
-    with pytest.raises(ValueError, match=r"teacher_cache 'c' holds the teacher's rows behind .* or drop that column"):
+    with pytest.raises(
+        ValueError, match=r"teacher_cache 'c' holds the teacher's distributions after .* or drop that column"
+    ):
         first(rows, tokenizer, teacher_cache="c")
-    with pytest.raises(ValueError, match="'teacher_prompt_ids' holds no token"):
+    with pytest.raises(ValueError, match="'teacher_prompt_ids' is empty in a row"):
         first([rollout_row([1], [2], teacher_prompt_ids=[])], tokenizer)
 
 
 def test_rollouts_of_another_tokenizer_or_without_token_ids(tokenizer):
-    with pytest.raises(ValueError, match="written with another tokenizer: the completion_ids of a row mean 'w3' here"):
+    with pytest.raises(
+        ValueError, match="generated with another tokenizer: the completion_ids of a row decode to 'w3'"
+    ):
         first([{**rollout_row([1], [3]), "completion": "w4"}], tokenizer)
     for bad in ([-1], [1.5], ["w1"], [True], None):
         for column in ("prompt_ids", "completion_ids"):
-            with pytest.raises(ValueError, match=rf"column '{column}' holds .*, which is no token id"):
+            with pytest.raises(ValueError, match=rf"column '{column}' holds .*, which is not a token id"):
                 first([{**rollout_row([1], [2]), column: bad}], tokenizer)
 
 
@@ -169,7 +175,7 @@ def test_a_conversation_needs_a_chat_template_and_an_answer(tokenizer):
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = "{% if add_generation_prompt %}w1 {% else %}w2 {% endif %}" + tokenizer.chat_template
-    with pytest.raises(ValueError, match="writes the prompt differently once the answer follows"):
+    with pytest.raises(ValueError, match="renders the prompt differently when an answer follows"):
         first([messages(("user", "w1"), ("assistant", "w2"))], rewriting)
 
 
@@ -235,14 +241,16 @@ def test_a_system_turn_needs_a_chat(tokenizer):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_plain_text_has_no_prompt_to_change(tokenizer, packing):
-    with pytest.raises(ValueError, match=r"teacher_prompt_prefix change the teacher's prompt, and plain text has none"):
+    with pytest.raises(ValueError, match=r"teacher_prompt_prefix: plain text has no prompt that the teacher's context"):
         first([{"text": "w1 w2"}], tokenizer, teacher_prompt_prefix="w9 ", packing=packing)
 
 
 def test_a_prefix_needs_a_user_turn_and_values_that_are_text(tokenizer):
     row = {"messages": [{"role": "system", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
-    with pytest.raises(ValueError, match="teacher_prompt_prefix goes before a user's text, and a prompt has none"):
+    with pytest.raises(
+        ValueError, match="teacher_prompt_prefix goes before the text of a user turn, and a prompt has no"
+    ):
         first([row], tokenizer, teacher_prompt_prefix="w9 ")
     row = {"prompt": "w1", "completion": "w2", "answer": None}
-    with pytest.raises(ValueError, match="column 'answer' holds None, which teacher_prompt_prefix cannot show"):
+    with pytest.raises(ValueError, match="column 'answer' holds None, which teacher_prompt_prefix cannot insert"):
         first([row], tokenizer, teacher_prompt_prefix="{answer} ")

@@ -111,7 +111,7 @@ def test_samples_without_targets_are_counted_and_do_not_stay(tokenizer, caplog):
 
 def test_prompts_are_never_cut(tokenizer, pairs):
     for lmbda in (0.0, 0.5):
-        with pytest.raises(ValueError, match="max_length 6 leaves no room for completions behind prompts"):
+        with pytest.raises(ValueError, match="max_length 6 leaves no room for completions after prompts"):
             prepare(pairs, tokenizer, config(lmbda=lmbda, max_length=6, max_prompt_length=8))
     kept = prepare(pairs, tokenizer, config(lmbda=0.5, max_length=9, max_prompt_length=8))
     for row, pair in zip(kept, pairs, strict=True):

@@ -1,1 +1,1 @@
-"""The offline teacher cache: RS-KD targets of a teacher that is paid for once (arXiv 2602.01395, section 7.1)."""
+"""The offline cache: a teacher reads the data once, and its RS-KD targets are kept (arXiv 2602.01395, section 7.1)."""

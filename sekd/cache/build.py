@@ -1,4 +1,4 @@
-"""Build a cache: the teacher reads every kept sample once, and a few sampled classes of each row are kept."""
+"""Build a cache: the teacher reads every kept sample once, and a few sampled classes of each position are kept."""
 
 import importlib.util
 import os
@@ -9,19 +9,19 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sekd.cache.codec import MAX_DRAWS
+from sekd.cache.codec import FORM, MAX_DRAWS
 from sekd.cache.readers import Reader
 from sekd.cache.store import (
     FINGERPRINT,
     Store,
+    hash_file,
     is_cache,
-    locked,
+    lock_folder,
     name_samples,
+    name_shard,
     read_manifest,
     read_sample,
     read_shard,
-    sha256,
-    shard_name,
     write_manifest,
     write_shard,
 )
@@ -36,7 +36,10 @@ def build_fingerprint(
     args: SEKDConfig,
     shard_samples: int,
 ) -> dict[str, Any]:
-    """Everything that must match for a cache to be this one; ``facts`` are those of the :class:`Reader`."""
+    """The fingerprint of a cache: what a recipe must match to use it, or to resume its build.
+
+    ``facts`` are those of the :class:`Reader`; ``keys`` name the samples.
+    """
     name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
     return {
         "teacher": {"name": name, "revision": revision, "weights": facts["weights"]},
@@ -45,7 +48,7 @@ def build_fingerprint(
         "vocab": facts["vocab"],
         "data": name_samples(keys),
         **_settings(args),
-        "form": "compressed",
+        "form": FORM,
         "shard_samples": shard_samples,
     }
 
@@ -69,42 +72,44 @@ def build_cache(
     folder: str,
     shard_samples: int = 256,
 ) -> Store:
-    """Build, or go on with, the cache of the prepared samples ``dataset`` in ``folder``.
+    """Build the cache of prepared samples in ``folder``, or resume its build.
+
+    Samples that repeat are stored once. ``shard_samples`` is the number of samples of a shard.
 
     Raises:
-        ValueError: settings that cannot be cached, a folder with another cache, or another builder in it.
-        OSError: a full disk; what was written stays, and the next call goes on.
+        ValueError: settings that cannot be cached, a folder with another cache, or another builder in the folder.
+        OSError: a full disk. The finished shards stay, and the next call resumes the build.
     """
     if args.class_samples > MAX_DRAWS:
         raise ValueError(
-            f"class_samples {args.class_samples} cannot be cached: counts have 6 bits; use at most {MAX_DRAWS}"
+            f"class_samples {args.class_samples} cannot be cached: a cache holds at most {MAX_DRAWS} draws a position"
         )
     keys = [sample_key(row) for row in dataset]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}  # samples that repeat are kept once
-    order = sorted(first.values())
+    first_index = {key: i for i, key in reversed(list(enumerate(keys)))}
+    order = sorted(first_index.values())
     parts = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
-    paths = [os.path.join(folder, shard_name(number)) for number in range(len(parts))]
+    paths = [os.path.join(folder, name_shard(number)) for number in range(len(parts))]
     shards: dict[int, dict[str, Any]] = {}
-    with locked(folder):
+    with lock_folder(folder):
         fingerprint = build_fingerprint(keys, reader.facts, tokenizer, args, shard_samples)
-        listed = _claim(folder, fingerprint)
+        checksums = _claim_folder(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
 
         def finish(number: int) -> None:
-            shards[number] = _describe(paths[number])
+            shards[number] = _describe_shard(paths[number])
             bar.update(len(parts[number]))
-            samples, rows, size = (sum(s[name] for s in shards.values()) for name in ("samples", "rows", "bytes"))
+            samples, positions, size = (sum(s[name] for s in shards.values()) for name in ("samples", "rows", "bytes"))
             projected = size / samples * len(order) / 2**20
-            bar.set_postfix_str(f"{size / max(rows, 1):.1f} B a row, {projected:.1f} MiB in all")
+            bar.set_postfix_str(f"{size / max(positions, 1):.1f} B a position, {projected:.1f} MiB in all")
 
-        def missing() -> Iterator[tuple[int, list[Any]]]:
+        def unfinished_parts() -> Iterator[tuple[int, list[Any]]]:
             for number, part in enumerate(parts):
-                if _is_whole(paths[number], [keys[i] for i in part], listed.get(shard_name(number)), fingerprint):
+                if _is_whole(paths[number], [keys[i] for i in part], checksums.get(name_shard(number)), fingerprint):
                     finish(number)
                 else:
                     yield number, [dataset[i] for i in part]
 
-        for number, samples in reader.encode_all(missing()):
+        for number, samples in reader.encode_all(unfinished_parts()):
             write_shard(paths[number], samples)
             finish(number)
         bar.close()
@@ -112,8 +117,11 @@ def build_cache(
     return Store(folder)
 
 
-def _claim(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
-    """Write an incomplete manifest, or check that the one there is of this cache; the checksums that it lists."""
+def _claim_folder(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
+    """Write an incomplete manifest, or check that the folder's manifest is of this cache.
+
+    Returns the checksum of each file that the manifest lists.
+    """
     if not is_cache(folder):
         write_manifest(folder, fingerprint, None)
     manifest = read_manifest(folder)
@@ -125,17 +133,17 @@ def _compare(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if before[name] != value:
             raise ValueError(
-                f"{folder!r} holds a cache with another value of {FINGERPRINT[name][1]} ({before[name]}, now "
-                f"{value}); name another folder, or delete it"
+                f"{folder!r} holds a cache with another value of {FINGERPRINT[name][1]} ({before[name]}, "
+                f"now {value}); name another folder, or delete it"
             )
 
 
 def _is_whole(path: str, keys: list[bytes], checksum: str | None, fingerprint: dict[str, Any]) -> bool:
-    """Whether a shard is there as it was written: by its checksum, or else by decoding it."""
+    """Whether a shard exists and is intact: by its checksum if the manifest lists one, or else by decoding it."""
     if not os.path.exists(path):
         return False
     if checksum is not None:
-        return sha256(path) == checksum
+        return hash_file(path) == checksum
     try:
         batch = read_shard(path)
         for place in range(batch.num_rows):
@@ -145,7 +153,7 @@ def _is_whole(path: str, keys: list[bytes], checksum: str | None, fingerprint: d
     return batch.column("key").to_pylist() == keys
 
 
-def _describe(path: str) -> dict[str, Any]:
+def _describe_shard(path: str) -> dict[str, Any]:
     batch = read_shard(path)
     return {
         "file": os.path.basename(path),
@@ -153,7 +161,7 @@ def _describe(path: str) -> dict[str, Any]:
         "rows": sum(batch.column("rows").to_pylist()),
         "classes": sum(batch.column("classes").to_pylist()),
         "bytes": os.path.getsize(path),
-        "sha256": sha256(path),
+        "sha256": hash_file(path),
     }
 
 

@@ -1,17 +1,15 @@
 """Sampled classes and their counts as bytes, and back, without loss.
 
-A row has k unique classes with counts that add up to U draws. Two forms hold the rows of a sample:
+A position has k unique classes, whose counts add up to U draws. The positions of a sample become streams of bytes, each
+compressed by zstd:
 
-``packed``
-    k of each row in a byte (k - 1), then 3 bytes a class: an 18-bit id and a 6-bit count - 1. A vocabulary over
-    262,144 classes takes 4 bytes, with 26-bit ids.
-``compressed``
-    Ids sorted within their row and stored as differences less one; k, counts, and each byte of the differences are
-    streams of their own, compressed by zstd, since its Huffman tables want bytes that are alike.
+- k - 1 of each position;
+- count - 1 of each class;
+- the ids, sorted within their position, as differences minus 1. Each byte of the differences (3, or 4 for a vocabulary
+  over 262,144 classes) is a stream of its own: zstd compresses bytes of one kind better than mixed ones;
+- if it is kept, a byte of teacher entropy of each position, in 255ths of ln V.
 
-Either may end with a byte of teacher entropy a row, in 255ths of ln V.
-
-Both are vectorised: no Python loop over rows.
+Everything is vectorised: no Python loop runs over positions.
 """
 
 import math
@@ -29,16 +27,17 @@ from numpy import ndarray
 from torch import Tensor
 
 MAX_DRAWS = 64
-"""Counts have 6 bits."""
+"""The most draws of a position that a cache holds."""
 
 LEVEL = 15
-"""zstd's level: 7 % smaller than level 3, and 19 takes twice the time for 0.2 % more; decoding takes the same time."""
+"""zstd's level. 7 % smaller than level 3; level 19 takes twice the time for 0.2 % more. All decode equally fast."""
 
-FORMS = ("compressed", "packed")
+FORM = "compressed"
+"""The only form of the bytes; a manifest names it."""
 
 
 class Decoded(NamedTuple):
-    """N rows, their classes sorted by id; unused slots come last and hold id 0 and count 0."""
+    """Classes of N positions, sorted by id; unused slots come last and hold id 0 and count 0."""
 
     ids: Int[ndarray, "N K"]
     counts: UInt8[ndarray, "N K"]
@@ -46,133 +45,127 @@ class Decoded(NamedTuple):
 
 
 def entropy_to_bytes(nats: Float[Tensor, " N"], vocab: int) -> UInt8[ndarray, " N"]:
-    """round(255 H / ln V): off by at most ln V / 510, 0.024 nats of 12 for 160,000 classes."""
+    """round(255 H / ln V): off by at most ln V / 510, which is 0.024 of 12 nats for 160,000 classes."""
     return (nats * (255 / math.log(vocab))).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def entropy_from_bytes(codes: UInt8[ndarray, " N"], vocab: int) -> Float[ndarray, " N"]:
-    """Nats of :func:`entropy_to_bytes`, as float32."""
+    """The nats behind the bytes of :func:`entropy_to_bytes`, as float32."""
     return codes.astype(np.float32) * np.float32(math.log(vocab) / 255)
 
 
-def id_bits(vocab: int) -> int:
-    """Bits of an id in the packed form: 18, or 26 for a vocabulary over 262,144 classes (ValueError over 2^26)."""
+def count_id_bytes(vocab: int) -> int:
+    """Bytes of an id before compression: 3, or 4 for a vocabulary over 2^18 = 262,144 classes.
+
+    Raises:
+        ValueError: a vocabulary over 2^26 classes.
+    """
     if vocab > 1 << 26:
         raise ValueError(f"a vocabulary of {vocab:,} classes does not fit into 26 bits")
-    return 18 if vocab <= 1 << 18 else 26
+    return 3 if vocab <= 1 << 18 else 4
 
 
 def encode(
     ids: Int[ndarray, "N K"],
     counts: Int[ndarray, "N K"],
     vocab: int,
-    form: str = "compressed",
     entropy: UInt8[ndarray, " N"] | None = None,
 ) -> bytes:
-    """The rows of one sample as bytes; a count of 0 is an unused slot.
+    """The N positions of a sample as bytes; a count of 0 marks an unused slot.
 
     Raises:
-        ValueError: ids outside the vocabulary, counts outside 0 to 64, or a row without a class.
+        ValueError: ids outside the vocabulary, counts outside 0 to 64, or a position without a class.
     """
     used = counts > 0
     lengths = used.sum(1)
-    rows = np.repeat(np.arange(len(ids)), lengths)
+    position = np.repeat(np.arange(len(ids)), lengths)
     flat_ids, flat_counts = ids[used].astype(np.int64), counts[used].astype(np.int64)
     if len(ids) and not 1 <= lengths.min() <= lengths.max() <= MAX_DRAWS:
-        raise ValueError(f"rows have {lengths.min()} to {lengths.max()} classes; 1 to {MAX_DRAWS} can be stored")
+        raise ValueError(f"positions have {lengths.min()} to {lengths.max()} classes; 1 to {MAX_DRAWS} can be stored")
     if len(flat_ids) and not (flat_ids.min() >= 0 and flat_ids.max() < vocab and flat_counts.max() <= MAX_DRAWS):
         raise ValueError(
             f"ids {flat_ids.min()} to {flat_ids.max()} and counts to {flat_counts.max()} do not fit a vocabulary of "
             f"{vocab} and {MAX_DRAWS} draws"
         )
-    order = np.lexsort((flat_ids, rows))
+    order = np.lexsort((flat_ids, position))
     flat_ids, flat_counts = flat_ids[order], flat_counts[order]
-    streams = [(lengths - 1).astype(np.uint8)]
-    last = [] if entropy is None else [entropy]
-    if form == "packed":
-        words = flat_ids | (flat_counts - 1) << id_bits(vocab)
-        streams += [_low_bytes(words, (id_bits(vocab) + 6) // 8).ravel(), *last]
-        return _join(len(ids), [stream.tobytes() for stream in streams])
     first = _is_first(lengths)
     differences = np.diff(flat_ids, prepend=0) - 1
     differences[first] = flat_ids[first]
-    planes = _low_bytes(differences, (id_bits(vocab) + 6) // 8)
-    streams += [(flat_counts - 1).astype(np.uint8), *planes.T, *last]
-    codec = pa.Codec("zstd", LEVEL)
-    return _join(len(ids), [codec.compress(np.ascontiguousarray(s), asbytes=True) for s in streams])
+    planes = _split_bytes(differences, count_id_bytes(vocab))
+    streams = [(lengths - 1).astype(np.uint8), (flat_counts - 1).astype(np.uint8), *planes.T]
+    if entropy is not None:
+        streams.append(entropy)
+    zstd = pa.Codec("zstd", LEVEL)
+    return _join_streams(len(ids), [zstd.compress(np.ascontiguousarray(s), asbytes=True) for s in streams])
 
 
-def decode(data: bytes | memoryview, vocab: int, form: str = "compressed") -> Decoded:
-    """The rows that :func:`encode` wrote.
+def decode(data: bytes | memoryview, vocab: int) -> Decoded:
+    """The positions that :func:`encode` stored.
 
     Raises:
-        ValueError: bytes that it did not write.
+        ValueError: bytes that :func:`encode` did not return for this vocabulary.
     """
-    rows, streams = _split(data)
-    width = (id_bits(vocab) + 6) // 8
-    plain = 2 if form == "packed" else 2 + width
-    if len(streams) not in (plain, plain + 1):
-        raise ValueError(f"the bytes are not those of {form} rows")
-    entropy = None
-    if form == "packed":
-        lengths = np.frombuffer(streams[0], np.uint8).astype(np.int64) + 1
-        words = _from_bytes(np.frombuffer(streams[1], np.uint8).reshape(-1, width))
-        flat_ids, flat_counts = words & (1 << id_bits(vocab)) - 1, (words >> id_bits(vocab)) + 1
-        if len(streams) > plain:
-            entropy = np.frombuffer(streams[-1], np.uint8)
-    else:
-        lengths = _decompress(streams[0], rows).astype(np.int64) + 1
-        total = int(lengths.sum())
-        flat_counts, *planes = (_decompress(stream, total) for stream in streams[1:plain])
-        flat_counts = flat_counts.astype(np.int64) + 1
-        first = _is_first(lengths)
-        steps = _from_bytes(np.stack(planes, axis=1)) + ~first
-        running = steps.cumsum()
-        flat_ids = running - np.repeat((running - steps)[first], lengths)
-        if len(streams) > plain:
-            entropy = _decompress(streams[-1], rows)
-    if len(lengths) != rows or len(flat_ids) != lengths.sum() or (len(flat_ids) and flat_ids.max() >= vocab):
+    positions, streams = _split_streams(data)
+    with_ids = 2 + count_id_bytes(vocab)
+    if len(streams) not in (with_ids, with_ids + 1):
+        raise ValueError(
+            f"the bytes hold {len(streams)} streams instead of the {with_ids} of a vocabulary of {vocab} (and 1 of "
+            "entropy)"
+        )
+    lengths = _decompress(streams[0], positions).astype(np.int64) + 1
+    total = int(lengths.sum())
+    flat_counts, *planes = (_decompress(stream, total) for stream in streams[1:with_ids])
+    flat_counts = flat_counts.astype(np.int64) + 1
+    first = _is_first(lengths)
+    steps = _join_bytes(np.stack(planes, axis=1)) + ~first
+    running = steps.cumsum()
+    flat_ids = running - np.repeat((running - steps)[first], lengths)
+    entropy = _decompress(streams[-1], positions) if len(streams) > with_ids else None
+    if len(lengths) != positions or len(flat_ids) != total or (len(flat_ids) and flat_ids.max() >= vocab):
         raise ValueError("the bytes are damaged: lengths or ids do not fit")
-    slots = int(lengths.max()) if rows else 0
+    slots = int(lengths.max()) if positions else 0
     used = np.arange(slots) < lengths[:, None]
-    ids, counts = np.zeros((rows, slots), np.int64), np.zeros((rows, slots), np.uint8)
+    ids, counts = np.zeros((positions, slots), np.int64), np.zeros((positions, slots), np.uint8)
     ids[used], counts[used] = flat_ids, flat_counts
     return Decoded(ids, counts, entropy)
 
 
 def _is_first(lengths: ndarray) -> ndarray:
-    """Which of the classes, row after row, begin a row."""
+    """Which of the classes, in the order of positions, are the first of their position."""
     first = np.zeros(int(lengths.sum()), dtype=bool)
     first[np.cumsum(lengths) - lengths] = True
     return first
 
 
-def _low_bytes(values: ndarray, width: int) -> ndarray:
+def _split_bytes(values: ndarray, width: int) -> ndarray:
+    """The lowest ``width`` bytes of each number, [numbers width]."""
     return values.astype("<u4")[:, None].view(np.uint8)[:, :width]
 
 
-def _from_bytes(planes: ndarray) -> ndarray:
+def _join_bytes(planes: ndarray) -> ndarray:
+    """The numbers that :func:`_split_bytes` split."""
     words = np.zeros((len(planes), 4), np.uint8)
     words[:, : planes.shape[1]] = planes
     return words.view("<u4")[:, 0].astype(np.int64)
 
 
-def _join(rows: int, streams: Sequence[bytes]) -> bytes:
-    head = struct.pack(f"<IB{len(streams)}I", rows, len(streams), *map(len, streams))
+def _join_streams(positions: int, streams: Sequence[bytes]) -> bytes:
+    head = struct.pack(f"<IB{len(streams)}I", positions, len(streams), *map(len, streams))
     body = head + b"".join(streams)
     return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _split(data: bytes | memoryview) -> tuple[int, list[memoryview]]:
+def _split_streams(data: bytes | memoryview) -> tuple[int, list[memoryview]]:
     view = memoryview(data)
     if len(view) < 9 or zlib.crc32(view[:-4]) != struct.unpack_from("<I", view, len(view) - 4)[0]:
         raise ValueError("the bytes are damaged: their checksum differs")
-    rows, count = struct.unpack_from("<IB", view)
+    positions, count = struct.unpack_from("<IB", view)
     lengths = struct.unpack_from(f"<{count}I", view, 5)
     ends = np.cumsum([5 + 4 * count, *lengths])
     if ends[-1] != len(view) - 4:
         raise ValueError(f"the bytes are damaged: {len(view)} instead of {ends[-1] + 4}")
-    return rows, [view[a:b] for a, b in pairwise(ends)]
+    return positions, [view[a:b] for a, b in pairwise(ends)]
 
 
 def _decompress(stream: memoryview, size: int) -> ndarray:

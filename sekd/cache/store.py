@@ -1,8 +1,12 @@
-"""Shards of encoded samples, memory-mapped, and the manifest that says what they are.
+"""Shards of encoded samples, memory-mapped, and the manifest that describes them.
 
-A folder holds ``manifest.json`` and ``shard-00000.arrow`` and so on. A shard is an Arrow file of one record batch: a
-key, the number of rows and classes, and the encoded rows of each sample; reading one sample touches its own bytes only.
-A shard gets its name when it is whole and synced, so one that is there is complete, whenever the process died.
+A folder holds ``manifest.json``, ``shard-00000.arrow``, ``shard-00001.arrow`` and so on. A shard is an Arrow file with
+one record batch. For each sample it has a key, the numbers of positions and classes, and the encoded positions. Reading
+a sample touches only the bytes of that sample. A shard gets its name after it is written and synced: a file with such a
+name is complete, whenever the process died.
+
+Format 2 stores the number of positions as ``rows``, in the shards and in the manifest. The name stays, so that existing
+caches can be read.
 """
 
 import fcntl
@@ -16,14 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sekd.cache.codec import FORMS, Decoded, decode
+from sekd.cache.codec import FORM, Decoded, decode
 from sekd.files import write_atomically
 
 FORMAT = 2
-
-
 MANIFEST = "manifest.json"
-
 
 FINGERPRINT: dict[str, tuple[Any, str]] = {
     "teacher": (dict, "teacher_model_name_or_path, its revision or weights"),
@@ -43,31 +44,29 @@ FINGERPRINT: dict[str, tuple[Any, str]] = {
     "form": (str, "the codec"),
     "shard_samples": (int, "the samples of a shard"),
 }
-"""What must match for a cache to be the one that is asked for: type, and what a user calls it."""
-
+"""The entries of a manifest's fingerprint, which must equal the recipe's: their type, and how errors name them."""
 
 SHARD = {"samples": int, "rows": int, "classes": int, "bytes": int, "sha256": str}
-
+"""The entries of a shard in the manifest, besides its file name; "rows" is its number of positions."""
 
 REBUILD_HINT = "delete it and build (or pull) again"
 
-
 Encoded = tuple[bytes, int, int, bytes]
-"""Of a sample: key, number of rows, number of classes in all rows, bytes."""
-
+"""A sample: its key, its number of positions, its number of classes over all positions, and its bytes."""
 
 SCHEMA = pa.schema([("key", pa.binary(16)), ("rows", pa.int32()), ("classes", pa.int32()), ("data", pa.large_binary())])
 
 
-def shard_name(number: int) -> str:
+def name_shard(number: int) -> str:
+    """The file name of a shard."""
     return f"shard-{number:05d}.arrow"
 
 
 def write_shard(path: str, samples: Sequence[Encoded]) -> None:
-    """Write a shard: to another name, synced, then renamed.
+    """Write a shard under a temporary name, sync it, then rename it.
 
     Raises:
-        OSError: a full disk, for one, with the file; nothing is left behind.
+        OSError: the file cannot be written, for example on a full disk. The temporary file is removed.
     """
     columns = zip(*samples, strict=True)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
@@ -83,8 +82,8 @@ def write_shard(path: str, samples: Sequence[Encoded]) -> None:
     except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        remedy = "make room and run the same command again, it goes on from here"
-        raise OSError(error.errno, f"{error.strerror or error}; {remedy}", path) from error
+        hint = "make room and run the same command again, which resumes the build"
+        raise OSError(error.errno, f"{error.strerror or error}; {hint}", path) from error
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -93,10 +92,10 @@ def write_shard(path: str, samples: Sequence[Encoded]) -> None:
 
 
 def read_shard(path: str) -> pa.RecordBatch:
-    """The memory-mapped record batch of a shard.
+    """Memory-map a shard; its record batch.
 
     Raises:
-        ValueError: a missing or damaged file, by its name.
+        ValueError: a missing or damaged file; the error names it.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(path))
@@ -104,19 +103,23 @@ def read_shard(path: str) -> pa.RecordBatch:
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"cache shard {path!r} cannot be read ({error}); {REBUILD_HINT}") from error
     if batch.schema != SCHEMA:
-        raise ValueError(f"cache shard {path!r} has not the columns of this version; {REBUILD_HINT}")
+        raise ValueError(f"cache shard {path!r} does not have the columns of this version; {REBUILD_HINT}")
     return batch
 
 
-def sha256(path: str) -> str:
-    """Hex digest of a file."""
+def hash_file(path: str) -> str:
+    """The SHA-256 of a file, as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Exclusive use of a folder by one builder; the lock dies with its process (ValueError if another has it)."""
+def lock_folder(folder: str) -> Iterator[None]:
+    """Let one builder alone use a folder, which is made if it is missing. The lock ends with the process.
+
+    Raises:
+        ValueError: another process has the lock.
+    """
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -124,7 +127,7 @@ def locked(folder: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"another process builds the cache in {folder!r}; wait for it, or name another folder"
+                f"another process is building the cache in {folder!r}; wait for it, or name another folder"
             ) from error
         yield
     finally:
@@ -132,15 +135,15 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def is_cache(folder: str) -> bool:
-    """Whether a folder holds a cache, or the beginning of one."""
+    """Whether a folder holds a cache, complete or not."""
     return os.path.exists(os.path.join(folder, MANIFEST))
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """What a cache says of itself.
+    """The manifest of a cache: format, complete, fingerprint and shards.
 
     Raises:
-        ValueError: no cache there, or one of another format.
+        ValueError: no cache in the folder, a cache of another format, or an invalid manifest.
     """
     path = os.path.join(folder, MANIFEST)
     if not is_cache(folder):
@@ -155,26 +158,28 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise ValueError(
             f"teacher_cache {folder!r} has format {manifest['format']}, and this version of sekd reads {FORMAT}; "
-            "install the version that wrote it, or build it again"
+            "install the version of sekd that wrote it, or build the cache again"
         )
-    if wrong := _what_is_wrong(manifest):
-        raise ValueError(f"{path!r}: {wrong}; it was not written by this version of sekd, build the cache again")
+    if problem := _find_problem(manifest):
+        raise ValueError(f"{path!r}: {problem}; this version of sekd did not write it, so build the cache again")
     return manifest
 
 
-def _what_is_wrong(manifest: dict[str, Any]) -> str | None:
-    """The first thing in a manifest of this format that :func:`write_manifest` would not have written."""
-    found, shards = manifest.get("fingerprint"), manifest.get("shards")
-    if not isinstance(manifest.get("complete"), bool) or not isinstance(found, dict) or not isinstance(shards, list):
+def _find_problem(manifest: dict[str, Any]) -> str | None:
+    """The first entry of a manifest that :func:`write_manifest` would not have written; None if there is no such."""
+    fingerprint, shards, complete = (manifest.get(name) for name in ("fingerprint", "shards", "complete"))
+    if not isinstance(complete, bool) or not isinstance(fingerprint, dict) or not isinstance(shards, list):
         return "complete, fingerprint or shards are missing"
     for name, (kind, _) in FINGERPRINT.items():
-        if not isinstance(found.get(name), kind) or (kind is int and isinstance(found[name], bool)):
-            return f"fingerprint {name} is {found.get(name)!r}"
-    if found["form"] not in FORMS or not {"name", "revision", "weights"} <= found["teacher"].keys():
-        return f"fingerprint form {found['form']!r} or teacher {found['teacher']!r} is unknown"
+        value = fingerprint.get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            return f"fingerprint {name} is {value!r}"
+    form, teacher = fingerprint["form"], fingerprint["teacher"]
+    if form != FORM or not {"name", "revision", "weights"} <= teacher.keys():
+        return f"fingerprint form {form!r} or teacher {teacher!r} is unknown"
     for number, shard in enumerate(shards):
-        if not isinstance(shard, dict) or shard.get("file") != shard_name(number):
-            return f"shard {number} is not {shard_name(number)!r}"
+        if not isinstance(shard, dict) or shard.get("file") != name_shard(number):
+            return f"shard {number} is not {name_shard(number)!r}"
         for name, kind in SHARD.items():
             if not isinstance(shard.get(name), kind):
                 return f"{shard['file']}: {name} is {shard.get(name)!r}"
@@ -182,18 +187,24 @@ def _what_is_wrong(manifest: dict[str, Any]) -> str | None:
 
 
 def write_manifest(folder: str, fingerprint: dict[str, Any], shards: list[dict[str, Any]] | None) -> None:
-    """Write what the cache is; ``shards`` is None as long as it is not complete."""
-    found = {"format": FORMAT, "complete": shards is not None, "fingerprint": fingerprint, "shards": shards or []}
-    write_atomically(os.path.join(folder, MANIFEST), json.dumps(found, indent=2) + "\n")
+    """Write a manifest; ``shards`` is None while the cache is not complete."""
+    manifest = {"format": FORMAT, "complete": shards is not None, "fingerprint": fingerprint, "shards": shards or []}
+    write_atomically(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=2) + "\n")
 
 
 class Store:
-    """A complete cache, read by key: only the samples that are asked for are read."""
+    """A complete cache. Samples are read by key, and nothing else is read.
+
+    ``places[key]`` holds a sample's shard and its index in that shard.
+
+    Raises:
+        ValueError: no cache in the folder, an incomplete one, or a missing or damaged shard.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         if not self.manifest["complete"]:
-            raise ValueError(f"teacher_cache {folder!r} is not complete; run its `sekd cache build` again, it goes on")
+            raise ValueError(f"teacher_cache {folder!r} is not complete; run its `sekd cache build` again to resume it")
         self.fingerprint: dict[str, Any] = self.manifest["fingerprint"]
         self.shards = []
         self.places: dict[bytes, tuple[int, int]] = {}
@@ -203,27 +214,31 @@ class Store:
             self.places |= {key: (number, i) for i, key in enumerate(batch.column("key").to_pylist())}
 
     def total(self, field: str) -> int:
-        """Of all shards: ``samples``, ``rows``, ``classes`` or ``bytes``."""
+        """The sum over all shards of ``samples``, ``rows`` (positions), ``classes`` or ``bytes``."""
         return sum(shard[field] for shard in self.manifest["shards"])
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
 
     def read(self, key: bytes) -> Decoded:
-        """The rows of a sample.
+        """The positions of a sample.
 
         Raises:
-            ValueError: a damaged sample, with its shard.
+            ValueError: a damaged sample; the error names its shard.
         """
         number, place = self.places[key]
         return read_sample(self.shards[number], place, self.manifest["shards"][number]["file"], self.fingerprint)
 
 
 def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
-    """A shard that the manifest lists (ValueError if it is missing or of another size)."""
+    """Memory-map a shard that the manifest lists.
+
+    Raises:
+        ValueError: a shard that is missing, damaged, or of another size.
+    """
     path = os.path.join(folder, shard["file"])
     if not os.path.exists(path):
-        raise ValueError(f"cache shard {path!r} is missing; build (or pull) the cache again, the others stay")
+        raise ValueError(f"cache shard {path!r} is missing; build (or pull) the cache again, which keeps the others")
     if os.path.getsize(path) != shard["bytes"]:
         raise ValueError(
             f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; {REBUILD_HINT}"
@@ -232,26 +247,37 @@ def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
 
 
 def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mapping[str, Any]) -> Decoded:
-    """The rows of a sample (ValueError if they are damaged, with the shard's name)."""
+    """The positions of the sample at index ``place`` of a shard; ``name`` is the shard's file.
+
+    Raises:
+        ValueError: a damaged sample; the error names its shard.
+    """
     try:
-        found = decode(memoryview(batch.column("data")[place].as_buffer()), fingerprint["vocab"], fingerprint["form"])
-        if (found.counts.sum(1, dtype=np.int64) != fingerprint["class_samples"]).any():
-            raise ValueError("counts do not add up to the draws")
-        if (found.entropy is not None) != fingerprint["teacher_entropy"]:
-            raise ValueError("its rows have other fields than the manifest says")
+        sample = decode(memoryview(batch.column("data")[place].as_buffer()), fingerprint["vocab"])
+        if (sample.counts.sum(1, dtype=np.int64) != fingerprint["class_samples"]).any():
+            raise ValueError("counts do not add up to the number of draws")
+        if (sample.entropy is not None) != fingerprint["teacher_entropy"]:
+            raise ValueError("the manifest and the sample disagree on whether teacher entropy is kept")
     except ValueError as error:
         raise ValueError(f"cache shard {name!r}, sample {place}: {error}; {REBUILD_HINT}") from error
-    return found
+    return sample
 
 
 def verify(folder: str) -> list[str]:
-    """What is wrong with a cache: each broken shard by its checksum, size or samples, and samples that are missing."""
+    """The problems of a cache, one text each; none if it is intact.
+
+    A shard is checked by its size, its checksum and its decoded samples. All shards together must hold the samples that
+    the cache was built from.
+
+    Raises:
+        ValueError: as :func:`read_manifest`.
+    """
     manifest = read_manifest(folder)
     problems, keys = [], []
     for shard in manifest["shards"]:
         try:
             batch = open_shard(folder, shard)
-            if sha256(os.path.join(folder, shard["file"])) != shard["sha256"]:
+            if hash_file(os.path.join(folder, shard["file"])) != shard["sha256"]:
                 raise ValueError(f"{shard['file']}: the checksum differs; {REBUILD_HINT}")
             for place in range(batch.num_rows):
                 read_sample(batch, place, shard["file"], manifest["fingerprint"])
@@ -259,12 +285,14 @@ def verify(folder: str) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     if not manifest["complete"]:
-        problems.append(f"{MANIFEST}: the cache is not complete; run its `sekd cache build` again, it goes on")
+        problems.append(f"{MANIFEST}: the cache is not complete; run its `sekd cache build` again to resume it")
     elif not problems and name_samples(keys) != manifest["fingerprint"]["data"]:
-        problems.append(f"{MANIFEST}: it lists other samples than it was built from; build (or pull) again")
+        problems.append(
+            f"{MANIFEST}: the shards hold other samples than the cache was built from; build (or pull) again"
+        )
     return problems
 
 
 def name_samples(keys: Iterable[bytes]) -> str:
-    """A name of a set of samples, whatever their order; one that repeats counts once."""
+    """A name for a set of samples, by their keys: neither their order nor repeated samples change it."""
     return hashlib.blake2b(b"".join(sorted(set(keys))), digest_size=16).hexdigest()

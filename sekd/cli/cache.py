@@ -88,7 +88,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    from sekd.cache.info import measured, show_cache, show_plan
+    from sekd.cache.info import measure_cache, show_cache, show_plan
     from sekd.cache.store import Store, is_cache
     from sekd.recipe import Run
 
@@ -106,7 +106,7 @@ def run_info(options: argparse.Namespace) -> int:
             return 0
         known: dict[str, Any] = {"fraction": 1.0}
         if options.name is not None:
-            known |= measured(options.name) if is_cache(options.name) else Run.parse(options.name).plan(given)
+            known |= measure_cache(options.name) if is_cache(options.name) else Run.parse(options.name).plan(given)
         if missing := {"positions", "vocab", "draws"} - (known | given).keys():
             raise ValueError(f"the plan needs --{' and --'.join(sorted(missing))}, or a cache or recipe that says so")
         show_plan(**known | given)

@@ -1,4 +1,4 @@
-"""Datasets in, token batches out: load rows, encode each as tokens, prepare samples, collate them into batches."""
+"""From datasets to token batches: load rows, encode each as tokens, prepare samples, collate them into batches."""
 
 from sekd.data.batch import Sample, collate, from_rollout
 from sekd.data.load import is_local, load_rows

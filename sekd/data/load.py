@@ -1,4 +1,4 @@
-"""Rows of local files or of a hub dataset."""
+"""Load the rows of local files or of a hub dataset."""
 
 import glob
 import os
@@ -8,23 +8,24 @@ from datasets.exceptions import DatasetsError
 from trl.data_utils import get_dataset_column_names
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+"""The ``datasets`` builder of each kind of local file, by its extension."""
 
 
 def is_local(name: str) -> bool:
-    """Whether a dataset's name means files here, rather than a hub id."""
+    """Whether a dataset's name means local files, and not a dataset of the hub."""
     return os.path.splitext(name)[1] in BUILDERS or os.path.exists(name) or name.startswith((".", "/", "~"))
 
 
 def load_rows(
     name: str, config: str | None = None, split: str = "train", streaming: bool = False, field: str = "dataset_name"
 ) -> Dataset | IterableDataset:
-    """Rows of a local json, jsonl, csv or parquet file (or folder, or glob of them), or else of a hub dataset.
+    """Load the rows of local json, jsonl, csv or parquet files (a file, a folder or a glob), or else of a hub dataset.
 
-    Files are one split, whatever ``split`` calls it; a slice such as ``train[:64]`` or ``train[90%:]`` selects from
-    their rows. Of several files the columns that all of them have are kept. Errors name ``field``.
+    Local files are one split, whatever name ``split`` has; a slice such as ``train[:64]`` or ``train[90%:]`` selects
+    from their rows. Several files keep the columns that all of them have. Errors name ``field``.
 
     Raises:
-        ValueError: a file or folder that is not there or holds nothing readable.
+        ValueError: no such file or folder, nothing readable in it, files of several kinds, or a slice of a stream.
     """
     if not is_local(name):
         return load_dataset(name, config, split=split, streaming=streaming)
@@ -34,7 +35,7 @@ def load_rows(
     if not files:
         raise ValueError(f"{field} {name!r}: no such file, or no {', '.join(BUILDERS)} file in it")
     if len({os.path.splitext(f)[1] for f in files}) > 1:
-        raise ValueError(f"{field} {name!r} mixes kinds of files; name those of one kind, such as 'folder/*.jsonl'")
+        raise ValueError(f"{field} {name!r} mixes kinds of files; name files of one kind, such as 'folder/*.jsonl'")
     if empty := [f for f in files if not os.path.getsize(f)]:
         raise ValueError(f"{field} {name!r}: {empty[0]} is empty")
     try:
