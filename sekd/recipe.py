@@ -109,17 +109,15 @@ class Run:
 
         from sekd.trainer import SEKDTrainer
 
-        trainer = SEKDTrainer(
+        return SEKDTrainer(
             model=self.model.model_name_or_path,
             args=self.args,
             train_dataset=self.rows(),
             eval_dataset=self.held_out_rows(),
             peft_config=get_peft_config(self.model),
             model_init_kwargs=self._model_init_kwargs(),
+            recipe_records=(self.script, self.args, self.model),
         )
-        # The only place that sets it; it becomes an argument of the trainer.
-        trainer.run_files.records = (self.script, self.args, self.model)
-        return trainer
 
     def choose_samples(self) -> dict[str, Any]:
         """The choice of samples: made, or read if it was made before. The teacher is loaded only for a score of it."""
@@ -148,7 +146,7 @@ class Run:
 
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
-        from sekd.data.prepare import check_same_tokenizer
+        from sekd.data.prepare import check_same_tokenizer, is_packed
 
         check_build(args.teacher_cache, args, engine, workers)
         tokenizer, dataset = self._prepare()
@@ -162,7 +160,7 @@ class Run:
             args,
             self.model.attn_implementation,
             config.get_text_config().vocab_size,
-            "seq_lengths" in dataset.column_names,
+            is_packed(dataset),
         )
         if engine == "local":
             return build_cache(dataset, load(args.device), tokenizer, args, args.teacher_cache)
@@ -212,13 +210,12 @@ class Run:
 
     def _check_sample_score(self) -> bool:
         """Whether the sample score reads the teacher; ValueError if it does and there is no teacher."""
-        from sekd.scores import SCORES
+        from sekd.scores import needs_teacher
 
         score = self.args.sample_score
-        needs_teacher = score != "random" and SCORES[score].needs_teacher
-        if needs_teacher and self.args.teacher_model_name_or_path is None:
+        if needs_teacher(score) and self.args.teacher_model_name_or_path is None:
             raise ValueError(f"sample_score {score!r} needs a teacher: set teacher_model_name_or_path")
-        return needs_teacher
+        return needs_teacher(score)
 
     def _model_init_kwargs(self) -> dict[str, Any]:
         from trl import get_quantization_config

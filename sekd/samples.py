@@ -1,7 +1,7 @@
 """Which samples? Scores under the frozen initial models, made once and kept in a file.
 
-A sample's score is the mean of a row score over its valid rows (TopSmp, arXiv 2602.01395, section 4; Xu et al., 2023).
-What is kept is a real subset of the data: batches are as large as without selection.
+A sample's score is the mean of a position score over its valid positions (TopSmp, arXiv 2602.01395, section 4; Xu et
+al., 2023). The kept samples are a real subset of the data, so batches are as large as without selection.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
-from sekd.data.prepare import prepare
+from sekd.data.prepare import is_packed, prepare
 from sekd.distill import score_positions
 from sekd.files import write_atomically
 from sekd.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -30,8 +30,6 @@ from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch, Positions
 
 FORMAT = 1
-
-
 FIELDS = {
     "sample_score": "sample_score",
     "seed": "seed",
@@ -61,11 +59,11 @@ def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[in
 
 
 def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
-    """The first ``size`` samples of prepared data; those of a stream are read into memory."""
+    """The first ``size`` samples of prepared data; a stream's samples are read into memory."""
     if isinstance(dataset, Dataset):
         return dataset.take(min(size, len(dataset)))
     parts, bar = [], tqdm(total=size, desc="Reading the sample pool")
-    for part in dataset.take(size).iter(batch_size=1000):  # Arrow holds a part in a tenth of what its lists take
+    for part in dataset.take(size).iter(batch_size=1000):  # Arrow needs a tenth of the memory of lists
         parts.append(Dataset.from_dict(part))
         bar.update(len(parts[-1]))
     bar.close()
@@ -75,8 +73,9 @@ def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
 def prepare_samples(
     rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
 ) -> Dataset | IterableDataset:
-    """Rows as samples: tokenized, packed or cut, and only the first ``sample_pool`` of them where it is set."""
+    """Rows as samples: tokenized, packed or cut, and only the first ``sample_pool`` of them if it is set."""
     dataset = prepare(rows, tokenizer, args)
+    is_packed(dataset)  # raises ValueError for a stream without samples
     return dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
 
 
@@ -92,22 +91,22 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    """What ``samples_file`` holds: ``kept`` (sorted ids), ``scores`` (of each sample), ``fingerprint``.
+    """Choose samples: the content of ``samples_file``, with ``kept`` (sorted ids), ``scores`` and ``fingerprint``.
 
-    ``teacher`` may be None where the score does not need it. The scores serve any ``sample_fraction``; the file is
-    written if it is not there.
+    The file is written if it does not exist. Its scores serve any ``sample_fraction``. ``teacher`` may be None if the
+    score does not need it.
 
     Raises:
-        ValueError: a file that was made from other data, models or settings; it says which.
+        ValueError: an existing file of other data, models or settings; it says which.
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
-    # The first process alone looks: where folders are not shared, the others could not agree.
-    known = [_read(path, fingerprint, len(dataset)) if args.process_index == 0 and os.path.exists(path) else None]
-    scores = broadcast_object_list(known)[0]
+    # Only the first process reads the file, since processes may not share the folder.
+    existing = [_read(path, fingerprint, len(dataset)) if args.process_index == 0 and os.path.exists(path) else None]
+    scores = broadcast_object_list(existing)[0]
     if scores is None:
         scores = score_samples(dataset, student, teacher, args).tolist()
-    found = {
+    choice = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "sample_fraction": args.sample_fraction,
@@ -115,8 +114,8 @@ def choose_samples(
         "scores": scores,
     }
     if args.process_index == 0:
-        write_atomically(path, json.dumps(found) + "\n")
-    return found
+        write_atomically(path, json.dumps(choice) + "\n")
+    return choice
 
 
 @torch.no_grad()
@@ -182,34 +181,34 @@ def _fingerprint(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    found = {
+    fingerprint = {
         "sample_score": args.sample_score,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data_fingerprint(dataset),
     }
     if args.sample_score == RANDOM:
-        return found | {"seed": args.seed}
-    found["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    found["student"] = weights_fingerprint(student)
+        return fingerprint | {"seed": args.seed}
+    fingerprint["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    fingerprint["student"] = weights_fingerprint(student)
     if needs_teacher(args.sample_score):
         assert teacher is not None
-        found["teacher"] = weights_fingerprint(teacher)
-    return found
+        fingerprint["teacher"] = weights_fingerprint(teacher)
+    return fingerprint
 
 
 def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:
-    remedy = "delete it to score again, or name another samples_file"
+    """The scores in a samples file, after all checks."""
+    hint = "delete it to score again, or name another samples_file"
     try:
         with open(path) as file:
-            found = json.load(file)
+            choice = json.load(file)
     except ValueError as error:
-        raise ValueError(f"samples_file {path!r} cannot be read ({error}); {remedy}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"fingerprint", "scores"} <= found.keys():
-        raise ValueError(f"samples_file {path!r} has not the format of this version of sekd; {remedy}")
-    theirs = found["fingerprint"]
+        raise ValueError(f"samples_file {path!r} cannot be read ({error}); {hint}") from error
+    if not isinstance(choice, dict) or choice.get("format") != FORMAT or not {"fingerprint", "scores"} <= choice.keys():
+        raise ValueError(f"samples_file {path!r} does not have the format of this version of sekd; {hint}")
     for name, meaning in FIELDS.items():
-        if theirs.get(name) != fingerprint.get(name):
-            raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {remedy}")
-    if len(found["scores"]) != samples:
-        raise ValueError(f"samples_file {path!r} has {len(found['scores'])} scores for {samples} samples; {remedy}")
-    return found["scores"]
+        if choice["fingerprint"].get(name) != fingerprint.get(name):
+            raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {hint}")
+    if len(choice["scores"]) != samples:
+        raise ValueError(f"samples_file {path!r} has {len(choice['scores'])} scores for {samples} samples; {hint}")
+    return choice["scores"]

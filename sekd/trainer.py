@@ -32,7 +32,7 @@ from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate, from_rollout
-from sekd.data.prepare import prepare
+from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.held_out import compute_metrics, held_out_sums, join_predictions
@@ -44,7 +44,7 @@ from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
-from sekd.samples import choose_samples, take_pool
+from sekd.samples import choose_samples, prepare_samples
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
 from sekd.validation import check_inputs
@@ -102,14 +102,13 @@ class SEKDTrainer(Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
         source.check(processing_class)
-        self.packed = False
-        train_dataset = self._prepare_data(train_dataset, processing_class, args)
-        if args.sample_pool is not None:
-            train_dataset = take_pool(train_dataset, args.sample_pool)
+        train_dataset = prepare_samples(train_dataset, processing_class, args)
+        packed = is_packed(train_dataset)
         if isinstance(train_dataset, IterableDataset) and args.rollouts_per_prompt > 1:
             train_dataset = repeat_rows(train_dataset, args.rollouts_per_prompt)
         if eval_dataset is not None:
-            eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
+            eval_dataset = prepare(eval_dataset, processing_class, args)
+            packed |= is_packed(eval_dataset)
             if args.max_eval_samples is not None:
                 eval_dataset = eval_dataset.take(args.max_eval_samples)
 
@@ -141,10 +140,10 @@ class SEKDTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
 
-        check_head(self.model, self.packed)
+        check_head(self.model, packed)
         if args.lmbda > 0 and not ENGINES[args.rollout_engine].shares_model:
             check_mergeable(self.model)
-        self.teacher, vocab = source.connect(self.model, self.train_dataset, self.packed)
+        self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
         if self.method.policy.mean_over == "step" and self.is_deepspeed_enabled:
@@ -159,14 +158,6 @@ class SEKDTrainer(Trainer):
         )
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
-
-    def _prepare_data(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Any:
-        dataset = prepare(dataset, tokenizer, args)
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError("no sample is left of the data; look at max_prompt_length, max_length and the completions")
-        self.packed |= "seq_lengths" in first
-        return dataset
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset, times = train_dataset or self.train_dataset, self.args.rollouts_per_prompt
@@ -307,7 +298,7 @@ class SEKDTrainer(Trainer):
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if "input_ids" not in next(iter(data)):
-            data = self._prepare_data(data, self.processing_class, self.args)
+            data = prepare(data, self.processing_class, self.args)
         samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
             samples = [*map(from_rollout, samples, self.rounds.generate(samples))]
