@@ -58,6 +58,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "score_normalization",
         "score_source",
         "score_logprobs",
+        "import_modules",
         "curriculum_steps",
         "gls_queue_size",
         "pos_rs_exponent",
