@@ -209,7 +209,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change,
 
 def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
     stream = pairs.to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"sample_fraction 0.5 of a stream is unknown, .* set sample_pool"):
+    with pytest.raises(ValueError, match=r"sample_fraction 0.5 needs the number of samples, .* set sample_pool"):
         make_trainer(tmp_path, tokenizer, stream, sample_fraction=0.5)
     trainer = make_trainer(tmp_path, tokenizer, stream, sample_fraction=0.25, sample_pool=20)
     assert len(trainer.train_dataset) == 5

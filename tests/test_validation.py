@@ -134,7 +134,7 @@ def test_values_that_cannot_work(values, message):
 def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else found(name, *a))
-    with pytest.raises(ValueError, match=r"needs vLLM, which is not installed: run `bash scripts/setup.sh`"):
+    with pytest.raises(ValueError, match=r"needs vllm, which is not installed: run `bash scripts/setup.sh`"):
         config(lmbda=1.0, rollout_engine="vllm")
     config(lmbda=0.0, rollout_engine="vllm")  # nobody generates
 
@@ -144,7 +144,7 @@ def test_options_that_nothing_reads_are_named(caplog, monkeypatch):
     monkeypatch.setattr("sekd.validation.logger.warning", warnings.append)
     config(pos_rs_exponent=0.5, jsd_beta=0.3, class_samples=12)
     assert warnings == [
-        f"{name} has no effect on what was chosen"
+        f"{name} has no effect with the chosen policy, divergence and classes"
         for name in ("class_samples 12", "jsd_beta 0.3", "pos_rs_exponent 0.5")
     ]
     warnings.clear()
@@ -160,7 +160,7 @@ def test_fields_that_exclude_each_other(field):
         config(**{field: "w9", "supervise_prompt": True})
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "selection.md").read_text()
 SEVERAL = {"student_entropy": 1.0, "kl": 0.5}
 
 
@@ -210,8 +210,8 @@ def class_table():
 
 
 @pytest.mark.parametrize("table", [policy_table, class_table])
-def test_the_readme_has_the_table(table):
-    assert table() in README, f"put this into the README:\n\n{table()}\n"
+def test_the_page_has_the_table(table):
+    assert table() in PAGE, f"put this into docs/selection.md:\n\n{table()}\n"
 
 
 def cells():
