@@ -119,7 +119,7 @@ class SampledHead:
         """log q at ``ids``; slots that are not ``kept`` are padding and count for nothing."""
         logits = self.head.finish(torch.nn.functional.linear(hidden, self.weight, self.bias)) / temperature
         own = logits.gather(1, self.places[ids]).masked_fill(~kept, -1e30)
-        hit = torch.zeros(logits.shape, device=hidden.device).scatter_add_(1, self.places[ids], kept.float()) > 0
+        hit = torch.zeros_like(logits).scatter_add_(1, self.places[ids], kept.to(logits.dtype)) > 0
         others = logits.masked_fill(hit, -1e30)[:, self.negative_places]
         sampled = (~hit[:, self.negative_places]).sum(1)
         unseen = self.vocab - kept.sum(1)

@@ -39,7 +39,7 @@ class Head:
         return self.vocab or projection.out_features
 
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Logits in float32."""
+        """Logits, at least in float32."""
         return self.finish(self.project(hidden))
 
     def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:

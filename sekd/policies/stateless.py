@@ -112,7 +112,8 @@ def tip(
     Scaling within the sequence makes the choice independent of how a step is split into batches.
     """
     h, d = (rescale(scores[..., c], valid) for c in range(2))
-    return top_k(h + d - h * d, valid, fraction)
+    # As h + d - h d, but exactly 1 wherever h or d is 1: otherwise rounding would break these ties.
+    return top_k(1 - (1 - h) * (1 - d), valid, fraction)
 
 
 def _proportions(scores: Scores, valid: Valid, exponent: float) -> Float[Tensor, "B T"]:
