@@ -1,4 +1,4 @@
-"""Engines against the models that they serve, and an engine that counts."""
+"""Comparisons of engines with the models that they serve, and an engine that counts its rounds."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def model_logps(model, ids):
 
 
 def make_lora(**options):
-    """A tiny student whose adapter does much."""
+    """A tiny student with an adapter that changes it a lot."""
     settings = dict(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"])
     adapted = get_peft_model(make_vllm_model(), LoraConfig(**settings | options))
     change_adapter(adapted)
@@ -59,7 +59,7 @@ def largest_difference(engine, model, sequences):
 
 
 def check_parity(engine, model):
-    """Over 500 tokens and more, after a sync and not without the next one."""
+    """Log-probabilities of over 500 tokens agree after a sync, and differ after a change until the next sync."""
     send_weights(engine, model, 0, engine.lora_rank)
     rollouts = engine.generate([[i, i + 1, i + 2] for i in range(40)])
     assert {r.weights_step for r in rollouts} == {0}
@@ -74,7 +74,7 @@ def check_parity(engine, model):
 
 
 def check_syncs(engine, model):
-    """A hundred of them change no bit of the student."""
+    """A hundred syncs change no bit of the student."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(100):
         send_weights(engine, model, step, engine.lora_rank)
@@ -86,7 +86,7 @@ ON_POLICY = dict(lmbda=1.0, temperature=1.0, max_prompt_length=16, save_rollouts
 
 
 class Counting(HFEngine):
-    """transformers' generation with weights of its own, as a server has them; it counts, and can fail."""
+    """Generates with its own copy of the weights, like a server. It counts its rounds, and can fail."""
 
     def __init__(self, **options):
         super().__init__(make_model("untied"), max_completion_length=6, **options)
@@ -100,7 +100,7 @@ class Counting(HFEngine):
 
 
 def make_run(folder, tokenizer, pairs, engine=None, callbacks=(), **options):
-    """A trainer that generates as with servers; ``engine`` in their place."""
+    """A trainer that is configured for servers, with ``engine`` in their place."""
     engine = engine or Counting(top_logprobs=20 * (options.get("score_source") == "rollout"))
     trainer_options = dict(rollout_engine=engine, callbacks=[*callbacks])
     settings = ON_POLICY | dict(rollout_engine="vllm_server", max_steps=8) | options

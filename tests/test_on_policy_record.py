@@ -18,7 +18,7 @@ def test_completions_are_shown_as_text(tokenizer, capsys):
 
 
 def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, pairs):
-    """The first step of a replay in the file's order has the loss of the run that wrote it."""
+    """The first step of a replay in the file's order has the loss of the run that recorded it."""
     options = dict(max_steps=1, divergence="reverse_kl", logging_steps=1)
     first = make_run(tmp_path / "first", tokenizer, pairs, **options)
     first.train()
@@ -33,7 +33,7 @@ def test_recorded_rollouts_replay_as_they_were_trained_on(tmp_path, tokenizer, p
 
 
 def test_what_is_recorded_is_not_lost(tmp_path, tokenizer, pairs):
-    """Neither by a replay into the same folder, whose recipe records, nor by a run that starts anew there."""
+    """Neither a replay into the same folder nor a new run there overwrites it."""
     make_run(tmp_path, tokenizer, pairs, max_steps=1).train()
     first = read_rollouts(tmp_path)
     assert len(first) == 4

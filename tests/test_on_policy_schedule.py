@@ -33,7 +33,7 @@ def test_one_round_serves_several_steps(tmp_path, tokenizer, pairs):
     "options", [{}, {"rollout_batches": 3}, {"rollout_staleness": 1}, {"gradient_accumulation_steps": 2}]
 )
 def test_the_data_keep_their_order(tmp_path, tokenizer, pairs, options):
-    """20 prompts in epochs of 5 steps; rounds end with them."""
+    """20 prompts in epochs of 5 steps; a round ends with its epoch."""
     orders = []
     for name, more in (("plain", {}), ("rounds", options)):
         sizes = {"per_device_train_batch_size": 4 // more.get("gradient_accumulation_steps", 1)}
@@ -45,7 +45,7 @@ def test_the_data_keep_their_order(tmp_path, tokenizer, pairs, options):
 
 
 def test_rounds_one_ahead_are_one_step_old(tmp_path, tokenizer, pairs):
-    """The first of an epoch is fresh, and nothing is written for steps that never come."""
+    """The first round of an epoch is fresh, and nothing is generated for steps after the last one."""
     engine = Counting()
     trainer = make_run(tmp_path, tokenizer, pairs.select(range(20)), engine, rollout_staleness=1, max_steps=12)
     trainer.train()
@@ -56,8 +56,8 @@ def test_rounds_one_ahead_are_one_step_old(tmp_path, tokenizer, pairs):
     )
 
 
-def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer, pairs):
-    """Those of step 3 with staleness 1 are those of a fresh engine with the weights after step 2."""
+def test_rollouts_are_sampled_with_the_weights_that_they_name(tmp_path, tokenizer, pairs):
+    """With staleness 1, a fresh engine with the weights after step 2 gives the rollouts of step 3."""
     weights = {}
 
     class Keep(Counting):
@@ -66,12 +66,12 @@ def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer,
             weights[step] = copy.deepcopy(self.model.state_dict())
 
     make_run(tmp_path, tokenizer, pairs, Keep(), rollout_staleness=1, max_steps=5, learning_rate=0.1).train()
-    found = [line for line in read_rollouts(tmp_path) if line["step"] == 3]
+    recorded = [line for line in read_rollouts(tmp_path) if line["step"] == 3]
     fresh = Counting()
     fresh.model.load_state_dict(weights[2])
     fresh.step = 2
-    rollouts = fresh.generate([line["prompt_ids"] for line in found])
-    assert [line["completion_ids"] for line in found] == [rollout.completion_ids for rollout in rollouts]
+    rollouts = fresh.generate([line["prompt_ids"] for line in recorded])
+    assert [line["completion_ids"] for line in recorded] == [rollout.completion_ids for rollout in rollouts]
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_rollouts_are_written_by_the_weights_that_they_name(tmp_path, tokenizer,
     ],
 )
 def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs, options):
-    """A checkpoint in the middle of a round has what was written and not yet trained on."""
+    """A checkpoint in the middle of a round has the rollouts that were not trained on yet."""
     options = options | dict(save_strategy="steps", save_steps=5, max_steps=9, learning_rate=0.01)
     whole = trained_weights(make_run(tmp_path / "whole", tokenizer, pairs, **options))
     make_run(tmp_path / "cut", tokenizer, pairs, **options).train()
@@ -143,7 +143,7 @@ def test_an_evaluation_without_rollouts_ends_in_a_checkpoint_too(tmp_path, token
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_an_evaluation_changes_no_rollout(tmp_path, tokenizer, pairs, staleness):
-    """It waits for the round that is under way, and takes seeds of its own."""
+    """It waits for the round in progress, and has its own seeds."""
     for name, more in (("plain", {}), ("evaluated", dict(eval_strategy="steps", eval_steps=2))):
         trainer_options = dict(rollout_engine=Counting(), eval_dataset=pairs.select(range(4)))
         settings = ON_POLICY | dict(rollout_engine="vllm_server", rollout_staleness=staleness, max_steps=6) | more

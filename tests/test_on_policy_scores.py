@@ -1,4 +1,4 @@
-"""Selection by the sampler's own log-probabilities stands on the right rows."""
+"""Selection by the sampler's own log-probabilities chooses the right positions."""
 
 import math
 
@@ -15,15 +15,15 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("curriculum", 
 
 @pytest.mark.parametrize("policy", ["top_k", *OTHERS])
 def test_with_all_classes_the_steps_are_those_of_exact_scores(tmp_path, tokenizer, pairs, policy):
-    """K = V: the same rows are chosen, so every row's entropy stands where it belongs."""
-    found, logs = [], []
+    """K = V: the same positions are chosen, so each entropy is at its position."""
+    weights, logs = [], []
     for source in ("exact", "rollout"):
         options = ROLLOUT | dict(score_source=source, score_logprobs=128, position_policy=policy, max_steps=3)
         trainer = make_trainer(tmp_path, tokenizer, pairs, max_completion_length=12, **options, learning_rate=0.01)
-        found.append(trained_weights(trainer))
+        weights.append(trained_weights(trainer))
         logs.append([log for log in trainer.state.log_history if "loss" in log])
-    for name, weight in found[0].items():
-        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-6)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6)
     assert logs[1][0]["selection_agreement"] == 1
     assert "selection_agreement" not in logs[1][1], "now and then"
     assert "selection_agreement" not in logs[0][0]
@@ -31,8 +31,8 @@ def test_with_all_classes_the_steps_are_those_of_exact_scores(tmp_path, tokenize
         assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-4)
 
 
-def test_no_pass_of_the_head_over_all_rows(tmp_path, tokenizer, pairs, monkeypatch):
-    """Between the checks of agreement only the chosen rows meet the student's head in training."""
+def test_no_pass_of_the_head_over_all_positions(tmp_path, tokenizer, pairs, monkeypatch):
+    """Except for the checks of agreement, only chosen positions pass the student's head in training."""
     import sekd.distill
 
     def never(*args):

@@ -68,7 +68,7 @@ def each_layer(method, *arguments):
     [unfreeze_norms, each_layer("scale_layer", 0.5), each_layer("merge"), lambda m: m.disable_adapter_layers()],
     ids=["norms train too", "scaled", "merged", "off"],
 )
-def test_only_what_vllm_computes_alike_goes_as_an_adapter(change):
+def test_only_an_adapter_that_vllm_applies_alike_is_sent_alone(change):
     adapted = add_lora(make_model("untied"))
     assert extract_adapter(adapted).rank == 4
     change(adapted)
@@ -89,6 +89,6 @@ def test_only_what_vllm_computes_alike_goes_as_an_adapter(change):
     ],
     ids=str,
 )
-def test_which_adapters_go_alone(options, rank):
-    found = extract_adapter(add_lora(make_model("untied"), **options))
-    assert (found and found.rank) == rank
+def test_which_adapters_are_sent_alone(options, rank):
+    adapter = extract_adapter(add_lora(make_model("untied"), **options))
+    assert (adapter and adapter.rank) == rank

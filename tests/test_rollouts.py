@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(folder):
-    options = dict(dtype="bfloat16", stop=["in no token"], top_logprobs=1)  # room for what a test asks for
+    options = dict(dtype="bfloat16", stop=["in no token"], top_logprobs=1)  # tests may change them
     engine = VLLMEngine(folder, max_completion_length=16, max_prompt_length=32, **options)
     yield engine
     engine.close()
@@ -49,7 +49,7 @@ def engine(request, folder):
 
 @contextmanager
 def sampling(engine, **options):
-    """A vLLM that runs, sampling otherwise for a while."""
+    """Sample with other options in the block."""
     before = engine.sampling
     engine.sampling = replace(before, **options)
     yield
@@ -75,7 +75,7 @@ KINDS = pytest.mark.parametrize("kind", ["hf", pytest.param("vllm", marks=[needs
 @KINDS
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(kind, request, folder):
     plain = sampled(kind, request, folder)
-    tokens = [t for r in plain for t in r.completion_ids[2:-1] if 20 <= t < 100]  # of two digits: in no other's name
+    tokens = [t for r in plain for t in r.completion_ids[2:-1] if 20 <= t < 100]  # two digits: in no other word
     rollouts = sampled(kind, request, folder, stop=[f"w{tokens[0]}", f"w{tokens[-1]}"])
     stopped = 0
     for before, now in zip(plain, rollouts, strict=True):
@@ -100,7 +100,7 @@ def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(kind, request, fol
 
 @KINDS
 def test_a_repetition_penalty_is_on_the_tokens_of_the_sequence_alone(kind, request, folder):
-    """Greedy decoding by hand, without padding; a row is not penalised for its padding."""
+    """Greedy decoding by hand, without padding; padding is not penalised."""
     model, penalty = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), 1.5
     rollouts = sampled(kind, request, folder, repetition_penalty=penalty)
     assert rollouts != sampled(kind, request, folder)
@@ -124,8 +124,8 @@ def test_top_log_probabilities_are_those_before_temperature_and_penalty(kind, re
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
         assert rollout.top_logprobs.shape == (len(rollout.completion_ids), 5)
-        found = torch.from_numpy(rollout.top_logprobs)
-        torch.testing.assert_close(found, logp[length - 1 : -1].topk(5).values, atol=0.03, rtol=0)
+        top = torch.from_numpy(rollout.top_logprobs)
+        torch.testing.assert_close(top, logp[length - 1 : -1].topk(5).values, atol=0.03, rtol=0)
 
 
 def test_stop_strings_without_a_tokenizer_are_an_error():
@@ -184,7 +184,7 @@ def test_the_same_prompt_draws_different_completions(vllm):
 @needs_vllm
 @pytest.mark.slow
 def test_more_prompt_tokens_than_one_pass_takes(vllm):
-    """On a CPU, seeded requests whose prompts vLLM cut in two ended in an error."""
+    """On a CPU, seeded requests with a prompt that vLLM splits ended in an error."""
     vllm.sync_weights(make_vllm_model(), 0)
     prompts = [[(i + j) % 110 for j in range(20 + i % 12)] for i in range(400)]
     assert sum(map(len, prompts)) > 8192
@@ -230,7 +230,7 @@ def test_greedy_engines_agree(folder, vllm):
 @needs_vllm
 @pytest.mark.slow
 def test_on_policy_steps_through_vllm(tmp_path, tokenizer, pairs, vllm):
-    """The trainer builds its own engine from the configuration alone, beside the one that runs already."""
+    """The trainer starts its own engine from the configuration, beside another running engine."""
     student, teacher = make_vllm_model(), make_vllm_model(1)
     options = dict(lmbda=1.0, rollout_engine="vllm", vllm_enforce_eager=True, max_steps=3)
     options |= dict(max_completion_length=12, max_prompt_length=16)
@@ -246,10 +246,10 @@ def test_on_policy_steps_through_vllm(tmp_path, tokenizer, pairs, vllm):
     rollouts = engine.generate([[1, 2], [3, 4]])
     ids = rollouts[0].prompt_ids + rollouts[0].completion_ids
     served = vllm_logps(engine, ids)
-    behind = (served - model_logps(trainer.model, ids)).abs().max()
+    difference_before = (served - model_logps(trainer.model, ids)).abs().max()
     trainer.model.load_state_dict(last_synced)
     now = (served - model_logps(trainer.model, ids)).abs().max()
-    assert now < 1e-3 < behind, "the engine must have the weights of the last round: not older, not newer"
+    assert now < 1e-3 < difference_before, "the engine must have the weights of the last round: not older, not newer"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert all(log["completion_length"] > 0 and log["loss"] > 0 for log in logs)
     trainer.close()

@@ -29,9 +29,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    found = Server(folder, "--enable-lora", "--max-lora-rank", "8", eager=False)
-    yield found
-    found.kill()
+    server = Server(folder, "--enable-lora", "--max-lora-rank", "8", eager=False)
+    yield server
+    server.kill()
 
 
 OPTIONS = dict(max_completion_length=16, max_prompt_length=32, stop_token_ids=[EOS])
@@ -39,21 +39,21 @@ OPTIONS = dict(max_completion_length=16, max_prompt_length=32, stop_token_ids=[E
 
 @pytest.fixture(scope="module")
 def in_process(folder):
-    found = VLLMEngine(str(folder), dtype="bfloat16", lora_rank=4, **OPTIONS)
-    yield found
-    found.close()
+    engine = VLLMEngine(str(folder), dtype="bfloat16", lora_rank=4, **OPTIONS)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(params=["in process", "server"])
 def engine(request, tmp_path):
-    """An engine of the base."""
+    """Each engine, with the base weights."""
     if request.param == "in process":
         yield request.getfixturevalue("in_process")
         return
     url = request.getfixturevalue("server").url
-    found = VLLMServerEngine(url, weights_folder=str(tmp_path), timeout=240, **OPTIONS)
-    yield found
-    found.close()
+    engine = VLLMServerEngine(url, weights_folder=str(tmp_path), timeout=240, **OPTIONS)
+    yield engine
+    engine.close()
 
 
 def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engine):
@@ -61,7 +61,7 @@ def test_log_probabilities_agree_after_an_adapter_and_not_without_the_next(engin
 
 
 def test_merged_copies_in_process(folder):
-    """DoRA is none of vLLM's adapters."""
+    """vLLM does not apply DoRA."""
     model = make_lora(use_dora=True)
     assert extract_adapter(model) is None
     engine = VLLMEngine(str(folder), dtype="bfloat16", enforce_eager=True, **OPTIONS)
@@ -85,7 +85,7 @@ def test_whole_weights_are_refused_by_an_engine_for_adapters(engine):
 
 
 def test_a_server_that_lost_the_adapter_gets_it_again(server, tmp_path):
-    """As one that was started again has lost it."""
+    """A restarted server has lost it, too."""
     engine, model = VLLMServerEngine(server.url, weights_folder=str(tmp_path), timeout=240, **OPTIONS), make_lora()
     send_weights(engine, model, 3, engine.lora_rank)
     expected = engine.generate(PROMPTS)
@@ -102,7 +102,7 @@ ONE_STEP = dict(
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_a_lora_run_in_process(tmp_path, tokenizer, pairs, kind):
-    """DoRA is none of vLLM's adapters, so merged copies are sent."""
+    """vLLM does not apply DoRA, so merged copies are sent."""
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=kind == "merged")
     models, trained = (make_vllm_model(), make_vllm_model(1)), dict(peft_config=lora)
     trainer = make_trainer(tmp_path, tokenizer, pairs, *models, trained, rollout_engine="vllm", **ONE_STEP)
@@ -113,7 +113,7 @@ def test_a_lora_run_in_process(tmp_path, tokenizer, pairs, kind):
     send_weights(engine, trainer.model, 2, engine.lora_rank)
     ids = [1, 2, 3, *engine.generate([[1, 2, 3]])[0].completion_ids]
     assert (vllm_logps(engine, ids) - model_logps(trainer.model, ids)).abs().max() < 1e-3
-    assert not list((tmp_path / "rollout_config").glob("*.safetensors")), "what vLLM has read is not kept"
+    assert not list((tmp_path / "rollout_config").glob("*.safetensors")), "weights are removed after vLLM has read them"
     trainer.close()
 
 

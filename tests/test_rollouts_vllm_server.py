@@ -1,4 +1,4 @@
-"""The server engine against a real vLLM server, also where it misbehaves, dies and comes back."""
+"""The server engine against a real vLLM server, also when it misbehaves, dies or is restarted."""
 
 import importlib.util
 import os
@@ -30,9 +30,9 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "model"
     make_vllm_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    found = Server(folder)
-    yield found
-    found.kill()
+    server = Server(folder)
+    yield server
+    server.kill()
 
 
 @pytest.fixture
@@ -77,14 +77,14 @@ def test_log_probabilities_agree_after_a_sync_and_not_without(connect, tmp_path)
 
 
 def test_merged_copies_over_http(connect):
-    """DoRA is none of vLLM's adapters."""
+    """vLLM does not apply DoRA."""
     engine, model = connect(), make_lora(use_dora=True)
     check_parity(engine, model)
     check_syncs(engine, model)
 
 
 def test_stop_strings_and_log_probabilities_over_http(connect):
-    """Two tokens that read alike have an entry each, and the sampled one is not counted among the likeliest."""
+    """Two tokens with the same text have an entry each, and the sampled token is not one of the likeliest."""
     model = make_vllm_model(1)
     plain = connect()
     plain.sync_weights(model, 4)
@@ -120,8 +120,8 @@ def test_rollouts_are_in_order_repeatable_and_stop(connect):
         assert EOS not in rollout.completion_ids[:-1]
 
 
-def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(connect, server):
-    """vLLM says nothing and keeps some of the old weights: log-probabilities were off by 0.5 and more."""
+def test_a_server_that_failed_to_load_is_refused_until_it_is_restarted(connect, server):
+    """vLLM reports no error and keeps some of the old weights: log-probabilities were off by 0.5 and more."""
     with pytest.raises(ValueError, match="cannot load the student's weights: it serves another model"):
         connect().sync_weights(make_vllm_model(vocab=256), 0)
     with pytest.raises(ValueError, match="failed to load weights and may still have some of the old ones; restart it"):
@@ -133,7 +133,7 @@ def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(conne
 
 
 def test_greedy_tokens_of_all_engines_are_the_same(server, connect, tmp_path):
-    """In float32, where no tie is near: with a penalty, and with stop strings."""
+    """In float32, without near ties: with a penalty, and with stop strings."""
     model = make_vllm_model(1)
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
@@ -145,21 +145,21 @@ def test_greedy_tokens_of_all_engines_are_the_same(server, connect, tmp_path):
     )
     local = VLLMEngine(str(tmp_path / "model"), dtype="float32", max_prompt_length=32, enforce_eager=True, **options)
     engines = [HFEngine(str(tmp_path / "model"), **options), local, connect(**options)]
-    found = []
+    rollouts = []
     for engine in engines:
         engine.sync_weights(model, 1)
-        found.append(engine.generate(prompts))
+        rollouts.append(engine.generate(prompts))
         engine.close()
-    assert found[0] == found[1] == found[2]
-    assert {r.finish_reason for r in found[0]} == {"stop", "length"}
+    assert rollouts[0] == rollouts[1] == rollouts[2]
+    assert {r.finish_reason for r in rollouts[0]} == {"stop", "length"}
 
 
 FAULTS = [spoil_error, spoil_garbage, spoil_fewer, spoil_other_prompt, spoil_hang]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_faulty_server_spoils_is_asked_again(connect, server, fault):
-    """Every third of the first 12 answers is spoiled; the rollouts are those of a good server."""
+def test_spoiled_answers_are_requested_again(connect, server, fault):
+    """Every third of the first 12 answers is spoiled; the rollouts are the same as from a good server."""
     good = connect()
     good.sync_weights(make_vllm_model(1), 2)
     expected = good.generate(PROMPTS * 3)
@@ -167,14 +167,14 @@ def test_what_a_faulty_server_spoils_is_asked_again(connect, server, fault):
     engine = connect(faulty.url, request_timeout=3.0)
     engine.sync_weights(make_vllm_model(1), 2)
     assert engine.generate(PROMPTS * 3) == expected
-    assert faulty.asked > 12, "spoiled ones were asked again"
+    assert faulty.asked > 12, "spoiled answers were requested again"
     faulty.shutdown()
 
 
 @pytest.mark.parametrize("fault", [spoil_error, spoil_hang])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_good_server_answers_for_one_that_stays_faulty(connect, server, fault, first):
-    """Also where the faulty one hangs for as long as a round may take."""
+    """Also if the faulty server hangs for as long as a round may take."""
     good = connect()
     good.sync_weights(make_vllm_model(1), 2)
     expected = good.generate(PROMPTS)
@@ -224,7 +224,7 @@ def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenize
     with pytest.raises(ValueError, match=r"takes 64 stop strings, and there are 65; .* VLLM_MAX_STOP_STRINGS=65"):
         connect(stop=[str(i) for i in range(65)])
     options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_server_urls=[server.url], max_prompt_length=32)
-    wider = make_vllm_model(intermediate=128)  # vLLM takes the part of its weights that fits, and says nothing
+    wider = make_vllm_model(intermediate=128)  # vLLM takes the weights that fit, without an error
     with torch.no_grad():
         for layer in wider.model.layers:
             layer.mlp.down_proj.weight.mul_(50)
@@ -243,8 +243,8 @@ def served_trainer(folder, server, tokenizer, pairs, callbacks=(), **choices):
 
 
 def test_200_steps_with_a_restart_are_200_steps_without(tmp_path, server, tokenizer, pairs):
-    """The same weights at the end, and every sample once, in its order, by the student as it was then. The server is
-    killed between the answers of a round, which thereby all count for nothing, and started again."""
+    """The same weights, losses and rollouts. The server is killed and restarted between the answers of a round, which
+    are all discarded."""
     options, killed = dict(max_steps=200, save_rollouts=True), []
 
     def kill(number, status, content):
@@ -253,23 +253,23 @@ def test_200_steps_with_a_restart_are_200_steps_without(tmp_path, server, tokeni
             killed.append(number)
         return status, content
 
-    found = {}
+    runs = {}
     for name, between in (("plain", None), ("cut", Faulty(server.url, kill))):
         urls = [server.url if between is None else between.url]
         trainer = served_trainer(tmp_path / name, server, tokenizer, pairs, **options, rollout_server_urls=urls)
         weights = trained_weights(trainer)
         rollouts = (tmp_path / name / "rollouts.jsonl").read_text()
-        found[name] = weights, rollouts, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        runs[name] = weights, rollouts, [log["loss"] for log in trainer.state.log_history if "loss" in log]
     between.shutdown()
     assert killed == [201]
-    assert len(found["plain"][1].splitlines()) == 400
-    assert found["plain"][1] == found["cut"][1]
-    for name, weight in found["plain"][0].items():
-        torch.testing.assert_close(found["cut"][0][name], weight, rtol=1e-5, atol=1e-6)
-    assert found["plain"][2] == pytest.approx(found["cut"][2], rel=1e-5)
+    assert len(runs["plain"][1].splitlines()) == 400
+    assert runs["plain"][1] == runs["cut"][1]
+    for name, weight in runs["plain"][0].items():
+        torch.testing.assert_close(runs["cut"][0][name], weight, rtol=1e-5, atol=1e-6)
+    assert runs["plain"][2] == pytest.approx(runs["cut"][2], rel=1e-5)
 
 
-def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_goes_on(tmp_path, server, tokenizer, pairs):
+def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_resumes(tmp_path, server, tokenizer, pairs):
     whole = trained_weights(served_trainer(tmp_path / "whole", server, tokenizer, pairs, max_steps=6))
     gone = Faulty(server.url, lambda n, s, c: spoil_error(c) if n > 6 else (s, c))
     options = dict(max_steps=6, rollout_server_urls=[gone.url], rollout_timeout=2.0)
@@ -290,13 +290,13 @@ def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_goes_on(tmp_path
 
 
 def test_two_processes_share_a_server(tmp_path, server, tokenizer, pairs):
-    """The same three steps as one process makes."""
+    """The same three steps as with one process."""
     run_two_processes("served", str(tmp_path / "two"), server.url)
     options = TWO_PROCESSES | dict(rollout_server_urls=[server.url], per_device_train_batch_size=4)
     one = make_trainer(tmp_path, tokenizer, pairs, make_vllm_model(), make_vllm_model(1), **options)
-    found = torch.load(tmp_path / "two.pt")
+    two = torch.load(tmp_path / "two.pt")
     for name, weight in trained_weights(one).items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
     one.close()
 
 
@@ -318,8 +318,8 @@ trainer.train()
 @pytest.mark.parametrize(
     ("engine", "how"), [("vllm", "Ctrl-C"), ("vllm_server", "Ctrl-C"), ("vllm_server", "exception")]
 )
-def test_a_run_that_is_stopped_leaves_nothing_behind(request, tmp_path, server, tokenizer, pairs, engine, how):
-    """Ctrl-C, or an error, in the middle of a round that would take minutes: no process, no weights on the way."""
+def test_a_run_that_is_stopped_leaves_nothing(request, tmp_path, server, tokenizer, pairs, engine, how):
+    """Ctrl-C, or an error, in a long round: neither processes nor files of weights are left."""
     for name, seed in (("student", 0), ("teacher", 1)):
         make_vllm_model(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -340,7 +340,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(request, tmp_path, server, 
     if how == "exception":
         command = [sys.executable, "-c", RAISES, str(tmp_path / "recipe.yaml")]
     with open(tmp_path / "log", "w") as log:
-        # Where the tests run in the background, their shell has them ignore Ctrl-C.
+        # A shell makes the tests ignore Ctrl-C if it runs them in the background.
         restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=restore
