@@ -12,10 +12,11 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from sekd.cache.codec import FORM, MAX_DRAWS
+from sekd.cache.codec import MAX_DRAWS
 from sekd.cache.readers import RayReaders, Reader, load_reader
 from sekd.cache.store import (
     FINGERPRINT,
+    FORM,
     Store,
     hash_file,
     is_cache,

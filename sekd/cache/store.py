@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sekd.cache.codec import FORM, Decoded, decode
+from sekd.cache.codec import Decoded, decode
 from sekd.files import write_atomically
 
 FORMAT = 2
+FORM = "compressed"
+"""The form of the encoded samples. There is one form, and the manifest names it."""
+
 MANIFEST = "manifest.json"
 
 FINGERPRINT: dict[str, tuple[Any, str]] = {
