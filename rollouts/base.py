@@ -1,19 +1,21 @@
-"""The three verbs of an engine, what it is told of sampling, and what it returns."""
+"""What an engine is, how it is started and told to sample, and what it returns."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter without its base: the content of ``adapter_config.json``, and the weights as PEFT names them."""
+    """A LoRA adapter without its base model: the content of ``adapter_config.json``, and weights under PEFT's names."""
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
@@ -24,7 +26,7 @@ class Adapter:
         return max([self.config["r"], *self.config.get("rank_pattern", {}).values()])
 
     def save(self, folder: str) -> None:
-        """Write it as PEFT does, so that vLLM can load it."""
+        """Write the files that PEFT writes, so that vLLM can load them."""
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "adapter_config.json"), "w") as file:
             json.dump(self.config, file)
@@ -33,26 +35,26 @@ class Adapter:
 
 
 Weights = nn.Module | Iterable[tuple[str, Tensor]] | Adapter
-"""A model, or its weights under their checkpoint names, or its adapter alone where the engine has the base."""
+"""A model, its weights under their checkpoint names, or its adapter alone for an engine that has the base weights."""
 
 
 class RolloutError(RuntimeError):
-    """No rollout came within the time that was given."""
+    """No rollouts arrived in time."""
 
 
 class RolloutConfigError(ValueError):
-    """A server or engine that can never serve this run, with the remedy."""
+    """An engine or server cannot serve this run. The message says how to fix it."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How every engine draws tokens.
 
-    ``temperature`` 0 is greedy; ``top_p``, ``top_k`` (0 is all) and ``min_p`` cut the distribution off;
-    ``repetition_penalty`` is on what prompt and completion hold already. A completion ends with a token of
-    ``stop_token_ids``, with the one that completes a string of ``stop``, or after ``max_completion_length`` tokens.
-    ``top_logprobs`` K > 0 asks for the K largest log-probabilities at each position, as the model gives them: before
-    temperature, penalty and cuts. ``seed`` makes sampling repeatable; None leaves it to the engine.
+    ``temperature`` 0 is greedy. ``top_p``, ``top_k`` (0 is all) and ``min_p`` truncate the distribution.
+    ``repetition_penalty`` applies to tokens that are already in the prompt or the completion. A completion ends with a
+    token of ``stop_token_ids``, with the token that completes a string of ``stop``, or after ``max_completion_length``
+    tokens. ``top_logprobs`` K > 0 asks for the K largest log-probabilities at each position, as the model computes
+    them: before temperature, penalty and truncation. ``seed`` makes sampling repeatable; None leaves it to the engine.
     """
 
     temperature: float = 1.0
@@ -67,7 +69,7 @@ class Sampling:
     seed: int | None = 0
 
     def for_vllm(self) -> dict[str, Any]:
-        """vLLM's names, in a request to its server as in its ``SamplingParams``."""
+        """The same under vLLM's names, for its ``SamplingParams`` and for requests to its server."""
         return dict(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -83,11 +85,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A completion and how it came about.
+    """A prompt, its completion, and how it was sampled.
 
     ``completion_ids`` ends with the stop token if ``finish_reason`` is "stop", and was cut at the length limit if it
     is "length". ``weights_step`` is the optimizer step whose weights sampled it. ``top_logprobs`` [tokens K] float32,
-    largest first, are those of the distribution that each token was drawn from, if they were asked for.
+    largest first, belong to the distribution that each token was drawn from. They are None if nobody asked for them.
     """
 
     prompt_ids: list[int]
@@ -99,10 +101,10 @@ class Rollout:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples completions with weights that the trainer hands over."""
+    """Samples completions with the weights that the trainer sends. Any object with these three methods is an engine."""
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        """One rollout a prompt, in order."""
+        """One rollout per prompt, in the same order."""
 
     def sync_weights(self, model: Weights, step: int) -> None:
         """Sample with these weights from now on; ``step`` is recorded in the rollouts."""
@@ -111,14 +113,96 @@ class RolloutEngine(Protocol):
         """Free the engine's memory and processes. May be called twice."""
 
 
+@dataclass(frozen=True)
+class EngineSetup:
+    """What a run knows when it starts an engine.
+
+    Attributes:
+        model: the student's causal language model, without wrappers. An engine must not change it.
+        output_dir: the folder of the run.
+        max_prompt_length: tokens of the longest prompt.
+        dtype: the student's compute dtype.
+        get_adapter: the student's LoRA adapter, or None if an engine could not apply it.
+        get_base_weights: the weights that the adapter was trained on, under their checkpoint names.
+        options: the settings of the run by field name, such as ``rollout_timeout``.
+
+    ``get_adapter`` and ``get_base_weights`` gather shards, so only an engine that every process starts may call them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    output_dir: str
+    max_prompt_length: int
+    dtype: torch.dtype
+    get_adapter: Callable[[], Adapter | None]
+    get_base_weights: Callable[[], Iterable[tuple[str, Tensor]]]
+    options: Mapping[str, Any]
+
+
+class BaseEngine(RolloutEngine):
+    """An engine that can be started by its name in :data:`rollouts.ENGINES`.
+
+    The attributes and the last method say how a run may use the engine. Their defaults suit an engine that has only the
+    three methods of :class:`RolloutEngine`. The first six are read from the class, before an engine is started.
+
+    Attributes:
+        requires: the package that must be installed.
+        single_process: works only in a run of one process.
+        per_process: every process of the run has an engine. Otherwise the main process has one for all.
+        uses_servers: connects to ``rollout_server_urls``; ``rollout_transfer`` says how weights reach them.
+        generates_in_background: can generate while the student trains (``rollout_staleness``).
+        shares_model: samples from the student itself, so it needs no weights and takes quantized students too.
+        model: the module that it samples from, if that is in this process.
+        lora_rank: the largest rank of LoRA adapters that it takes alone; 0 if it takes whole weights.
+    """
+
+    requires: str | None = None
+    single_process: bool = False
+    per_process: bool = False
+    uses_servers: bool = False
+    generates_in_background: bool = False
+    shares_model: bool = False
+    model: Any = None
+    lora_rank: int = 0
+
+    @classmethod
+    def start(cls, setup: EngineSetup) -> "BaseEngine":
+        """Start the engine of a run. Each process that has an engine calls this once, before the first round."""
+        raise NotImplementedError(f"{cls.__name__} has no start(setup), so it cannot be started by its name")
+
+    def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
+        """The log-probability of each token but the first, by the name of each server or replica.
+
+        The run compares them with the student's after the first sync. An engine without them returns nothing.
+        """
+        return {}
+
+
+class _WithDefaults(BaseEngine):
+    """A wrapper that has the attributes of an engine, and the defaults of :class:`BaseEngine` where it has none."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    def __getattribute__(self, name: str) -> Any:
+        engine = object.__getattribute__(self, "_engine")
+        return getattr(engine, name) if hasattr(engine, name) else object.__getattribute__(self, name)
+
+
+def add_defaults(engine: RolloutEngine) -> BaseEngine:
+    """The engine itself if it is a BaseEngine; otherwise a wrapper that adds the missing attributes."""
+    return engine if isinstance(engine, BaseEngine) else _WithDefaults(engine)  # type: ignore[abstract]
+
+
 def named_weights(model: Weights) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a plain model, or those given.
+    """Weights with their checkpoint names.
 
     Raises:
-        ValueError: an adapter, or a model with adapters, whose names no engine knows.
+        ValueError: an adapter, or a model with adapters: no checkpoint has their names.
     """
     if isinstance(model, Adapter):
-        raise ValueError("this engine takes no adapter alone; pass merged weights under their checkpoint names")
+        raise ValueError("this engine does not take an adapter alone; pass merged weights under their checkpoint names")
     if not isinstance(model, nn.Module):
         yield from model
         return
@@ -129,7 +213,7 @@ def named_weights(model: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def request_seeds(seed: int | None, step: int, round_: int, count: int) -> list[int | None]:
-    """A seed for each prompt of a round: repeatable whatever else the engine batches, and different every round."""
+    """A seed for each prompt of a round. It does not depend on how the engine batches, and differs in every round."""
     if seed is None:
         return [None] * count
     # 2**31 - 1 is prime, so these multipliers spread neighbouring steps and rounds over all seeds.

@@ -1,7 +1,8 @@
-"""transformers' own generation: slower than vLLM, and everywhere."""
+"""Generation with transformers: slower than vLLM, but it works everywhere."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,26 @@ from transformers import (
     StoppingCriteria,
 )
 
-from rollouts.base import Rollout, Sampling, Weights, named_weights, request_seeds
+from rollouts.base import BaseEngine, EngineSetup, Rollout, Sampling, Weights, named_weights, request_seeds
 
 
-class HFEngine:
-    """transformers ``generate``, in batches of ``batch_size`` prompts.
+class HFEngine(BaseEngine):
+    """``generate`` of transformers, in batches of ``batch_size`` prompts.
 
     Args:
-        model: a folder or hub id, or a model, which is then shared: handing that same model to
-            :meth:`sync_weights` copies nothing.
-        tokenizer: finds stop strings; the one beside ``model`` if that is a name.
+        model: a folder or hub id, or a model. A model is shared: passing the same model to :meth:`sync_weights` copies
+            nothing.
+        tokenizer: needed for stop strings. If ``model`` is a name, its own tokenizer is the default.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
     """
+
+    per_process = True
+    shares_model = True
+
+    @classmethod
+    def start(cls, setup: EngineSetup) -> "HFEngine":
+        """Sample from the student itself."""
+        return cls(setup.model, tokenizer=setup.tokenizer, **asdict(setup.sampling))
 
     def __init__(
         self,
@@ -38,33 +47,33 @@ class HFEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         **sampling: Any,
     ) -> None:
-        self.sampling = how = Sampling(temperature, max_completion_length, **sampling)
-        self.model: Any = model
+        self.sampling = options = Sampling(temperature, max_completion_length, **sampling)
+        self.model = model
         if isinstance(model, str):
             self.model = AutoModelForCausalLM.from_pretrained(model)
-            tokenizer = tokenizer or (AutoTokenizer.from_pretrained(model) if how.stop else None)
-        own = self.model.generation_config.eos_token_id
-        own_ids = own if isinstance(own, list) else [own] if own is not None else []
-        self.stop_ids = [*dict.fromkeys([*own_ids, *how.stop_token_ids])]
-        cuts = dict(temperature=temperature, top_p=how.top_p, top_k=how.top_k, min_p=how.min_p or None)
+            tokenizer = tokenizer or (AutoTokenizer.from_pretrained(model) if options.stop else None)
+        eos = self.model.generation_config.eos_token_id
+        eos_ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
+        self.stop_ids = [*dict.fromkeys([*eos_ids, *options.stop_token_ids])]
+        drawing = dict(temperature=temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p or None)
         self.generation = GenerationConfig(
             do_sample=temperature > 0,
-            **(cuts if temperature > 0 else {}),
-            repetition_penalty=how.repetition_penalty,
+            **(drawing if temperature > 0 else {}),
+            repetition_penalty=options.repetition_penalty,
             max_new_tokens=max_completion_length,
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
             use_cache=True,
         )
         self.tokenizer = tokenizer
-        if how.stop and tokenizer is None:
-            raise ValueError(f"stop {list(how.stop)!r} needs a tokenizer; pass it, or the model by its name")
+        if options.stop and tokenizer is None:
+            raise ValueError(f"stop {list(options.stop)!r} needs a tokenizer; pass it, or the model by its name")
         self.batch_size, self.step, self.round = batch_size, 0, 0
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        # What a call does not set, transformers takes from the model's own file: repetition penalties and the like.
-        was_training, own = self.model.training, self.model.generation_config
+        # transformers reads every option that a call leaves out from the model's own generation_config.
+        was_training, own_config = self.model.training, self.model.generation_config
         self.model.eval()
         self.model.generation_config = self.generation
         seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
@@ -75,7 +84,7 @@ class HFEngine:
                 rollouts += self._batch(prompts[start : start + self.batch_size], seeds[start])
         finally:
             self.model.train(was_training)
-            self.model.generation_config = own
+            self.model.generation_config = own_config
         return rollouts
 
     def _batch(self, prompts: Sequence[list[int]], seed: int | None) -> list[Rollout]:
@@ -84,50 +93,53 @@ class HFEngine:
         ids = torch.empty(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # generation appends on the right, so padding goes to the left
-            # Its own first token as padding: a repetition penalty looks at masked tokens too.
+            # Pad with the prompt's first token: a repetition penalty also applies to masked tokens.
             ids[row] = torch.tensor([*prompt[:1] * (width - len(prompt)), *prompt])
             mask[row, width - len(prompt) :] = 1
-        stopped = _Stopped(self.tokenizer, self.sampling.stop, width, len(prompts))
-        with torch.random.fork_rng(enabled=seed is not None), _top(self.model, self.sampling.top_logprobs) as top:
+        stopped = _StopStrings(self.tokenizer, self.sampling.stop, width, len(prompts))
+        with (
+            torch.random.fork_rng(enabled=seed is not None),
+            _record_top_logprobs(self.model, self.sampling.top_logprobs) as top,
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
             output = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), stopping_criteria=[stopped]
             )
         if self.sampling.top_logprobs and not top:
-            raise ValueError(f"{type(self.model).__name__} generates by another model's forward; pass that model")
+            raise ValueError(f"{type(self.model).__name__} generates with another model's forward; pass that model")
         logprobs = torch.stack(top, dim=1).numpy() if top else [None] * len(prompts)
         completions = output[:, width:].tolist()
         return [self._rollout(*row) for row in zip(prompts, completions, stopped.ends, logprobs, strict=True)]
 
     def _rollout(self, prompt: list[int], output: list[int], end: int | None, top: np.ndarray | None) -> Rollout:
         token_end = next((i + 1 for i, token in enumerate(output) if token in self.stop_ids), None)
-        ends = [e for e in (token_end, end) if e is not None]
-        ids, reason = (output[: min(ends)], "stop") if ends else (output, "length")
+        lengths = [length for length in (token_end, end) if length is not None]
+        ids, reason = (output[: min(lengths)], "stop") if lengths else (output, "length")
         return Rollout(prompt, ids, self.step, reason, None if top is None else top[: len(ids)])
 
     def sync_weights(self, model: Weights, step: int) -> None:
         if model is not self.model:
-            own = self.model.state_dict()
+            state = self.model.state_dict()
             with torch.no_grad():
                 for name, tensor in named_weights(model):
-                    own[name].copy_(tensor)
+                    state[name].copy_(tensor)
         self.step, self.round = step, 0
 
     def close(self) -> None:
         self.model = None
 
 
-class _Stopped(StoppingCriteria):
-    """Stops rows whose completion holds a stop string, and remembers their lengths.
+class _StopStrings(StoppingCriteria):
+    """Stops sequences whose completion contains a stop string, and records their lengths in ``ends``.
 
-    transformers' own looks for them in the prompt too, knows few kinds of tokenizers, and tells no length, which is
-    lost once a stopped row is filled up with what may be a stop token.
+    The criterion of transformers also searches the prompt, supports few kinds of tokenizers, and does not return the
+    length. Afterwards the length is lost, because the padding of a finished sequence may be a stop token.
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], width: int, rows: int) -> None:
+    def __init__(self, tokenizer: Any, strings: Sequence[str], width: int, count: int) -> None:
         self.tokenizer, self.strings, self.width = tokenizer, strings, width
-        self.ends: list[int | None] = [None] * rows
+        self.ends: list[int | None] = [None] * count
 
     def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         if self.strings:
@@ -139,20 +151,20 @@ class _Stopped(StoppingCriteria):
 
 
 @contextmanager
-def _top(model: nn.Module, count: int) -> Iterator[list[Tensor]]:
-    """The ``count`` largest log-probabilities [B K] of each token that ``model`` is asked for in here.
+def _record_top_logprobs(model: nn.Module, count: int) -> Iterator[list[Tensor]]:
+    """The ``count`` largest log-probabilities [B K] of each token that ``model`` generates in the block.
 
-    Read from the model's own output: what ``generate`` keeps of its scores is of size B*T*V.
+    They are read from the model's output. The scores that ``generate`` can return are of size B*T*V.
     """
-    found: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         logp = output.logits[:, -1].float().log_softmax(-1)
-        found.append(logp.topk(min(count, logp.shape[1])).values.cpu())
+        recorded.append(logp.topk(min(count, logp.shape[1])).values.cpu())
 
     handle = model.register_forward_hook(keep) if count else None
     try:
-        yield found
+        yield recorded
     finally:
         if handle is not None:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Requests to a rollout server, and the two ways in which they fail."""
+"""Requests to a rollout server, and the two ways in which they can fail."""
 
 import contextlib
 import json
@@ -11,11 +11,11 @@ from rollouts.base import RolloutConfigError, RolloutError
 
 
 class ServerUnavailable(RolloutError):
-    """A server that may answer later, or another one may."""
+    """The server did not answer. It may answer later, or another server may."""
 
 
 class RequestRejected(RolloutConfigError):
-    """A request that a server will not answer, however often it is asked."""
+    """The server refuses the request, and would refuse it again."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class RequestRejected(RolloutConfigError):
 
 
 class Client:
-    """JSON over HTTP, without the environment's proxies: they are for the way out, not for servers of one's own.
+    """JSON over HTTP. It ignores the environment's proxies, which are for outside servers.
 
     ``timeout`` is in seconds, for one answer. Threads may share a client.
     """
@@ -33,15 +33,15 @@ class Client:
         self.connections: set[HTTPConnection] = set()
 
     def call(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """The server's answer as JSON; an empty one is None. GET without a body, else POST."""
+        """The server's answer, decoded from JSON; None if it is empty. GET without a body, else POST."""
         content = self.send(url, path, body, timeout)
         try:
             return json.loads(content) if content else None
         except ValueError as error:
-            raise ServerUnavailable(f"rollout server {url} answered with no JSON: {error}") from error
+            raise ServerUnavailable(f"rollout server {url} did not answer with JSON: {error}") from error
 
     def send(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
-        """The server's answer as it is."""
+        """The server's answer in bytes."""
         address = urlsplit(url)
         kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
         connection = kind(address.hostname or "", address.port, timeout=timeout or self.timeout)
@@ -64,7 +64,7 @@ class Client:
         raise ServerUnavailable(f"rollout server {url} answered {text}")
 
     def close(self) -> None:
-        """Break off what is under way: a server may be in the middle of an answer, or hang."""
+        """Abort the requests in progress: a server may be in the middle of an answer, or hang."""
         for connection in [*self.connections]:
             if connection.sock is not None:
                 with contextlib.suppress(OSError):

@@ -11,11 +11,11 @@ from torch import Tensor
 class NCCLTransfer:
     """A connection to a server that was started with ``--weight-transfer-config '{"backend": "nccl"}'``.
 
-    Two ends of NCCL cannot be on one GPU, so the server needs others than the trainer's. A connection does not outlive
-    its server, nor an error.
+    NCCL needs a different GPU at each end, so the server cannot use the trainer's. After an error, or when the server
+    was restarted, a new connection is needed.
 
     Args:
-        workers: of the server, as its ``/get_world_size`` counts them.
+        workers: the number of the server's workers, from its ``/get_world_size``.
     """
 
     def __init__(self, url: str, workers: int, timeout: float) -> None:
@@ -33,18 +33,18 @@ class NCCLTransfer:
                 return iter(transfer.weights.items())
 
         client = HTTPVLLMWeightSyncClient(url, timeout)
-        address, port = _own_address(url)
+        address, port = _find_address(url)
         info = NCCLTrainerInitInfo(address, port, workers + 1, rank=0)
         self.engine = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=Source())
 
     def send(self, weights: dict[str, Tensor]) -> None:
-        """Replace the server's weights; ``weights`` are on the trainer's GPU, under their checkpoint names."""
+        """Replace the server's weights. ``weights`` are on the trainer's GPU, under their checkpoint names."""
         self.weights = weights
         self.engine.send_weights()
 
 
-def _own_address(url: str) -> tuple[str, int]:
-    """This machine's address as the server sees it, and a port that is free."""
+def _find_address(url: str) -> tuple[str, int]:
+    """This machine's address as the server sees it, and a free port."""
     server = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
         probe.connect((server.hostname, server.port or 80))

@@ -1,5 +1,7 @@
 """vLLM in this process, on a CPU or a GPU."""
 
+import copy
+import glob
 import os
 import random
 import shutil
@@ -7,40 +9,102 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import save_torch_state_dict
+from transformers.utils import logging
 
-from rollouts.base import Adapter, Rollout, RolloutConfigError, Sampling, Weights, named_weights, request_seeds
+from rollouts.base import (
+    Adapter,
+    BaseEngine,
+    EngineSetup,
+    Rollout,
+    RolloutConfigError,
+    Sampling,
+    Weights,
+    named_weights,
+    request_seeds,
+)
+
+logger = logging.get_logger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM can be told to keep room for."""
+"""The values that vLLM allows for its ``max_lora_rank``."""
 
 
 def _can_compile() -> bool:
-    """Whether there is what torch compiles for a CPU with: a compiler, and Python's headers."""
+    """Whether torch.compile can target this CPU: it needs a C++ compiler and Python's headers."""
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
     return shutil.which(os.environ.get("CXX", "g++")) is not None and os.path.exists(header)
 
 
-class VLLMEngine:
-    """vLLM inside the trainer's process: weights are handed over in memory, and nothing outlives the process.
+class VLLMEngine(BaseEngine):
+    """vLLM inside the trainer's process. Weights are sent in memory, and everything ends with the process.
 
     Args:
-        model: a folder or hub id. Weights arrive later by :meth:`sync_weights`; until then its own are used (step 0).
-        max_prompt_length, max_completion_length: tokens; their sum is vLLM's context.
-        load_format: "dummy" reads no weights: the folder may hold the configuration alone, if a sync follows.
-        lora_rank: of the adapters that :meth:`sync_weights` takes, for the weights of ``model``; 0 takes whole weights.
-        gpu_memory_utilization, kv_cache_gib: what vLLM may take of a GPU, or of the memory on a CPU.
-        enforce_eager: neither compile the model nor capture CUDA graphs: it starts at once, and writes slower.
-        sleep: leave the GPU's memory to the trainer between a round and the next sync; a CPU has none to leave.
+        model: a folder or hub id. Until the first :meth:`sync_weights`, its own weights are used (step 0).
+        max_prompt_length, max_completion_length: in tokens; their sum is vLLM's context length.
+        load_format: "dummy" does not read weights: ``model`` may be a folder with a configuration only. Sync before the
+            first round.
+        lora_rank: the rank of the adapters that :meth:`sync_weights` will send, trained on the weights of ``model``; 0
+            for whole weights.
+        gpu_memory_utilization: the fraction of the GPU's memory that vLLM may use.
+        kv_cache_gib: memory for the key-value cache on a CPU.
+        enforce_eager: neither compile the model nor capture CUDA graphs. It starts at once, but generates more slowly.
+        sleep: free GPU memory for the trainer between a round and the next sync. It has no effect on a CPU.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
         ImportError: vLLM is not installed.
-        RolloutConfigError: an adapter that vLLM cannot take, or whole weights where adapters are expected.
+        RolloutConfigError: vLLM cannot apply the adapter, or gets whole weights where it expects adapters.
     """
+
+    requires = "vllm"
+    single_process = True
+
+    @classmethod
+    def start(cls, setup: EngineSetup) -> "VLLMEngine":
+        """Start vLLM on the student's base weights if it can apply the student's adapter, else on its architecture."""
+        adapter = setup.get_adapter()
+        if adapter is not None and adapter.rank <= LORA_RANKS[-1]:
+            try:
+                return cls._start(setup, adapter.rank)
+            except ValueError as error:
+                if "does not support LoRA" not in str(error):
+                    raise
+                logger.warning(f"vLLM does not support LoRA for {type(setup.model).__name__}: sending merged weights")
+        return cls._start(setup, lora_rank=0)
+
+    @classmethod
+    def _start(cls, setup: EngineSetup, lora_rank: int) -> "VLLMEngine":
+        """Start vLLM from a folder with the student's configuration, and with its base weights if adapters follow."""
+        folder, options = os.path.join(setup.output_dir, "rollout_config"), setup.options
+        config = copy.deepcopy(setup.model.config)
+        config.architectures = [type(setup.model).__name__]  # a model that was never saved has none here
+        config.save_pretrained(folder)
+        if setup.sampling.stop:
+            setup.tokenizer.save_pretrained(folder)
+        if lora_rank:
+            save_torch_state_dict({name: w.to("cpu", setup.dtype) for name, w in setup.get_base_weights()}, folder)
+        try:
+            return cls(
+                folder,
+                **asdict(setup.sampling),
+                load_format="auto" if lora_rank else "dummy",
+                lora_rank=lora_rank,
+                max_prompt_length=setup.max_prompt_length,
+                dtype=str(setup.dtype).removeprefix("torch."),
+                gpu_memory_utilization=options["vllm_gpu_memory_utilization"],
+                kv_cache_gib=options["vllm_kv_cache_gib"],
+                enforce_eager=options["vllm_enforce_eager"],
+                sleep=options["vllm_sleep"],
+            )
+        finally:  # vLLM has read the weights
+            for path in glob.glob(os.path.join(folder, "*.safetensors*")):
+                os.remove(path)
 
     def __init__(
         self,
@@ -58,23 +122,23 @@ class VLLMEngine:
         sleep: bool = False,
         **sampling: Any,
     ) -> None:
-        self.sampling = how = Sampling(temperature, max_completion_length, **sampling)
-        # Without these vLLM would start a second process, and pin this one's threads to single cores.
+        self.sampling = drawing = Sampling(temperature, max_completion_length, **sampling)
+        # Otherwise vLLM would start a second process, and pin each thread of this one to a core.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, about vLLM's own code
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns about vLLM's own code
             from vllm import LLM
             from vllm.platforms import current_platform
 
         context, options = max_prompt_length + max_completion_length, dict[str, Any]()
         if not torch.cuda.is_available():
-            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what it saves is of no use on a CPU: it does not load
+            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # on a CPU, its saved files cannot be loaded again
             enforce_eager = enforce_eager or not _can_compile()
-            if how.seed is not None:
-                # Where vLLM cuts a prompt in two it rewinds the request's generator, which only a GPU's can.
+            if drawing.seed is not None:
+                # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
                 options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
         self.lora_rank = next((r for r in LORA_RANKS if r >= lora_rank), lora_rank) if lora_rank else 0
         if lora_rank:
@@ -86,23 +150,24 @@ class VLLMEngine:
             dtype=dtype,
             load_format=load_format,
             max_model_len=context,
-            max_logprobs=max(20, how.top_logprobs),
+            max_logprobs=max(20, drawing.top_logprobs),
             enforce_eager=enforce_eager,
             distributed_executor_backend="uni",
-            skip_tokenizer_init=not how.stop,  # it is for stop strings alone
+            skip_tokenizer_init=not drawing.stop,  # only stop strings need it
             gpu_memory_utilization=gpu_memory_utilization,
             enable_sleep_mode=self.sleeps,
-            seed=how.seed or 0,
+            seed=drawing.seed or 0,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             **options,
         )
-        # vLLM seeds every generator of the process; the trainer's draws must not depend on when an engine starts.
+        # vLLM seeds all generators of the process, but the trainer's draws must not depend on when an engine starts.
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         self.step, self.round = 0, 0
-        self.asleep, self.lora, self.loras = False, None, 0
+        self.asleep = False
+        self.lora, self.lora_count = None, 0
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         from vllm import SamplingParams
@@ -126,7 +191,7 @@ class VLLMEngine:
         ]
 
     def _top(self, flat: Any) -> np.ndarray | None:
-        """Of each position vLLM lists the sampled token and then the likeliest ones."""
+        """At each position, vLLM lists the sampled token first and then the likeliest tokens."""
         if not self.sampling.top_logprobs:
             return None
         return np.array(flat.logprobs, np.float32).reshape(len(flat), -1)[:, 1:]
@@ -136,27 +201,27 @@ class VLLMEngine:
         if isinstance(model, Adapter):
             self._send_adapter(model)
         elif self.lora_rank:
-            raise RolloutConfigError("this engine was made for LoRA adapters (lora_rank); it takes no whole weights")
+            raise RolloutConfigError("this engine was started with lora_rank and takes adapters only")
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
         self.llm.reset_prefix_cache()
         self.step, self.round = step, 0
 
     def _send_adapter(self, adapter: Adapter) -> None:
-        """Under a new id each time, since vLLM takes an id that it knows for the adapter that it knows."""
+        """Load the adapter under a new id: vLLM does not load an id that it already has."""
         from vllm.lora.request import LoRARequest
 
-        old, self.loras = self.lora, self.loras + 1
+        old, self.lora_count = self.lora, self.lora_count + 1
         folder = tempfile.mkdtemp(prefix="sekd-adapter-")
         try:
             adapter.save(folder)
-            new = LoRARequest(f"adapter-{self.loras}", self.loras, folder)
+            new = LoRARequest(f"adapter-{self.lora_count}", self.lora_count, folder)
             if old is not None:
                 self.llm.llm_engine.remove_lora(old.lora_int_id)
-            self.llm.llm_engine.add_lora(new)  # it reads the file now, so that it may go
+            self.llm.llm_engine.add_lora(new)  # reads the files at once
         except (ValueError, RuntimeError) as error:
             raise RolloutConfigError(
-                f"vLLM cannot take this LoRA adapter ({error}); choose other lora_target_modules"
+                f"vLLM cannot apply this LoRA adapter ({error}); choose other lora_target_modules"
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""vLLM over HTTP: its own OpenAI-compatible server, unmodified, on this machine or others."""
+"""vLLM over HTTP: its OpenAI-compatible server, unmodified, on this machine or others."""
 
 import contextlib
 import os
@@ -8,15 +8,17 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
-from tqdm.auto import tqdm
 
 from rollouts.base import (
     Adapter,
+    BaseEngine,
+    EngineSetup,
     Rollout,
     RolloutConfigError,
     RolloutError,
@@ -27,37 +29,58 @@ from rollouts.base import (
 )
 from rollouts.http import Client, RequestRejected, ServerUnavailable
 from rollouts.nccl import NCCLTransfer
+from rollouts.server_checks import check_server, wait_for_server
 
 NEW_WEIGHTS = 3600.0
 """Seconds that a server may take to load weights."""
 
 FAILED_LOAD = "a load failed"
-"""The version of the weights of a server that must be started again."""
+"""The weight version of a server that failed to load weights and must be restarted."""
 
 
-class VLLMServerEngine:
-    """One or more vLLM servers that were started with VLLM_SERVER_DEV_MODE=1 (``scripts/serve_student.sh``).
+class VLLMServerEngine(BaseEngine):
+    """One or more vLLM servers, started with VLLM_SERVER_DEV_MODE=1 (``scripts/serve_student.sh``).
 
-    Weights reach them as a file in ``weights_folder``, which they must see under the same name: all of them, or an
-    adapter alone, under a new name each time. Each server is asked for the version of its weights before and after a
-    round: one that was started again in between gets the weights again, and what it wrote without them is thrown away.
-    Requests that fail are sent again, to the other servers too; their seeds are their own, so the completions are the
-    same whoever writes them.
+    Weights reach the servers as files in ``weights_folder``, which every server must see under the same path. Whole
+    weights and adapters alike get a new name at each sync.
+
+    Each sync has a version. It is checked on each server before and after a round: a restarted server is synced again,
+    and the completions that it sampled without the weights are discarded. Failed requests are sent again, also to other
+    servers. Each request has its own seed, so the completions do not depend on which server answers.
 
     Args:
-        urls: of the servers, such as "http://127.0.0.1:8000"; they share the load.
+        urls: the servers, such as "http://127.0.0.1:8000"; they share the load.
         timeout: seconds to wait for a server, at the start and whenever none answers.
-        request_timeout: seconds for one answer; a server that hangs longer counts as dead.
-        dtype: of the weights on their way; None leaves them as they are.
-        transfer: "file", or "nccl" from the trainer's GPU to the servers'; adapters are files in any case.
-        parallel: requests in flight at each server.
+        request_timeout: seconds for one answer. A server that takes longer counts as dead.
+        dtype: the dtype in which weights are sent; None keeps their own.
+        transfer: "file", or "nccl" from the trainer's GPU to the servers'. Adapters are always files.
+        parallel: simultaneous requests per server.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
-        RolloutError: no server answered within ``timeout``, by its URL.
-        RolloutConfigError: a server whose context is too short, that runs without the development mode, or that
-            refuses a request.
+        RolloutError: a server did not answer within ``timeout``; the message has its URL.
+        RolloutConfigError: a server has too short a context, was not started in development mode, or refuses a request.
     """
+
+    uses_servers = True
+    generates_in_background = True
+
+    @classmethod
+    def start(cls, setup: EngineSetup) -> "VLLMServerEngine":
+        """Connect to the servers that the run's settings name."""
+        folder = os.path.join(setup.output_dir, "rollout_weights")
+        shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left weights
+        options = setup.options
+        return cls(
+            options["rollout_server_urls"],
+            **asdict(setup.sampling),
+            weights_folder=folder,
+            max_prompt_length=setup.max_prompt_length,
+            dtype=None if setup.dtype == torch.float32 else setup.dtype,
+            transfer=options["rollout_transfer"],
+            timeout=options["rollout_timeout"],
+            request_timeout=options["rollout_timeout"],
+        )
 
     def __init__(
         self,
@@ -79,38 +102,38 @@ class VLLMServerEngine:
         self.timeout, self.dtype = timeout, dtype
         self.weights_folder = os.path.abspath(weights_folder)
         self.step, self.round = 0, 0
-        self.version: str | None = None  # until the first sync any weights will do
+        self.version: str | None = None  # before the first sync, any weights are right
         self.path = ""
         self.is_adapter = False
         if transfer == "nccl" and not torch.cuda.is_available():
             raise RolloutConfigError('transfer "nccl" sends from GPU to GPU, and the trainer has none; use "file"')
         self.transfer, self.weights = transfer, dict[str, torch.Tensor]()
-        self.peers: dict[str, tuple[NCCLTransfer, str]] = {}  # by URL, with the version that each sent last
+        self.peers: dict[str, tuple[NCCLTransfer, str]] = {}  # by URL, with the last version that each one sent
         self.http = Client(request_timeout)
         self.closed = threading.Event()
         self.pool = ThreadPoolExecutor(parallel * len(self.urls))
         context = max_prompt_length + max_completion_length
         ranks = []
         for url in self.urls:
-            self._wait_for(url)
-            ranks.append(self._check(url, context))
+            wait_for_server(self.http, url, timeout)
+            ranks.append(check_server(self.http, url, self.sampling, context, transfer))
         self.lora_rank = min(ranks)
         if max(ranks) and not self.lora_rank:
-            raise RolloutConfigError(f"some of rollout_server_urls have --enable-lora and some have not: {self.urls}")
+            raise RolloutConfigError(f"some of rollout_server_urls have --enable-lora and some do not: {self.urls}")
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
         requests = dict(enumerate(zip(prompts, seeds, strict=True)))
         self.round += 1
-        found: dict[int, Rollout] = {}
+        rollouts: dict[int, Rollout] = {}
         reasons: dict[str, str] = {}
-        failed: set[str] = set()  # in their last try; left out while others are ready
+        failed: set[str] = set()  # servers whose last answer failed; they are asked only if no other is ready
         deadline, pause = time.monotonic() + self.timeout, 0.5
         while requests:
             if self.closed.is_set():
                 raise RolloutError("the rollout engine was closed in the middle of a round")
             answers, failed = self._ask(requests, reasons, failed)
-            found |= answers
+            rollouts |= answers
             requests = {i: request for i, request in requests.items() if i not in answers}
             if answers:
                 deadline, pause = time.monotonic() + self.timeout, 0.5
@@ -119,26 +142,28 @@ class VLLMServerEngine:
             elif time.monotonic() > deadline:
                 raise RolloutError(
                     f"no rollout server gave the {len(requests)} missing completions within {self.timeout:.0f} s: "
-                    f"{'; '.join(reasons.values())}. Start it again with scripts/serve_student.sh, or raise "
+                    f"{'; '.join(reasons.values())}. Restart it with scripts/serve_student.sh, or raise "
                     "rollout_timeout"
                 )
             else:
                 self.closed.wait(pause)
                 pause = min(2 * pause, 10.0)
-        return [found[i] for i in range(len(prompts))]
+        return [rollouts[i] for i in range(len(prompts))]
 
     def _ask(
         self, requests: dict[int, tuple[list[int], int | None]], reasons: dict[str, str], failed: set[str]
     ) -> tuple[dict[int, Rollout], set[str]]:
-        """What the servers that hold this step's weights, still at the end, answered; ``reasons`` why not, by URL; and
-        which have failed now."""
+        """Ask the servers that have this step's weights, and keep the answers of those that still have them afterwards.
+
+        Returns (answers by request, failed URLs). ``reasons`` gets the reason of each failure, by URL.
+        """
         ready = [url for url in self.urls if self._has_weights(url, reasons)]
         chosen = [url for url in ready if url not in failed] or ready
         asked = {
             url: {i: self.pool.submit(self._complete, url, *requests[i]) for i in list(requests)[n :: len(chosen)]}
             for n, url in enumerate(chosen)
         }
-        found: dict[int, Rollout] = {}
+        rollouts: dict[int, Rollout] = {}
         failed = {url for url in self.urls if url not in chosen}
         for url, futures in asked.items():
             answers = {}
@@ -149,10 +174,10 @@ class VLLMServerEngine:
                     reasons[url] = str(error)
                     failed.add(url)
             if self._has_weights(url, reasons, resend=False):
-                found |= answers
+                rollouts |= answers
             else:
                 failed.add(url)
-        return found, failed
+        return rollouts, failed
 
     def sync_weights(self, model: Weights, step: int) -> None:
         self.step, self.round, old, was_adapter = step, 0, self.path, self.is_adapter
@@ -162,27 +187,27 @@ class VLLMServerEngine:
             model.save(self.path)
         elif self.lora_rank:
             raise RolloutConfigError(
-                f"rollout servers {self.urls} were started with --enable-lora and take adapters only; start them "
+                f"rollout servers {self.urls} were started with --enable-lora and take adapters only; restart them "
                 "without it for whole or merged weights, or with a larger --max-lora-rank"
             )
         elif self.transfer == "nccl":
-            # Copies, on the GPU: the student trains on while a server that was started again may want them.
+            # Copies on the GPU: a restarted server may need these weights while the student already trains on.
             self.weights = {n: t.to("cuda", self.dtype or t.dtype, copy=True) for n, t in named_weights(model)}
         else:
-            # Copies: of two names of one weight a file would keep one, and vLLM's reload wants both.
+            # Copies: a file keeps one of two names for the same tensor, but vLLM's reload needs both.
             weights = {
                 name: tensor.to("cpu", self.dtype or tensor.dtype, copy=True) for name, tensor in named_weights(model)
             }
             os.makedirs(self.path)
             save_torch_state_dict(weights, self.path)
-        for url in self.urls:  # one that is down gets them when it is needed
+        for url in self.urls:  # a server that is down gets the weights when it is needed
             if self._has_weights(url, {}) and was_adapter:
-                self._forget(url, os.path.basename(old))
+                self._unload_adapter(url, os.path.basename(old))
         if old:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _forget(self, url: str, adapter: str) -> None:
-        with contextlib.suppress(ServerUnavailable, RequestRejected):  # one that was started again never had it
+    def _unload_adapter(self, url: str, adapter: str) -> None:
+        with contextlib.suppress(ServerUnavailable, RequestRejected):  # a restarted server does not have it
             self.http.send(url, "/v1/unload_lora_adapter", {"lora_name": adapter}, timeout=10)
 
     def close(self) -> None:
@@ -191,13 +216,16 @@ class VLLMServerEngine:
         self.pool.shutdown(cancel_futures=True)
         if self.is_adapter:
             for url in self.urls:
-                self._forget(url, os.path.basename(self.path))
+                self._unload_adapter(url, os.path.basename(self.path))
             self.is_adapter = False
         if self.path:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def logprobs(self, ids: list[int], url: str) -> list[float]:
-        """A server's log-probability of each token but the first."""
+    def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
+        """Each server's log-probability of each token but the first, by URL."""
+        return {url: self._logprobs(url, token_ids) for url in self.urls}
+
+    def _logprobs(self, url: str, ids: list[int]) -> list[float]:
         body = dict(prompt=ids, max_tokens=1, temperature=1.0, prompt_logprobs=0, return_token_ids=True)
         body |= {"model": self.version} if self.is_adapter else {}
         (choice,) = self.http.call(url, "/v1/completions", body)["choices"]
@@ -207,7 +235,7 @@ class VLLMServerEngine:
 
     def _complete(self, url: str, prompt: list[int], seed: int | None) -> Rollout:
         body = {"prompt": prompt, "seed": seed, "return_token_ids": True, **self.sampling.for_vllm()}
-        body |= {"return_tokens_as_token_ids": True}  # else two tokens that read alike would share an entry
+        body |= {"return_tokens_as_token_ids": True}  # otherwise two tokens with the same text share an entry
         body |= {"model": self.version} if self.is_adapter else {}
         try:
             answer = self.http.call(url, "/v1/completions", body)
@@ -219,33 +247,33 @@ class VLLMServerEngine:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, RequestRejected) and not (self.is_adapter and error.code == 404):
                 raise
-            raise ServerUnavailable(f"rollout server {url} answered with no completion: {error}") from error
+            raise ServerUnavailable(f"rollout server {url} did not answer with a completion: {error}") from error
 
     def _top(self, choice: dict[str, Any]) -> np.ndarray | None:
-        """The server lists the likeliest tokens, and the sampled one if it is not among them."""
+        """The server lists the likeliest tokens, and also the sampled token if it is not one of them."""
         count = self.sampling.top_logprobs
         if not count:
             return None
-        rows = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
-        found = np.array(rows, np.float32)
-        if found.shape != (len(choice["token_ids"]), count):
-            raise ValueError(f"log-probabilities of shape {found.shape}")
-        return found
+        positions = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
+        top = np.array(positions, np.float32)
+        if top.shape != (len(choice["token_ids"]), count):
+            raise ValueError(f"log-probabilities of shape {top.shape}")
+        return top
 
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:
-        """Whether a server holds the weights of this step; they are sent again if it does not."""
+        """Whether a server has the weights of this step. With ``resend``, a server without them gets them here."""
         try:
             version = self.http.call(url, "/weight_info", timeout=30)["weight_version"]
             if version == FAILED_LOAD:
                 raise RolloutConfigError(
-                    f"rollout server {url} once failed to load weights, and keeps some of others since; start it again"
+                    f"rollout server {url} failed to load weights and may still have some of the old ones; restart it"
                 )
             if self.is_adapter:
                 loaded = {model["id"] for model in self.http.call(url, "/v1/models", timeout=30)["data"]}
                 version = self.version if self.version in loaded else version
             if self.version in (None, version):
                 return True
-            reasons[url] = f"rollout server {url} was started again"
+            reasons[url] = f"rollout server {url} was restarted"
             if not resend:
                 return False
             if self.is_adapter:
@@ -271,7 +299,7 @@ class VLLMServerEngine:
                 raise
             raise RolloutConfigError(
                 f"rollout server {url} cannot load the student's LoRA adapter ({error}): it serves another model, does "
-                f"not see {self.path}, or cannot adapt these layers; start it again with model_name_or_path, "
+                f"not see {self.path}, or cannot adapt these layers; restart it with model_name_or_path, "
                 "--enable-lora and --max-lora-rank, or choose other lora_target_modules"
             ) from error
 
@@ -282,17 +310,17 @@ class VLLMServerEngine:
         except ServerUnavailable as error:
             if "collective_rpc method failed" not in str(error):
                 raise
-            # It runs, and cannot. From here on it would take weights without complaint and keep some of the old.
+            # The server runs on. It would accept later weights without an error and keep some of the old ones.
             self.http.call(url, "/update_weight_version", {"new_version": FAILED_LOAD})
             raise RolloutConfigError(
                 f"rollout server {url} cannot load the student's weights: it serves another model, or does not see "
-                f"{self.path}; start it again with model_name_or_path"
+                f"{self.path}; restart it with model_name_or_path"
             ) from error
 
     def _load_over_nccl(self, url: str, version: str) -> None:
         peer, sent = self.peers.pop(url, (None, ""))
         try:
-            if peer is None or sent != version:  # a server that was started again has left the group
+            if peer is None or sent != version:  # a restarted server has left the group
                 workers = self.http.call(url, "/get_world_size")["world_size"]
                 peer = NCCLTransfer(url, workers, NEW_WEIGHTS)
             peer.send(self.weights)
@@ -302,68 +330,6 @@ class VLLMServerEngine:
             self.http.call(url, "/update_weight_version", {"new_version": FAILED_LOAD})
             raise RolloutConfigError(
                 f"rollout server {url} did not take the weights over NCCL ({error}): it serves another model, or "
-                'shares a GPU with the trainer; start it again, or use transfer "file"'
+                'shares a GPU with the trainer; restart it, or use transfer "file"'
             ) from error
         self.peers[url] = peer, str(self.version)
-
-    def _wait_for(self, url: str) -> None:
-        deadline = time.monotonic() + self.timeout
-        with tqdm(desc=f"waiting for {url}", total=round(self.timeout), unit="s", leave=False, delay=1.0) as bar:
-            while True:
-                try:
-                    return self.http.call(url, "/health", timeout=10)
-                except ServerUnavailable as error:
-                    if (left := deadline - time.monotonic()) <= 0:
-                        raise RolloutError(
-                            f"rollout server {url} did not answer within {self.timeout:.0f} s ({error}); start it "
-                            "with scripts/serve_student.sh, or raise rollout_timeout"
-                        ) from error
-                bar.update(round(self.timeout - left) - bar.n)
-                time.sleep(min(1.0, left))
-
-    def _check(self, url: str, context: int) -> int:
-        """The largest rank of a LoRA adapter that a server takes, 0 if it takes none; ValueError if it will not do."""
-        try:
-            info = self.http.call(url, "/server_info?config_format=json")
-        except RequestRejected as error:
-            raise RolloutConfigError(
-                f"rollout server {url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1, as "
-                "scripts/serve_student.sh does"
-            ) from error
-        config = info["vllm_config"]
-        longest, most = config["model_config"]["max_model_len"], config["model_config"]["max_logprobs"]
-        if longest < context:
-            raise RolloutConfigError(
-                f"rollout server {url} has a context of {longest} tokens, and prompts and completions take up to "
-                f"{context}; start it with --max-model-len {context}"
-            )
-        if most != -1 and most < self.sampling.top_logprobs:
-            raise RolloutConfigError(
-                f"rollout server {url} gives {most} log-probabilities a token, and {self.sampling.top_logprobs} are "
-                f"asked for; start it with --max-logprobs {self.sampling.top_logprobs}"
-            )
-        mode = config["model_config"].get("logprobs_mode", "raw_logprobs")
-        if self.sampling.top_logprobs and mode != "raw_logprobs":
-            raise RolloutConfigError(
-                f"rollout server {url} gives {mode}, and the model's own log-probabilities are asked for; start it "
-                "without --logprobs-mode"
-            )
-        stops = int(info["vllm_env"].get("VLLM_MAX_STOP_STRINGS") or 4)
-        if len(self.sampling.stop) > stops:
-            raise RolloutConfigError(
-                f"rollout server {url} takes {stops} stop strings, and there are {len(self.sampling.stop)}; start it "
-                f"with VLLM_MAX_STOP_STRINGS={len(self.sampling.stop)}"
-            )
-        backend = (config.get("weight_transfer_config") or {}).get("backend")
-        if self.transfer == "nccl" and backend != "nccl":
-            raise RolloutConfigError(
-                f"rollout server {url} takes no weights over NCCL; start it with --weight-transfer-config "
-                '\'{"backend": "nccl"}\''
-            )
-        lora = config.get("lora_config")
-        if lora and not info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-            raise RolloutConfigError(
-                f"rollout server {url} has --enable-lora and takes no adapters; start it with "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, as scripts/serve_student.sh does"
-            )
-        return lora["max_lora_rank"] if lora else 0

@@ -19,18 +19,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback
 from transformers.utils import logging
+from trl import ModelConfig, ScriptArguments
 
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.cache.build import build_of
 from sekd.data.load import load_rows
 from sekd.files import write_atomically
-from sekd.samples import choose_of
+from sekd.recipe import Run
 
 METRICS = {"perplexity": "perplexity", "forward_kl": "KL(p‖q)"}
 
@@ -100,7 +99,8 @@ def one_seed(options: argparse.Namespace, train: Dataset, held_out: Dataset, see
     )
     folder = os.path.join(scratch, "cache")
     cached = SEKDConfig(**{**selective.to_dict(), "teacher_cache": folder})
-    init = {"dtype": torch.float32}
+    script = ScriptArguments(dataset_name=options.text, dataset_train_split=f"train[{len(held_out)}:]")
+    student = ModelConfig(model_name_or_path=options.student)
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -124,8 +124,8 @@ def one_seed(options: argparse.Namespace, train: Dataset, held_out: Dataset, see
 
     found = {"before": evaluate(options.student)}
     found["Full KD"] = evaluate(timed("Full KD", lambda: train_with(full)))
-    timed("scoring", lambda: choose_of(train, options.student, selective, init))
-    timed("construction", lambda: build_of(train, options.student, cached, init))
+    timed("scoring", lambda: Run(script, selective, student).choose_samples())
+    timed("construction", lambda: Run(script, cached, student).build_cache())
     found["SE-KD_3X"] = evaluate(timed("cached training", lambda: train_with(cached)))
     return {"seed": seed, "seconds": seconds, "held out": found}
 

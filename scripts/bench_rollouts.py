@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How fast the engines write, how long a weight sync takes, and what a step's time goes to.
+"""How fast the engines generate, how long a weight sync takes, and how a step's time is spent.
 
     python scripts/bench_rollouts.py STUDENT TEACHER 'text/*.jsonl' [--prompts 1 8 32 128] [--enforce_eager]
 
 The prompts are the first tokens of the texts. The engines take turns within a round; medians over rounds are printed.
-The server is started by this script (scripts/serve_student.sh). A step is one of SEKDTrainer with vLLM in its process:
-16 prompts, SE-KD 20 %, reverse KL; by turns with exact scores and with the sampler's own (score_source: rollout).
+This script starts the server (scripts/serve_student.sh). Steps are taken by SEKDTrainer with vLLM in its process: 16
+prompts, SE-KD 20 %, reverse KL, with exact scores and the sampler's scores (score_source: rollout) in turn.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from rollouts import HFEngine, VLLMEngine, VLLMServerEngine
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.load import load_rows
 from sekd.models import freeze, load_model
-from sekd.on_policy.engines import sync
+from sekd.on_policy.engines import send_weights
 
 ENGINES = ("hf", "vllm", "vllm_server")
 
@@ -68,32 +68,35 @@ def main() -> None:
 def engines(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str
 ) -> dict[str, dict[Any, float]]:
-    """Of each engine the median tokens a second by number of prompts, and the seconds of a sync as ``sync``."""
+    """For each engine, the median tokens per second by number of prompts, and the seconds of a sync as ``sync``."""
     needed, length = sum(options.prompts), options.prompt_tokens
     tokens = (tokenizer(row["text"])["input_ids"][:length] for row in texts)
     prompts = list(itertools.islice((ids for ids in tokens if len(ids) == length), needed))
     if len(prompts) < needed:
         raise SystemExit(f"{options.text} has {len(prompts)} texts of {length} tokens; --prompts needs {needed}")
-    rest = iter(prompts)  # each number its own, so that no prefix is known from the one before
-    of_count = {count: [*itertools.islice(rest, count)] for count in options.prompts}
+    rest = iter(prompts)  # different prompts for each number, so that no prefix is cached
+    prompts_by_count = {count: [*itertools.islice(rest, count)] for count in options.prompts}
     model = load_model(options.student, dtype=torch.bfloat16)
     with contextlib.ExitStack() as running:
-        found = {name: engine_of(name, options, model, folder, running) for name in options.engines}
-        times: dict[str, dict[Any, list[float]]] = {name: {} for name in found}
+        engines_by_name = {name: start_engine(name, options, model, folder, running) for name in options.engines}
+        times: dict[str, dict[Any, list[float]]] = {name: {} for name in engines_by_name}
         for round_ in tqdm(range(options.rounds + 1), desc="engines"):  # the first one warms up
-            for name, engine in found.items():
+            for name, engine in engines_by_name.items():
                 started = time.perf_counter()
-                sync(engine, model, round_)
+                send_weights(engine, model, round_)
                 times[name].setdefault("sync", []).append(time.perf_counter() - started)
                 for count in options.prompts:
                     started = time.perf_counter()
-                    written = sum(len(rollout.completion_ids) for rollout in engine.generate(of_count[count]))
-                    times[name].setdefault(count, []).append(written / (time.perf_counter() - started))
-    return {name: {what: statistics.median(seen[1:]) for what, seen in of.items()} for name, of in times.items()}
+                    rollouts = engine.generate(prompts_by_count[count])
+                    seconds = time.perf_counter() - started
+                    times[name].setdefault(count, []).append(sum(len(r.completion_ids) for r in rollouts) / seconds)
+    return {
+        name: {key: statistics.median(values[1:]) for key, values in by_key.items()} for name, by_key in times.items()
+    }
 
 
-def engine_of(name: str, options: argparse.Namespace, model: Any, folder: str, running: contextlib.ExitStack) -> Any:
-    """An engine that ends with what is ``running``."""
+def start_engine(name: str, options: argparse.Namespace, model: Any, folder: str, running: contextlib.ExitStack) -> Any:
+    """An engine that is closed when ``running`` is."""
     sampling = dict(max_completion_length=options.new_tokens)
     if name == "hf":
         return HFEngine(model, **sampling)
@@ -101,15 +104,15 @@ def engine_of(name: str, options: argparse.Namespace, model: Any, folder: str, r
     if name == "vllm":
         engine: Any = VLLMEngine(options.student, dtype="bfloat16", enforce_eager=options.enforce_eager, **sampling)
     else:
-        url = running.enter_context(served(options, folder))
+        url = running.enter_context(serve(options, folder))
         engine = VLLMServerEngine(url, weights_folder=f"{folder}/weights", **sampling)
     running.callback(engine.close)
     return engine
 
 
 @contextlib.contextmanager
-def served(options: argparse.Namespace, folder: str) -> Iterator[str]:
-    """The address of a server of the student, which ends with the block."""
+def serve(options: argparse.Namespace, folder: str) -> Iterator[str]:
+    """Start a server of the student for the block; gives its address."""
     context = options.prompt_tokens + options.new_tokens
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,7 +130,7 @@ def served(options: argparse.Namespace, folder: str) -> Iterator[str]:
 
 
 class Clock(TrainerCallback):
-    """Seconds by what they went to, step by step; what is inside something else is not counted twice."""
+    """The seconds that each part of a step takes. A part inside another part is not counted twice."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -185,8 +188,8 @@ def step_seconds(
     parts = {
         (sekd.distill, "score_rows"): "scoring",
         (sekd.distill, "agreement"): "agreement",
-        (sekd.on_policy.schedule.RolloutSchedule, "_ask"): "generation",
-        (sekd.on_policy.schedule, "sync"): "sync",
+        (sekd.on_policy.schedule.RolloutSchedule, "_request"): "generation",
+        (sekd.on_policy.schedule, "send_weights"): "sync",
         (trainer.teacher, "rows"): "teacher",
         (trainer.teacher, "logits"): "teacher",
     }

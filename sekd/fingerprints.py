@@ -14,7 +14,7 @@ from sekd.models import causal_lm
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of every weight's name, shape and up to 1,024 of its values, in float32: tells models apart quickly."""
+    """A quick hash of a model: every weight's name, shape and up to 1,024 of its values in float32."""
     digest = hashlib.sha256()
     for name, tensor in causal_lm(model).state_dict().items():
         flat = tensor.detach().flatten()
@@ -31,12 +31,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def sample_key(row: Mapping[str, Any]) -> bytes:
-    """16 bytes that name a prepared sample by its tokens, targets, packed documents and the teacher's own prompt:
-    whatever its place or batch."""
+    """16 bytes that name a prepared sample, whatever its place or batch.
+
+    They hash its tokens, targets, packed documents and the teacher's own prompt.
+    """
     digest = hashlib.blake2b(digest_size=16)
     lengths = row.get("seq_lengths") or [len(row["input_ids"])]
-    theirs = row.get("teacher_prompt_ids")
-    for part in (row["input_ids"], row["supervised"], lengths, *([] if theirs is None else [theirs])):
+    teacher_prompt = row.get("teacher_prompt_ids")
+    for part in (row["input_ids"], row["supervised"], lengths, *([] if teacher_prompt is None else [teacher_prompt])):
         digest.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype=np.int64).tobytes())
     return digest.digest()
 

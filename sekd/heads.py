@@ -1,6 +1,6 @@
-"""Rows through an LM head in bounded memory: [N D] becomes [N V] only a chunk at a time, in both directions."""
+"""Positions through an LM head in bounded memory: [N D] becomes [N V] a chunk at a time, in both directions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeGuard
@@ -12,18 +12,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from sekd.distributions import entropy
+from sekd.types import PerPosition
 
 CACHED_ROWS = 64
-"""Rows whose logits about fit a CPU's caches: such chunks take about 0.6 of the time of 256 rows."""
+"""Positions whose logits about fit a CPU's caches: such chunks take about 0.6 of the time of 256 positions."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a causal language model does between its last hidden state and its logits, as a function of rows.
+    """The step of a causal language model from its last hidden states to its logits, as a function of positions.
 
     ``projection`` is called as a module, never by its weight, so that the hooks of LoRA and FSDP run.
     ``scale`` multiplies (Cohere; Granite divides), ``softcap`` bounds by cap * tanh(z / cap) (Gemma 2), and ``vocab``
-    keeps the classes that teacher and student share.
+    is the number of classes that teacher and student share.
     """
 
     projection: nn.Module
@@ -33,7 +34,7 @@ class Head:
 
     @property
     def classes(self) -> int:
-        """V: how many logits it gives."""
+        """V: the number of logits."""
         projection: Any = self.projection
         return self.vocab or projection.out_features
 
@@ -42,13 +43,13 @@ class Head:
         return self.finish(self.project(hidden))
 
     def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """The linear layer alone, in its own type; :meth:`finish` makes logits of what it gives."""
+        """The linear layer alone, in its own dtype; :meth:`finish` turns the result into logits."""
         return self.projection(hidden)[:, : self.vocab]
 
     def in_autocast_dtype(self) -> "Head":
-        """The same head with its weight converted to autocast's type now, and not again for each chunk of rows.
+        """The same head with its weight converted to autocast's dtype once, instead of once for each chunk.
 
-        Only a plain linear layer is: one that hooks or wrappers know about is called as it is.
+        Only for a plain linear layer: a layer with hooks or wrappers stays as it is.
         """
         linear = self.projection
         if not _is_plain(linear) or not torch.is_autocast_enabled(linear.weight.device.type):
@@ -57,8 +58,8 @@ class Head:
         return self if linear.weight.dtype == dtype else replace(self, projection=_Converted(linear, dtype))
 
     def finish(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        """What comes after the projection, which is the same for each class: float32, scale and soft cap."""
-        logits = logits.float()
+        """The part after the projection, the same for each class: at least float32, scale and soft cap."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -72,11 +73,11 @@ def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 class _Converted(nn.Module):
-    """A linear layer that computes in another type, and whose weight's gradient is added up in the weight's own."""
+    """A linear layer that computes in another dtype and adds up its weight's gradient in the weight's own dtype."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        # Not registered: they are the model's, and this lives for one batch.
+        # Not registered: the parameters belong to the model, and this object lives for one batch.
         self.__dict__.update(weight=linear.weight, bias=linear.bias, out_features=linear.out_features)
         self.__dict__["low"] = linear.weight.detach().to(dtype)
 
@@ -85,7 +86,7 @@ class _Converted(nn.Module):
 
 
 class _LowPrecisionLinear(torch.autograd.Function):
-    """As autocast's linear, forward and backward, on a weight that is converted already."""
+    """Autocast's linear, forward and backward, on a weight that is already converted."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
@@ -107,22 +108,23 @@ class _LowPrecisionLinear(torch.autograd.Function):
 
 
 def in_chunks(
-    function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], chunk_rows: int
+    function: Callable[..., tuple[Tensor, ...]], parts: Sequence[Tensor | PerPosition], chunk_rows: int
 ) -> tuple[Tensor, ...]:
-    """``function`` of N rows, computed ``chunk_rows`` at a time: at most one chunk's logits are alive.
+    """``function`` of N positions, ``chunk_rows`` at a time: at most one chunk's logits are in memory.
 
-    ``rows`` are tensors of N rows; ``function`` maps a chunk of each to tensors of as many rows, which are joined.
-    With gradients, the logits of each chunk are computed again in the backward pass rather than kept; rows that fit
-    into one chunk are kept, since that is as bounded and saves the second computation. No rows make one empty chunk,
-    so that every parameter takes part in the graph (DDP waits for each).
+    ``parts`` are tensors or records of N positions; ``function`` maps a chunk of each to tensors of equally many
+    entries, which are joined. With gradients, the backward pass computes the logits of each chunk again. A single
+    chunk is not recomputed: memory is bounded anyway. With zero positions, one empty chunk still runs so that every
+    parameter is in the graph (DDP waits for all of them).
     """
-    keep = torch.is_grad_enabled() and len(rows[0]) <= chunk_rows
+    device = parts[0].device.type
+    keep = torch.is_grad_enabled() and len(parts[0]) <= chunk_rows
     if torch.is_grad_enabled() and not keep:
         function = partial(checkpoint, function, use_reentrant=False)
-    if rows[0].device.type == "cpu" and not keep:
+    if device == "cpu" and not keep:
         chunk_rows = min(chunk_rows, CACHED_ROWS)
-    with _autocast_without_cache(rows[0].device.type):
-        chunks = [function(*chunk) for chunk in zip(*(r.split(chunk_rows) for r in rows), strict=True)]
+    with _autocast_without_cache(device):
+        chunks = [function(*chunk) for chunk in zip(*(part.split(chunk_rows) for part in parts), strict=True)]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
 
 
@@ -130,15 +132,15 @@ def in_chunks(
 def chunked_entropy(
     hidden: Float[Tensor, "N D"], head: Callable[[Tensor], Tensor], chunk_rows: int = 256
 ) -> Float[Tensor, " N"]:
-    """H of each row's next-token distribution, in nats, without a graph and without [N V] (arXiv 2602.01395, §4)."""
+    """H of the next-token distribution at each position, in nats, without graph and [N V] (arXiv 2602.01395, §4)."""
     return in_chunks(lambda h: (entropy(head(h).float().log_softmax(-1)),), (hidden,), chunk_rows)[0]
 
 
 def _autocast_without_cache(device_type: str) -> torch.autocast:
-    """The autocast state in force, less its cache of converted weights.
+    """The current autocast state without its cache of converted weights.
 
-    Chunks that share one cached bf16 copy of a weight add up their gradients in bf16; each converting its own adds
-    them up in the weight's float32.
+    Chunks that share one cached bf16 copy of a weight add up their gradients in bf16. If each chunk converts the
+    weight itself, gradients are added up in the weight's float32.
     """
     return torch.autocast(
         device_type,

@@ -1,17 +1,17 @@
-"""How do two distributions differ? Each divergence maps rows to one number a row; one function reduces.
-
-The functions take log-probabilities, which their caller has at hand; ``DIVERGENCES`` holds them for logits.
-"""
+"""How do two distributions differ? Each divergence maps positions to one number each; one function reduces them."""
 
 import math
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sekd.classes import sparse_forward_kl
 from sekd.distributions import cross_entropy, kl_divergence
+from sekd.options import Option
 
 Targets = Int[Tensor, " N"] | None
 
@@ -19,14 +19,14 @@ Targets = Int[Tensor, " N"] | None
 def forward_kl(
     student_logp: Float[Tensor, "N V"], teacher_logp: Float[Tensor, "N V"], targets: Targets = None
 ) -> Float[Tensor, " N"]:
-    """KL(p || q) of each row, in nats: the student covers the teacher (Hinton et al., 2015)."""
+    """KL(p || q) of each position, in nats: the student covers the teacher (Hinton et al., 2015)."""
     return kl_divergence(teacher_logp, student_logp)
 
 
 def reverse_kl(
     student_logp: Float[Tensor, "N V"], teacher_logp: Float[Tensor, "N V"], targets: Targets = None
 ) -> Float[Tensor, " N"]:
-    """KL(q || p) of each row, in nats: the student seeks the teacher's modes (Gu et al., 2024)."""
+    """KL(q || p) of each position, in nats: the student seeks the teacher's modes (Gu et al., 2024)."""
     return kl_divergence(student_logp, teacher_logp)
 
 
@@ -52,7 +52,7 @@ def skew_kl(
 def total_variation(
     student_logp: Float[Tensor, "N V"], teacher_logp: Float[Tensor, "N V"], targets: Targets = None
 ) -> Float[Tensor, " N"]:
-    """sum |p - q| / 2 of each row, in [0, 1] (Wen et al., 2023)."""
+    """sum |p - q| / 2 of each position, in [0, 1] (Wen et al., 2023)."""
     return (teacher_logp.exp() - student_logp.exp()).abs().sum(-1) / 2
 
 
@@ -67,7 +67,7 @@ def split_kl(
 
 
 def _split(logp: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p(y), log (1 - p(y)), and the distribution of the other classes, none by a subtraction that cancels."""
+    """log p(y), log (1 - p(y)), and the distribution of the other classes, without a subtraction that cancels."""
     y = targets[:, None]
     others = logp.scatter(-1, y, -1e30)  # finite, since 0 times it must be 0
     rest = others.logsumexp(-1, keepdim=True)
@@ -81,7 +81,7 @@ def decoupled_kl(
     alpha: float = 1.0,
     beta: float | Float[Tensor, " N"] = 8.0,
 ) -> Float[Tensor, " N"]:
-    """alpha TCKD + beta NCKD: what the teacher says of the target, and of the rest (Zhao et al., 2022, equation 7)."""
+    """alpha TCKD + beta NCKD: the teacher on the target, and on the other classes (Zhao et al., 2022, equation 7)."""
     target, others = split_kl(student_logp, teacher_logp, targets)
     return alpha * target + beta * others
 
@@ -94,10 +94,9 @@ def at_kd(
 ) -> Float[Tensor, " N"]:
     """Adaptive teaching (Zhong et al., 2024, AT-KD): the easier half of a batch learns the non-target KL only.
 
-    The mean over the rows of a batch is 0.2 times the mean NCKD of its easier half plus 0.8 times the mean TCKD + NCKD
-    of its harder half; :func:`sekd.distill.distill` gives all chosen rows of a batch the same weight for it.
-    ``factors`` are :func:`at_kd_factors` of the whole batch, where these rows are a chunk of it. A batch is what one
-    process computes at once, so ``per_device_train_batch_size`` is part of this method.
+    The mean over the positions of a batch is 0.2 times the mean NCKD of its easier half plus 0.8 times the mean
+    TCKD + NCKD of its harder half. ``factors`` are :func:`at_kd_factors` of the whole batch, of which these positions
+    are a chunk. A batch is what one process computes at once, so ``per_device_train_batch_size`` matters here.
     """
     if factors is None:
         factors = at_kd_factors(cross_entropy(teacher_logp, targets))
@@ -106,9 +105,9 @@ def at_kd(
 
 
 def at_kd_factors(teacher_ce: Float[Tensor, " N"], easy_weight: float = 0.2) -> Float[Tensor, "N 2"]:
-    """What each row's TCKD and NCKD count in AT-KD, so that the mean over rows weighs the means of the two halves.
+    """Factors of each position's TCKD and NCKD in AT-KD; a mean over all positions then weighs the means of the halves.
 
-    The harder half are the ceil(N / 2) rows of highest 1 - p(y), ties to the lower index.
+    The harder half is the ceil(N / 2) positions of highest 1 - p(y), ties to the lower index.
     """
     n = len(teacher_ce)
     n_hard = -(-n // 2)
@@ -118,32 +117,112 @@ def at_kd_factors(teacher_ce: Float[Tensor, " N"], easy_weight: float = 0.2) -> 
     return torch.stack([torch.where(hard, others, 0), others], dim=1)
 
 
-def _of_logits(divergence: Callable[..., Float[Tensor, " N"]]) -> Callable[..., Float[Tensor, " N"]]:
-    @wraps(divergence)
-    def normalised(
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence, and what the rest of the code must know of it.
+
+    ``on_logp(student_logp, teacher_logp, targets, *factors, **options) -> [N]`` reads all classes.
+    ``sparse(student_logp [N K], SparseTargets) -> [N]`` estimates it from sampled classes; None if it has no such form.
+    ``factors`` maps the teacher's cross-entropy at all chosen positions of a batch to a tensor of equally many entries,
+    which ``on_logp`` gets chunk by chunk. ``mean_over``: the loss is a mean over the chosen positions of a ``sequence``
+    or of the ``batch`` (then the policy's weights do not count). ``held_out`` names the evaluation metric that stands
+    for it. ``check(**options)`` raises ValueError for options that are invalid together.
+    """
+
+    on_logp: Callable[..., Float[Tensor, " N"]]
+    sparse: Callable[..., Float[Tensor, " N"]] | None = None
+    factors: Callable[[Tensor], Tensor] | None = None
+    mean_over: str = "sequence"
+    held_out: str = "forward_kl"
+    options: Mapping[str, Option] = field(default_factory=dict)
+    check: Callable[..., None] | None = None
+
+    def __call__(
+        self,
         student_logits: Float[Tensor, "N V"],
         teacher_logits: Float[Tensor, "N V"],
         targets: Targets = None,
         **options: float,
     ) -> Float[Tensor, " N"]:
+        """The divergence of logits, in float32."""
         student, teacher = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
-        return divergence(student, teacher, targets, **options)
+        return self.on_logp(student, teacher, targets, **options)
 
-    return normalised
+    def with_options(self, **options: float) -> "Divergence":
+        """The same divergence with other options than the defaults."""
+        return replace(self, on_logp=partial(self.on_logp, **options)) if options else self
 
 
-ON_LOG_PROBABILITIES: dict[str, Callable[..., Float[Tensor, " N"]]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "total_variation": total_variation,
-    "decoupled_kl": decoupled_kl,
-    "at_kd": at_kd,
+def _refuse_no_loss(alpha: float, beta: float) -> None:
+    if alpha == beta == 0:
+        raise ValueError("decoupled_alpha and decoupled_beta are both 0, which leaves no loss; set one of them above 0")
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(forward_kl, sparse=sparse_forward_kl),
+    "reverse_kl": Divergence(reverse_kl, held_out="reverse_kl"),
+    "jsd": Divergence(
+        jsd,
+        options={
+            "beta": Option(
+                field="jsd_beta",
+                default=0.5,
+                is_valid=lambda v: 0 < v < 1,
+                hint="is outside (0, 1); at the limits choose divergence: forward_kl or reverse_kl",
+                help="beta of divergence jsd, inside (0, 1).",
+            )
+        },
+    ),
+    "skew_kl": Divergence(
+        skew_kl,
+        options={
+            "alpha": Option(
+                field="skew_alpha",
+                default=0.1,
+                is_valid=lambda v: 0 < v < 1,
+                hint="is outside (0, 1); 0 would be forward_kl, 1 no loss at all",
+                help="alpha of divergence skew_kl, inside (0, 1).",
+            )
+        },
+    ),
+    "total_variation": Divergence(total_variation),
+    "decoupled_kl": Divergence(
+        decoupled_kl,
+        check=_refuse_no_loss,
+        options={
+            "alpha": Option(
+                field="decoupled_alpha",
+                default=1.0,
+                is_valid=lambda v: v >= 0,
+                hint="must not be negative; 0 leaves that part out",
+                help="Weight of decoupled_kl's target part.",
+            ),
+            "beta": Option(
+                field="decoupled_beta",
+                default=8.0,
+                is_valid=lambda v: v >= 0,
+                hint="must not be negative; 0 leaves that part out",
+                help="Weight of decoupled_kl's non-target part.",
+            ),
+        },
+    ),
+    "at_kd": Divergence(at_kd, factors=at_kd_factors, mean_over="batch"),
 }
-
-DIVERGENCES = {name: _of_logits(divergence) for name, divergence in ON_LOG_PROBABILITIES.items()}
 """``DIVERGENCES[name](student_logits, teacher_logits, targets) -> [N]``, in float32."""
+
+
+def mean_over_batch(weights: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Equal weights on the chosen positions, so that the mean over sequences is the mean over those of the batch."""
+    chosen = weights > 0
+    return chosen * valid.any(1).sum() / chosen.sum().clamp(min=1)
+
+
+MEANS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
+    "sequence": lambda weights, valid: weights,
+    "batch": mean_over_batch,
+    "step": lambda weights, valid: weights,  # the policy's weights are for it already
+}
+"""Over what a loss is a mean, from the narrowest to the widest: weights of the policy -> weights of the loss."""
 
 
 def reduce(losses: Float[Tensor, " N"], weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:

@@ -1,4 +1,4 @@
-"""What a run logs: names, means and their short forms."""
+"""The numbers that a run logs: their names, means and short forms on the progress line."""
 
 from collections.abc import Mapping
 
@@ -20,28 +20,28 @@ SHOWN = {
 
 
 def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """What is logged of the sums over the steps since the last log."""
-    selected = max(sums["selected_rows"], 1)
-    found = {
+    """The logged numbers, from sums over the steps since the last log, ``seconds`` ago."""
+    selected = max(sums["selected"], 1)
+    metrics = {
         "divergence": sums["divergence"] / selected,
-        "selected_fraction": sums["selected_rows"] / max(sums["rows"], 1),
+        "selected_fraction": sums["selected"] / max(sums["positions"], 1),
         "tokens_per_second": sums["tokens"] / seconds,
     }
-    if "entropy" in sums:  # a sampled softmax without scores never knows it
-        found["entropy"] = sums["entropy"] / max(sums["entropy_rows"], 1)
-        found["entropy_selected"] = sums["selected_entropy"] / selected
+    if "entropy" in sums:  # a sampled softmax without scores never computes it
+        metrics["entropy"] = sums["entropy"] / max(sums["entropy_positions"], 1)
+        metrics["entropy_selected"] = sums["selected_entropy"] / selected
     if trained := sums.get("trained_rollouts"):
-        found |= {
+        metrics |= {
             "cut_fraction": sums["cut_rollouts"] / trained,
             "empty_completions": sums["empty_rollouts"],
             "rollout_age": sums["stale_steps"] / trained,
             "rollout_share": sums["rollout_wait"] / seconds,
         }
     if rollouts := sums.get("rollouts"):  # in the steps that begin a round
-        found |= {
+        metrics |= {
             "completion_length": sums["rollout_tokens"] / rollouts,
             "rollout_tokens_per_second": sums["rollout_tokens"] / sums["rollout_seconds"],
         }
-    if checked := sums.get("agreement_rows"):
-        found["selection_agreement"] = sums["agreement"] / checked
-    return found
+    if checked := sums.get("agreement_positions"):
+        metrics["selection_agreement"] = sums["agreement"] / checked
+    return metrics

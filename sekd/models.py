@@ -20,13 +20,13 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_teacher(name: str, args: SEKDConfig, attention: str | None = None) -> PreTrainedModel:
-    """A teacher from a folder or hub id, with the revision and dtype that ``args`` give."""
+    """The teacher ``name`` from a folder or hub id, in the revision and dtype of ``args``."""
     dtype, revision = args.teacher_dtype, args.teacher_model_revision
     return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP, FSDP and DeepSpeed; a PEFT model stays one."""
+    """The module inside DDP, FSDP and DeepSpeed; a PEFT model stays wrapped by PEFT."""
     return extract_model_from_parallel(model, keep_fp32_wrapper=True)
 
 
@@ -37,17 +37,17 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` as if it were the forward of the wrapped ``model``.
+    """Call ``function(*args)`` as if it were the forward of the wrapped ``model``.
 
-    DDP and FSDP gather and hook in the wrapper's own forward, so everything that touches parameters must
-    happen there. Only tensors (in tuples and dicts) may be returned, or FSDP misses their gradients.
+    DDP and FSDP gather weights and run hooks in the wrapper's own forward, so everything that touches parameters must
+    happen there. ``function`` may return only tensors (in tuples and dicts); FSDP misses other gradients.
     """
     inner = unwrap(model)
-    had_own = "forward" in vars(inner)  # accelerate's autocast wrapper is an instance attribute
+    was_wrapped = "forward" in vars(inner)  # accelerate's autocast wrapper is an instance attribute
     original = inner.forward
 
     def restore() -> None:
-        if had_own:
+        if was_wrapped:
             inner.forward = original
         else:
             vars(inner).pop("forward", None)
@@ -89,17 +89,17 @@ def get_head(model: nn.Module, vocab: int | None = None) -> Head:
 
 
 def count_classes(model: nn.Module) -> int:
-    """How many classes the head has, padding included."""
+    """The number of the head's classes, padding included."""
     return causal_lm(model).config.get_text_config().vocab_size
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, packed: bool) -> None:
-    """Compare head and packing with the model's own forward on a few tokens, before anything trains on them.
+    """Compare head and packing with the model's own forward on a few tokens, before anything trains.
 
     Raises:
-        ValueError: the architecture changes its logits in a way that :func:`get_head` does not know, or (``packed``)
-            lets packed documents see each other.
+        ValueError: the architecture changes its logits in a way that :func:`get_head` does not support, or
+            (``packed``) lets packed documents see each other.
     """
     lm = causal_lm(model)
     name, was_training = type(lm).__name__, lm.training
@@ -107,16 +107,16 @@ def check_head(model: nn.Module, packed: bool) -> None:
     ids = torch.arange(8, device=lm.device)[None].repeat(2, 2) % count_classes(lm)
     positions = torch.arange(8, device=lm.device).repeat(2, 2)
     hidden = hidden_states(lm, _probe(ids, positions))
-    ours = get_head(lm)(hidden[0])
-    theirs = lm(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    difference = float((ours - theirs).abs().max())
+    logits = get_head(lm)(hidden[0])
+    model_logits = lm(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    difference = float((logits - model_logits).abs().max())
     # In half precision the model scales rounded logits and sekd exact ones: far less than 3 % of the largest.
-    if not difference <= 0.03 * theirs.abs().max():
+    if not difference <= 0.03 * model_logits.abs().max():
         raise ValueError(
-            f"the logits of {name} are not those of its LM head with the scaling that sekd knows (logit_scale, "
-            f"logits_scaling, final_logit_softcapping); they differ by {difference:.3g}"
+            f"sekd does not support {name}: its logits differ by {difference:.3g} from its LM head with logit_scale, "
+            "logits_scaling and final_logit_softcapping; choose another architecture"
         )
-    # What comes second must not change by a bit when what comes first does.
+    # The second document must not change by a bit when the first one does.
     ids[:, :8] = ids[:, :8].flip(1)
     if packed and not torch.equal(hidden_states(lm, _probe(ids, positions))[:, 8:], hidden[:, 8:]):
         raise ValueError(
@@ -127,7 +127,7 @@ def check_head(model: nn.Module, packed: bool) -> None:
 
 
 def check_head_columns(model: nn.Module, args: SEKDConfig) -> None:
-    """Raise ValueError if a sampled softmax could not read single columns of the student's head."""
+    """Raise ValueError if a sampled softmax cannot read single columns of the student's head."""
     projection = get_head(model).projection
     if args.sampled_softmax and type(projection) is not nn.Linear:
         raise ValueError(
@@ -141,7 +141,7 @@ def _probe(ids: Tensor, positions: Tensor) -> Batch:
 
 
 def common_vocab(student: nn.Module, teacher: nn.Module) -> int:
-    """Classes in both heads. Equal tokenizers may be padded differently (Qwen2.5: 151,936 and 152,064 rows)."""
+    """The number of classes in both heads: equal tokenizers may be padded differently (Qwen2.5: 151,936, 152,064)."""
     return min(count_classes(student), count_classes(teacher))
 
 

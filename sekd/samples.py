@@ -1,7 +1,7 @@
 """Which samples? Scores under the frozen initial models, made once and kept in a file.
 
-A sample's score is the mean of a row score over its valid rows (TopSmp, arXiv 2602.01395, section 4; Xu et al., 2023).
-What is kept is a real subset of the data: batches are as large as without selection.
+A sample's score is the mean of a position score over its valid positions (TopSmp, arXiv 2602.01395, section 4; Xu et
+al., 2023). The kept samples are a real subset of the data, so batches are as large as without selection.
 """
 
 import json
@@ -14,26 +14,22 @@ import torch
 from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from jaxtyping import Float
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
-from sekd.data.prepare import prepare
-from sekd.distill import score_rows
+from sekd.data.prepare import is_packed, prepare
+from sekd.distill import score_positions
 from sekd.files import write_atomically
 from sekd.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from sekd.models import common_vocab, freeze, get_head, hidden_states, load_model, load_teacher
-from sekd.scores import SCORES, Scoring
+from sekd.models import common_vocab, freeze, get_head, hidden_states
+from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
-from sekd.types import Batch
+from sekd.types import Batch, Positions
 
 FORMAT = 1
-
-
 FIELDS = {
     "sample_score": "sample_score",
     "seed": "seed",
@@ -63,55 +59,24 @@ def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[in
 
 
 def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
-    """The first ``size`` samples of prepared data; those of a stream are read into memory."""
+    """The first ``size`` samples of prepared data; a stream's samples are read into memory."""
     if isinstance(dataset, Dataset):
         return dataset.take(min(size, len(dataset)))
     parts, bar = [], tqdm(total=size, desc="Reading the sample pool")
-    for part in dataset.take(size).iter(batch_size=1000):  # Arrow holds a part in a tenth of what its lists take
+    for part in dataset.take(size).iter(batch_size=1000):  # Arrow needs a tenth of the memory of lists
         parts.append(Dataset.from_dict(part))
         bar.update(len(parts[-1]))
     bar.close()
     return concatenate_datasets(parts)
 
 
-def prepare_all(
-    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
-) -> tuple[PreTrainedTokenizerBase, Dataset]:
-    """The student's tokenizer, and the prepared samples; those of a stream are its first ``sample_pool``."""
-    if isinstance(rows, IterableDataset) and args.sample_pool is None:
-        raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
-    tokenizer = AutoTokenizer.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
+def prepare_samples(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
+) -> Dataset | IterableDataset:
+    """Rows as samples: tokenized, packed or cut, and only the first ``sample_pool`` of them if it is set."""
     dataset = prepare(rows, tokenizer, args)
-    return tokenizer, dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
-
-
-def choose_of(
-    rows: Dataset | IterableDataset, student: str, args: SEKDConfig, model_init_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """:func:`choose_samples` for raw rows and models by name; the teacher is loaded only where the score needs it."""
-    needs_teacher = args.sample_score != "random" and SCORES[args.sample_score].needs_teacher
-    if needs_teacher and args.teacher_model_name_or_path is None:
-        raise ValueError(f"sample_score {args.sample_score!r} needs a teacher: set teacher_model_name_or_path")
-    tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
-    model, teacher = load_model(student, **{"dtype": torch.float32, **model_init_kwargs}), None
-    if needs_teacher:
-        name = str(args.teacher_model_name_or_path)
-        teacher = load_teacher(name, args, model_init_kwargs.get("attn_implementation"))
-    return choose_samples(dataset, model, teacher, tokenizer, args)
-
-
-def show_samples(found: dict[str, Any], score: str) -> None:
-    """Print how many samples were kept, and where their scores lie."""
-    scores = torch.tensor(found["scores"], dtype=torch.float64)
-    kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[found["kept"]] = True
-    table = Table(title=f"samples by {score.replace('_', ' ')}", title_justify="left")
-    for column in ("", "samples", "lowest", "median", "highest"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, part in (("all", scores), ("kept", scores[kept]), ("left out", scores[~kept])):
-        numbers = [part.min(), part.median(), part.max()] if len(part) else []
-        table.add_row(name, f"{len(part):,}", *(f"{float(v):.4g}" for v in numbers))
-    Console().print(table)
+    is_packed(dataset)  # raises ValueError for a stream without samples
+    return dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
 
 
 def samples_path(args: SEKDConfig) -> str:
@@ -126,22 +91,22 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    """What ``samples_file`` holds: ``kept`` (sorted ids), ``scores`` (of each sample), ``fingerprint``.
+    """Choose samples: the content of ``samples_file``, with ``kept`` (sorted ids), ``scores`` and ``fingerprint``.
 
-    ``teacher`` may be None where the score does not need it. The scores serve any ``sample_fraction``; the file is
-    written if it is not there.
+    The file is written if it does not exist. Its scores serve any ``sample_fraction``. ``teacher`` may be None if the
+    score does not need it.
 
     Raises:
-        ValueError: a file that was made from other data, models or settings; it says which.
+        ValueError: an existing file of other data, models or settings; it says which.
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
-    # The first process alone looks: where folders are not shared, the others could not agree.
-    known = [_read(path, fingerprint, len(dataset)) if args.process_index == 0 and os.path.exists(path) else None]
-    scores = broadcast_object_list(known)[0]
+    # Only the first process reads the file, since processes may not share the folder.
+    existing = [_read(path, fingerprint, len(dataset)) if args.process_index == 0 and os.path.exists(path) else None]
+    scores = broadcast_object_list(existing)[0]
     if scores is None:
         scores = score_samples(dataset, student, teacher, args).tolist()
-    found = {
+    choice = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "sample_fraction": args.sample_fraction,
@@ -149,23 +114,23 @@ def choose_samples(
         "scores": scores,
     }
     if args.process_index == 0:
-        write_atomically(path, json.dumps(found) + "\n")
-    return found
+        write_atomically(path, json.dumps(choice) + "\n")
+    return choice
 
 
 @torch.no_grad()
 def score_samples(
     dataset: Dataset, student: nn.Module, teacher: nn.Module | None, args: SEKDConfig
 ) -> Float[Tensor, " n"]:
-    """The mean of ``args.sample_score`` over the valid rows of each sample, in one pass of the frozen models.
+    """The mean of ``args.sample_score`` over the valid positions of each sample, in one pass of the frozen models.
 
-    A prompt without completion is scored on its own tokens, which are the student's to both models; a sample without
-    any row scores 0. Processes share the work.
+    A prompt without completion is scored on its own tokens, and both models read the student's prompt then. A sample
+    without any position scores 0. Processes share the work.
 
     Raises:
         FloatingPointError: a score that is not finite, with the sample.
     """
-    if args.sample_score == "random":
+    if args.sample_score == RANDOM:
         return torch.rand(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     scoring, source, vocab = Scoring((args.sample_score,)), None, None
     if scoring.needs_teacher:
@@ -186,12 +151,12 @@ def score_samples(
         inputs = {name: tensor.to(args.device) for name, tensor in collate(samples, 0).items()}
         batch = Batch(**inputs)
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
-            rows, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
-            teacher_rows = source.rows(batch) if source else ()
-            found, _ = score_rows(
-                head.in_autocast_dtype(), source, rows, targets, teacher_rows, scoring, args.head_chunk_rows
+            hidden, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
+            positions = Positions(hidden, targets, source.read(batch) if source else {})
+            at_positions, _ = score_positions(
+                head.in_autocast_dtype(), source, positions, scoring, args.head_chunk_rows
             )
-        grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, found)
+        grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, at_positions)
         scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)
     bar.close()
@@ -216,34 +181,34 @@ def _fingerprint(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    found = {
+    fingerprint = {
         "sample_score": args.sample_score,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data_fingerprint(dataset),
     }
-    if args.sample_score == "random":
-        return found | {"seed": args.seed}
-    found["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    found["student"] = weights_fingerprint(student)
-    if SCORES[args.sample_score].needs_teacher:
+    if args.sample_score == RANDOM:
+        return fingerprint | {"seed": args.seed}
+    fingerprint["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    fingerprint["student"] = weights_fingerprint(student)
+    if needs_teacher(args.sample_score):
         assert teacher is not None
-        found["teacher"] = weights_fingerprint(teacher)
-    return found
+        fingerprint["teacher"] = weights_fingerprint(teacher)
+    return fingerprint
 
 
 def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:
-    remedy = "delete it to score again, or name another samples_file"
+    """The scores in a samples file, after all checks."""
+    hint = "delete it to score again, or name another samples_file"
     try:
         with open(path) as file:
-            found = json.load(file)
+            choice = json.load(file)
     except ValueError as error:
-        raise ValueError(f"samples_file {path!r} cannot be read ({error}); {remedy}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"fingerprint", "scores"} <= found.keys():
-        raise ValueError(f"samples_file {path!r} has not the format of this version of sekd; {remedy}")
-    theirs = found["fingerprint"]
+        raise ValueError(f"samples_file {path!r} cannot be read ({error}); {hint}") from error
+    if not isinstance(choice, dict) or choice.get("format") != FORMAT or not {"fingerprint", "scores"} <= choice.keys():
+        raise ValueError(f"samples_file {path!r} does not have the format of this version of sekd; {hint}")
     for name, meaning in FIELDS.items():
-        if theirs.get(name) != fingerprint.get(name):
-            raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {remedy}")
-    if len(found["scores"]) != samples:
-        raise ValueError(f"samples_file {path!r} has {len(found['scores'])} scores for {samples} samples; {remedy}")
-    return found["scores"]
+        if choice["fingerprint"].get(name) != fingerprint.get(name):
+            raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {hint}")
+    if len(choice["scores"]) != samples:
+        raise ValueError(f"samples_file {path!r} has {len(choice['scores'])} scores for {samples} samples; {hint}")
+    return choice["scores"]

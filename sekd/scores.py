@@ -1,13 +1,12 @@
-"""How important is a position? Each score maps rows to one float32 number a row, at temperature 1.
+"""How important is a position? Each score maps positions to one float32 number each, at temperature 1.
 
-Definitions after *Rethinking Selective Knowledge Distillation* (arXiv 2602.01395, table 1). ``needs_teacher`` tells
-which of them read the teacher's distribution, and so cost its LM head on every valid row.
+Definitions after *Rethinking Selective Knowledge Distillation* (arXiv 2602.01395, table 1).
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +17,7 @@ from sekd.distributions import cross_entropy, entropy, kl_divergence
 
 @dataclass(frozen=True)
 class Rows:
-    """Log-probabilities of N rows: what a score may look at. A cache knows the teacher's entropy alone."""
+    """What a score may read of N positions: log-probabilities and next tokens; from a cache, the teacher's entropy."""
 
     student_logp: Float[Tensor, "N V"]
     targets: Int[Tensor, " N"]
@@ -27,18 +26,27 @@ class Rows:
 
     @property
     def teacher(self) -> Float[Tensor, "N V"]:
-        """``teacher_logp``, which a score that needs the teacher cannot do without (ValueError)."""
+        """``teacher_logp`` (ValueError without it)."""
         if self.teacher_logp is None:
             raise ValueError("this score needs the teacher: give Rows its teacher_logp")
         return self.teacher_logp
 
 
-class Score(Protocol):
-    """A function of rows that says whether it reads the teacher's distribution."""
+@dataclass(frozen=True)
+class Score:
+    """A score, and what the rest of the code must know of it.
 
-    needs_teacher: bool
+    ``needs_teacher``: it reads the teacher's distribution, which costs the teacher's LM head on every valid position.
+    ``in_cache``: a teacher cache can hold it. ``in_rollouts``: the sampler's log-probabilities can give it.
+    """
 
-    def __call__(self, rows: Rows) -> Float[Tensor, " N"]: ...
+    function: Callable[[Rows], Float[Tensor, " N"]]
+    needs_teacher: bool = True
+    in_cache: bool = False
+    in_rollouts: bool = False
+
+    def __call__(self, rows: Rows) -> Float[Tensor, " N"]:
+        return self.function(rows)
 
 
 def student_entropy(rows: Rows) -> Float[Tensor, " N"]:
@@ -86,29 +94,31 @@ def ce_ratio_plus_student_entropy(rows: Rows) -> Float[Tensor, " N"]:
     return ce_ratio(rows) + student_entropy(rows)
 
 
-_FUNCTIONS: dict[str, Any] = {
-    "student_entropy": student_entropy,
-    "teacher_entropy": teacher_entropy,
-    "student_ce": student_ce,
-    "teacher_ce": teacher_ce,
-    "kl": kl,
-    "reverse_kl": reverse_kl,
-    "kl_plus_student_entropy": kl_plus_student_entropy,
-    "ce_ratio": ce_ratio,
-    "ce_ratio_plus_student_entropy": ce_ratio_plus_student_entropy,
+SCORES: dict[str, Score] = {
+    "student_entropy": Score(student_entropy, needs_teacher=False, in_rollouts=True),
+    "teacher_entropy": Score(teacher_entropy, in_cache=True),
+    "student_ce": Score(student_ce, needs_teacher=False),
+    "teacher_ce": Score(teacher_ce),
+    "kl": Score(kl),
+    "reverse_kl": Score(reverse_kl),
+    "kl_plus_student_entropy": Score(kl_plus_student_entropy),
+    "ce_ratio": Score(ce_ratio),
+    "ce_ratio_plus_student_entropy": Score(ce_ratio_plus_student_entropy),
 }
-
-
-for _name, _function in _FUNCTIONS.items():
-    _function.needs_teacher = _name not in ("student_entropy", "student_ce")
-
-
-SCORES: dict[str, Score] = _FUNCTIONS
 """``SCORES[name](rows) -> [N]``, and ``SCORES[name].needs_teacher``."""
 
 
+RANDOM = "random"
+"""The ``sample_score`` that draws samples instead of scoring them."""
+
+
+def needs_teacher(sample_score: str) -> bool:
+    """Whether a ``sample_score``, a name of :data:`SCORES` or :data:`RANDOM`, reads the teacher's distribution."""
+    return sample_score != RANDOM and SCORES[sample_score].needs_teacher
+
+
 def standardize(scores: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """(s - mean) / standard deviation over the valid rows of each sequence; 0 where they are all equal."""
+    """(s - mean) / standard deviation over the valid positions of each sequence; 0 where all scores are equal."""
     n = valid.sum(1, keepdim=True).clamp(min=1)
     centred = scores - scores.where(valid, 0).sum(1, keepdim=True) / n
     deviation = (centred.where(valid, 0).square().sum(1, keepdim=True) / n).sqrt()
@@ -116,7 +126,7 @@ def standardize(scores: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Flo
 
 
 def rescale(scores: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """(s - min) / (max - min) over the valid rows of each sequence, in [0, 1]; 0 where they are all equal."""
+    """(s - min) / (max - min) over the valid positions of each sequence, in [0, 1]; 0 where all scores are equal."""
     low = scores.where(valid, torch.inf).amin(1, keepdim=True)
     width = scores.where(valid, -torch.inf).amax(1, keepdim=True) - low
     return torch.where(valid & (width > 0), (scores - low) / width, 0)
@@ -133,8 +143,8 @@ NORMALIZATIONS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
 class Scoring:
     """The scores that a policy reads.
 
-    With ``weights``, they become one: a weighted sum, each score normalised within its sequence first (SampledKD).
-    Without, the policy gets all of them, as [B T C].
+    With ``weights`` they become one score: their weighted sum, each normalised within its sequence first (SampledKD).
+    Without, the policy gets all of them as [B T C].
     """
 
     names: tuple[str, ...]
@@ -146,9 +156,19 @@ class Scoring:
         """Whether any of the scores reads the teacher's distribution."""
         return any(SCORES[name].needs_teacher for name in self.names)
 
-    def of(self, rows: Rows) -> Float[Tensor, "N C"]:
-        """Each score of each row."""
+    @property
+    def in_rollouts(self) -> bool:
+        """Whether the sampler's log-probabilities are enough."""
+        return all(SCORES[name].in_rollouts for name in self.names)
+
+    def score(self, rows: Rows) -> Float[Tensor, "N C"]:
+        """Each score of each position."""
         return torch.stack([SCORES[name](rows) for name in self.names], dim=1)
+
+    def student_entropy(self, scores: Float[Tensor, "N C"], rows: Rows) -> Float[Tensor, " N"]:
+        """H(q) of each position, computed only if it is not one of the scores."""
+        names = [name for name in self.names if SCORES[name].function is student_entropy]
+        return scores[:, self.names.index(names[0])] if names else student_entropy(rows)
 
     def combine(self, scores: Float[Tensor, "B T C"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T *C"]:
         """What the policy gets."""
@@ -165,7 +185,7 @@ def make_scoring(score: Any, normalization: str = "none") -> Scoring:
         ValueError: unknown names, weights that are not finite numbers or all zero.
     """
     if not isinstance(score, str | Mapping):
-        raise ValueError(f"position_score {score!r} is neither a name nor weights; write kl, or {{kl: 1.0}}")
+        raise ValueError(f"position_score {score!r} must be a name such as kl, or weights such as {{kl: 1.0}}")
     weights = {score: 1.0} if isinstance(score, str) else dict(score)
     for name, weight in weights.items():
         if name not in SCORES:
@@ -174,9 +194,9 @@ def make_scoring(score: Any, normalization: str = "none") -> Scoring:
             with suppress(ValueError):
                 weights[name] = weight = float(weight)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
-            raise ValueError(f"position_score: the weight of {name} is {weight!r}; write a number such as 0.5")
+            raise ValueError(f"position_score: the weight of {name} is {weight!r}; it must be a finite number")
     if not any(weights.values()):
-        raise ValueError(f"position_score {dict(weights)!r} has no weight other than 0; write {{student_entropy: 1.0}}")
+        raise ValueError(f"position_score {dict(weights)!r}: all weights are 0; set one of them above 0")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"score_normalization {normalization!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}")
     return Scoring(tuple(weights), tuple(map(float, weights.values())), normalization)

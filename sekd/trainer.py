@@ -5,18 +5,20 @@ import random
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -25,53 +27,49 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from rollouts import RolloutEngine, RolloutError
-from sekd.cache.teacher import CachedTeacher, cached_teacher, open_cache
+from rollouts import ENGINES, RolloutEngine, RolloutError
+from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
-from sekd.checks import check_inputs
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate, from_rollout
-from sekd.data.prepare import check_same_tokenizer, prepare
+from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
-from sekd.eval.held_out import compute_metrics, held_out_sums
+from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
+from sekd.eval.held_out import compute_metrics, held_out_sums, join_predictions
+from sekd.losses import DIVERGENCES
 from sekd.metrics import means
-from sekd.models import (
-    check_head,
-    check_head_columns,
-    common_vocab,
-    count_classes,
-    freeze,
-    load_model,
-    load_teacher,
-    run_inside,
-)
-from sekd.on_policy.sampler import RepeatSampler, repeated
+from sekd.models import check_head, check_head_columns, load_model, run_inside
+from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
-from sekd.policies.bandit import Bandit
-from sekd.policies.gls import Gls, load_state, save_state
-from sekd.samples import choose_samples, take_pool
-from sekd.teachers.live import LiveTeacher
-from sekd.types import Batch
+from sekd.policies import FinishedStep
+from sekd.policies.base import load_state, save_state
+from sekd.samples import choose_samples, prepare_samples
+from sekd.teachers import ModelSource, TeacherSource
+from sekd.types import Batch, TeacherState
+from sekd.validation import check_inputs
 
 
 class SEKDTrainer(Trainer):
     """Distils a teacher into a student at the positions that carry signal.
 
-    Data and tokenizers are checked first, models are loaded last; both may be given as names or as models.
+    Data and tokenizers are checked first and models are loaded last. Models may be given by name.
 
     Args:
         model: the student.
-        teacher_model: the teacher; ``args.teacher_model_name_or_path`` if not given; none with ``args.teacher_cache``.
+        teacher_model: the teacher. Default: ``args.teacher_model_name_or_path``; none with ``args.teacher_cache``.
         train_dataset: rows as :mod:`sekd.data` reads them.
         eval_dataset: rows of the same kind; ``evaluate`` reports divergences a token on them.
-        processing_class: the tokenizer; the student's own if not given.
+        processing_class: the tokenizer. Default: the student's own.
         peft_config: trains an adapter instead of the whole student.
-        rollout_engine: generates in on-policy steps; ``args.rollout_engine`` is built at need if not given.
-        model_init_kwargs: for the student's ``from_pretrained``; float32 weights by default.
+        rollout_engine: generates in on-policy steps. Default: ``args.rollout_engine``, started when it is needed.
+        model_init_kwargs: for the student's ``from_pretrained``. Default: float32 weights.
+        compute_metrics: more numbers for ``evaluate``, from an ``EvalPrediction`` of the student's likeliest token and
+            the target at each position [samples T], both -100 where a position is invalid.
+        recipe_records: the dataclasses whose fields ``recipe.yaml`` keeps. Default: ``args``.
 
     Raises:
-        ValueError: data, tokenizers or options that cannot work, with the remedy.
+        ValueError: data, tokenizers or options that cannot work, and how to fix it.
         FloatingPointError: a loss that is not finite, in training; it names the samples.
     """
 
@@ -91,11 +89,11 @@ class SEKDTrainer(Trainer):
         model_init_kwargs: dict[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        recipe_records: Sequence[Any] = (),
     ) -> None:
         args = args or SEKDConfig()
-        teacher_model = teacher_model or args.teacher_model_name_or_path
-        if teacher_model is None and args.teacher_cache is None:
-            raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
+        source = make_teacher_source(teacher_model, args)
         if train_dataset is None:
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
@@ -103,37 +101,28 @@ class SEKDTrainer(Trainer):
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
-        store = None
-        if args.teacher_cache is not None:
-            store, teacher_model = open_cache(processing_class, args), None
-        if isinstance(teacher_model, str):
-            theirs = AutoTokenizer.from_pretrained(teacher_model, revision=args.teacher_model_revision)
-            check_same_tokenizer(processing_class, theirs)
-        self.packed = False
-        train_dataset = self._prepare_data(train_dataset, processing_class, args)
-        if args.sample_pool is not None:
-            train_dataset = take_pool(train_dataset, args.sample_pool)
+        source.check(processing_class)
+        train_dataset = prepare_samples(train_dataset, processing_class, args)
+        packed = is_packed(train_dataset)
         if isinstance(train_dataset, IterableDataset) and args.rollouts_per_prompt > 1:
-            train_dataset = repeated(train_dataset, args.rollouts_per_prompt)
+            train_dataset = repeat_rows(train_dataset, args.rollouts_per_prompt)
         if eval_dataset is not None:
-            eval_dataset = self._prepare_data(eval_dataset, processing_class, args)
+            eval_dataset = prepare(eval_dataset, processing_class, args)
+            packed |= is_packed(eval_dataset)
             if args.max_eval_samples is not None:
                 eval_dataset = eval_dataset.take(args.max_eval_samples)
 
         if isinstance(model, str):
             model = load_model(model, **init)
-        teacher: Any = teacher_model
-        if isinstance(teacher_model, str):
-            teacher = load_teacher(teacher_model, args, init.get("attn_implementation"))
+        source.load(init.get("attn_implementation"))
         if args.sample_fraction < 1:
-            found = choose_samples(train_dataset, model, teacher, processing_class, args)
-            train_dataset = train_dataset.select(found["kept"])
+            choice = choose_samples(train_dataset, model, source.model, processing_class, args)
+            train_dataset = train_dataset.select(choice["kept"])
         if peft_config is not None:
             if getattr(model, "is_quantized", False):
                 model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
             model = get_peft_model(model, peft_config)
 
-        self.run_files = RunFiles(args)
         args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`; DataParallel would split the loss
         super().__init__(
             model,
@@ -142,7 +131,8 @@ class SEKDTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[self.run_files, *(callbacks or [])],
+            compute_metrics=compute_metrics,
+            callbacks=[RunFiles(*(recipe_records or [args])), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # by the sequences of the whole optimizer step
@@ -150,37 +140,24 @@ class SEKDTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
 
-        check_head(self.model, self.packed)
-        if args.lmbda > 0 and args.rollout_engine != "hf":
+        check_head(self.model, packed)
+        if args.lmbda > 0 and not ENGINES[args.rollout_engine].shares_model:
             check_mergeable(self.model)
-        self.teacher: Any
-        if store is not None:
-            self.teacher, vocab = cached_teacher(store, self.train_dataset, count_classes(self.model))
-        else:
-            teacher = freeze(teacher).to(args.device)
-            check_head(teacher, self.packed)
-            vocab = common_vocab(self.model, teacher)
-            self.teacher = LiveTeacher(teacher, vocab)
+        self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
-        if isinstance(self.method.policy, Gls) and self.is_deepspeed_enabled:
+        if self.method.policy.mean_over == "step" and self.is_deepspeed_enabled:
             raise ValueError(
-                "position_policy 'gls' divides each step's gradient by its selected rows, and DeepSpeed keeps the "
-                "gradient to itself; use DDP or FSDP2, or position_policy: top_k"
+                f"position_policy {args.position_policy!r} divides each step's gradient by its selected positions, and "
+                "DeepSpeed keeps the gradient to itself; use DDP or FSDP2, or position_policy: top_k"
             )
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
-        self.rounds = RolloutSchedule(self, rollout_engine)
+        self.rounds = RolloutSchedule(
+            args, self.accelerator, processing_class, lambda: self.model_wrapped, vocab, self.count, rollout_engine
+        )
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
-
-    def _prepare_data(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Any:
-        dataset = prepare(dataset, tokenizer, args)
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError("no sample is left of the data; look at max_prompt_length, max_length and the completions")
-        self.packed |= "seq_lengths" in first
-        return dataset
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset, times = train_dataset or self.train_dataset, self.args.rollouts_per_prompt
@@ -198,7 +175,7 @@ class SEKDTrainer(Trainer):
         def pull() -> list[list[Sample]]:
             return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
 
-        micro_batches = self.rounds.next_step(self.state.global_step, pull)
+        micro_batches = self.rounds.next_step(self.state.global_step, self.state.max_steps, pull)
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
@@ -213,14 +190,18 @@ class SEKDTrainer(Trainer):
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
         generators = [_generator(self.args.seed, step, name) for name in self._names(batch)]
+        inspect = None
+        if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
+            fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
+            inspect = partial(measure_agreement, fraction=fraction, chunk_rows=chunk_rows)
         with self.accelerator.autocast():
             total, sums = run_inside(
-                model, lambda b: distill(model, self.teacher, b, self.method, step, generators), batch
+                model, lambda b: distill(model, self.teacher, b, self.method, step, generators, inspect), batch
             )
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()} at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
-                f"before the weights take it. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
+                f"before this changes the weights. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
                 "max_grad_norm may help, or bf16: false"
             )
         _add(self._sums, sums)
@@ -228,7 +209,7 @@ class SEKDTrainer(Trainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def _names(self, batch: Batch) -> list[str]:
-        """What draws for a sequence depend on: its sample, and its tokens where a prompt has several rollouts."""
+        """What the draws for a sequence depend on: its sample, and its tokens if a prompt has several rollouts."""
         names = [str(i) for i in batch.sample_ids.tolist()]
         if self.args.rollouts_per_prompt == 1:
             return names
@@ -236,61 +217,61 @@ class SEKDTrainer(Trainer):
         return [f"{name}/{tokens}" for name, tokens in zip(names, written, strict=True)]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer's; where a threshold chose the rows, the step's mean over them is taken with its last part."""
-        loss, policy = super().training_step(model, inputs, num_items_in_batch), self.method.policy
-        if not isinstance(policy, Gls) or policy.threshold is None:
+        """As Trainer's. If the loss is a mean over the step's chosen positions (``selected``), the accumulated gradient
+        is rescaled after the last micro-batch."""
+        loss, selected = super().training_step(model, inputs, num_items_in_batch), self.method.policy.selected
+        if selected is None:
             return loss
         self._step_loss += loss
         if not self.accelerator.sync_gradients:
             return loss
-        selected = self.accelerator.reduce(torch.tensor(policy.selected, device=loss.device), "sum")
-        factor = (num_items_in_batch / selected.clamp(min=1)).item()
+        all_selected = self.accelerator.reduce(torch.tensor(selected, device=loss.device), "sum")
+        factor = (num_items_in_batch / all_selected.clamp(min=1)).item()
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         total, self._step_loss = self._step_loss, 0.0
-        return total * factor - (total - loss)  # the Trainer adds up what its parts returned
+        return total * factor - (total - loss)  # the Trainer adds up what its micro-batches returned
 
     def end_step(self) -> None:
-        """After the optimizer: policies that learn from a step do so."""
-        policy, model = self.method.policy, self.model_wrapped
-        if isinstance(policy, Gls):
-            policy.end_step(gather_object)
-        elif isinstance(policy, Bandit):
-            after = []
-            for batch, chosen, teacher_rows in policy.chosen:
-                args = (model, self.teacher, batch, chosen, teacher_rows, self.method)
-                with self.accelerator.autocast(), torch.no_grad():
-                    after.append(run_inside(model, lambda _, args=args: kl_after_step(*args), batch))
-            device = self.args.device
-            policy.end_step(after, lambda update: self.accelerator.reduce(update.to(device), "sum").cpu())
+        """After the optimizer: policies with state learn from the step."""
+        self.method.policy.end_step(FinishedStep(gather_object, self._sum_over_processes, self._kl_after))
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum").cpu()
+
+    @torch.no_grad()
+    def _kl_after(self, batch: Batch, chosen: Bool[Tensor, " N"], state: TeacherState) -> Float[Tensor, " K"]:
+        model = self.model_wrapped
+        with self.accelerator.autocast():
+            return run_inside(model, lambda b: kl_after_step(model, self.teacher, b, chosen, state, self.method), batch)
 
     # Around the steps
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; the rollout engine's processes end with it, however it ends.
+        """As ``Trainer.train``; an error ends the rollout engine's processes too.
 
         Raises:
-            ValueError: a checkpoint without the state of a policy that learns.
+            ValueError: a checkpoint without the state of a policy that has one.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if isinstance(resume_from_checkpoint, str):
-            load_state(self.method.policy, resume_from_checkpoint)
+            load_state(self.method.policy, self.args.position_policy, resume_from_checkpoint)
         self.rounds.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException as error:
             if isinstance(error, RolloutError) and self.state.global_step > 0:
-                self._save_checkpoint(self.model, None)  # this step's samples come again when it is resumed
+                self._save_checkpoint(self.model, None)  # a resumed run draws this step's samples again
             self.close()
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First: a checkpoint counts as whole once the Trainer has written its own state, which comes last.
+        # First, since a checkpoint counts as whole once the Trainer has written its own state.
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            save_state(self.method.policy, folder)
+            save_state(self.method.policy, self.args.position_policy, folder)
         self.rounds.save(folder)
         super()._save_checkpoint(model, trial)
 
@@ -300,59 +281,63 @@ class SEKDTrainer(Trainer):
 
     @property
     def engine(self) -> RolloutEngine | None:
-        """Who generates; None before the first round."""
+        """The rollout engine; None before the first round."""
         return self.rounds.engine
 
     def count(self, **sums: float) -> None:
-        """Add to what the next log gives the means of."""
+        """Add to the sums whose means are logged next."""
         _add(self._sums, sums)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Forward KL, reverse KL, cross-entropy and entropy, a token, over all valid rows of the held-out data.
+        """Forward KL, reverse KL, cross-entropy and entropy a token, over all valid positions of the held-out data.
 
         An on-policy run (``lmbda`` 1) evaluates fresh rollouts of the held-out prompts.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if "input_ids" not in next(iter(data)):
-            data = self._prepare_data(data, self.processing_class, self.args)
+            data = prepare(data, self.processing_class, self.args)
         samples = self._share(_samples(list(data)))
         if self.args.lmbda == 1:
-            # A step of its own for the seeds: the same noise at each evaluation, and none that training used.
-            samples = [*map(from_rollout, samples, self.rounds.generate(samples, -1))]
+            samples = [*map(from_rollout, samples, self.rounds.generate(samples))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
-        size = self.args.per_device_eval_batch_size
-        model, teacher = self.model_wrapped, self.teacher if isinstance(self.teacher, LiveTeacher) else None
+        size, model, teacher = self.args.per_device_eval_batch_size, self.model_wrapped, self.teacher
         was_training = model.training
         model.eval()
         sums: defaultdict[str, Tensor | float] = defaultdict(float)
+        predictions: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(samples), size):
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
-                _add(sums, run_inside(model, lambda b: held_out_sums(model, teacher, b, self.method), batch))
+                part, guesses = run_inside(model, lambda b: held_out_sums(model, teacher, b, self.method), batch)
+            _add(sums, part)
+            if self.compute_metrics is not None:
+                real = batch.sample_ids >= 0
+                predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in compute_metrics(self._over_processes(sums)).items()}
+        metrics: dict[str, float] = compute_metrics(self._over_processes(sums))
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{self._evaluated()}"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluated(self) -> str:
-        """What stands for the held-out loss: the divergence, or cross-entropy where only a cache knows the teacher."""
-        if isinstance(self.teacher, CachedTeacher):
-            return "student_ce"
-        return "reverse_kl" if self.args.divergence == "reverse_kl" else "forward_kl"
+        """The metric that stands for the held-out loss: cross-entropy if the teacher lacks its whole distribution."""
+        return DIVERGENCES[str(self.args.divergence)].held_out if self.teacher.has_logits else "student_ce"
 
     def _share(self, samples: list[Sample]) -> list[Sample]:
-        """This process's samples: as many as every other's, filled up with copies (id -1) that do not count."""
+        """This process's samples: equally many in each process, padded with copies (id -1) that do not count."""
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
         return [*samples, *padding][index::processes]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was summed since the last log."""
+        """Add the means of the sums since the last log."""
         if "loss" in logs and self._sums:
             logs |= means(self._over_processes(self._sums), time.monotonic() - self._last_log)
             self._sums.clear()
@@ -370,6 +355,16 @@ class SEKDTrainer(Trainer):
         return collate(samples, pad if pad is not None else self.processing_class.eos_token_id or 0)
 
 
+def make_teacher_source(teacher_model: str | PreTrainedModel | None, args: SEKDConfig) -> TeacherSource:
+    """Where the teacher of a run comes from: the cache, the given model, or the model that ``args`` name."""
+    if args.teacher_cache is not None:
+        return CacheSource(args)
+    teacher_model = teacher_model or args.teacher_model_name_or_path
+    if teacher_model is None:
+        raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
+    return ModelSource(teacher_model, args)
+
+
 class _EndOfStep(TrainerCallback):
     def __init__(self, trainer: SEKDTrainer) -> None:
         self.trainer = trainer
@@ -379,7 +374,7 @@ class _EndOfStep(TrainerCallback):
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
-    """The loader's collator: samples stay samples until the optimizer step knows whether it is on-policy."""
+    """The loader's collator: samples are batched later, when their optimizer step is known to be on-policy or not."""
     return [Sample(**row) for row in rows]
 
 

@@ -1,27 +1,33 @@
 """The records that travel between modules, and the letters of their shapes.
 
-B sequences, T tokens (T2 where the teacher reads others), V vocabulary, D hidden size, N rows, K classes kept in a row,
-U class draws. Row (b, t) holds the two next-token distributions after token t: the teacher's p and the student's q; its
-target y is token t + 1. A row is *valid* if its target is supervised. All logs are natural.
+B sequences, T tokens (T2 in the teacher's own context), V vocabulary, D hidden size, N positions, K classes kept at a
+position, U class draws. Position (b, t) holds the two next-token distributions after token t: the teacher's p and the
+student's q. Its target y is token t + 1. A position is *valid* if its target is supervised. All logs are natural.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORE = -100
-"""The target of a row that is not supervised: padding, prompt, the first token of a packed document."""
+"""The target of an invalid position: padding, prompt, or the first token of a packed document."""
+
+TeacherState = dict[str, Tensor]
+"""What a teacher keeps of N positions: tensors of N entries by name, small compared with [N V]."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token sequences whose targets are already shifted (by :mod:`sekd.data`, and nowhere else).
+    """Token sequences whose targets are already shifted (by :mod:`sekd.data.batch` and nowhere else).
 
-    ``attention_mask`` is needed for left padding only. Where it is None, attention is causal within each run of
-    consecutive ``position_ids``: positions that restart separate packed documents, and right padding is never seen.
-    ``student_entropy`` is what the sampler knew of each valid row of a rollout, if it was asked.
+    ``attention_mask`` is needed for left padding only. Without it, attention is causal within each run of consecutive
+    ``position_ids``: positions that restart separate packed documents, and padding on the right is never seen.
+    ``student_entropy`` holds the sampler's entropy at each valid position of a rollout, if it was asked for. The
+    ``teacher_`` fields are what the teacher reads, if its prompts differ from the student's.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -36,9 +42,9 @@ class Batch:
 
     @property
     def for_teacher(self) -> "Batch":
-        """What the teacher reads: the same completions behind its own prompts, where it has some, or else the batch.
+        """What the teacher reads: the same completions after its own prompts, or this batch if it has none.
 
-        Each sequence has as many valid rows in both, in the same order.
+        Each sequence has equally many valid positions in both, in the same order.
         """
         if self.teacher_input_ids is None:
             return self
@@ -48,7 +54,7 @@ class Batch:
 
     @property
     def valid(self) -> Bool[Tensor, "B T"]:
-        """Rows whose target is supervised."""
+        """Positions whose target is supervised."""
         return self.targets != IGNORE
 
     @classmethod
@@ -57,9 +63,87 @@ class Batch:
         return cls(**{f.name: inputs[f.name] for f in fields(cls) if f.name in inputs})
 
 
+Record = TypeVar("Record", bound="PerPosition")
+
+
+class PerPosition:
+    """Base of records whose tensors have N entries each: a mask or a split applies to all of them."""
+
+    def __len__(self) -> int:
+        return max(len(tensor) for value in vars(self).values() for tensor in _tensors(value))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(tensor.device for value in vars(self).values() for tensor in _tensors(value))
+
+    def __getitem__(self: Record, mask: Bool[Tensor, " N"]) -> Record:
+        return self._map(lambda tensor: tensor[mask])
+
+    def split(self: Record, size: int) -> list[Record]:
+        """Consecutive parts of at most ``size`` positions; no positions make one empty part."""
+        parts = {id(t): iter(t.split(size)) for value in vars(self).values() for t in _tensors(value)}
+        return [self._map(lambda t: next(parts[id(t)])) for _ in range(max(1, -(-len(self) // size)))]
+
+    def _map(self: Record, function: Callable[[Tensor], Tensor]) -> Record:
+        changed = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = function(value)
+            elif isinstance(value, dict):
+                value = {key: function(tensor) for key, tensor in value.items()}
+            changed[name] = value
+        return type(self)(**changed)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [*value.values()] if isinstance(value, dict) else []
+
+
 @dataclass(frozen=True)
-class SparseTargets:
-    """A teacher distribution on K of the V classes in each row; unused slots have probability 0 (and any id)."""
+class Positions(PerPosition):
+    """N positions: the student's last hidden states, the next tokens, and what the teacher keeps of each."""
+
+    hidden: Float[Tensor, "N D"]
+    targets: Int[Tensor, " N"]
+    teacher: TeacherState = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DenseTargets(PerPosition):
+    """The teacher's whole distribution at N positions; its log-probabilities [N V] exist a chunk at a time only."""
+
+    state: TeacherState
+    logits: Callable[[TeacherState], Float[Tensor, "N V"]]
+
+    def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "N V"]:
+        """log p of every class."""
+        return at_temperature(self.logits(self.state).log_softmax(-1), temperature)
+
+    def compare(
+        self, divergence: Any, student_logp: Float[Tensor, "N V"], targets: Tensor, temperature: float, *factors: Tensor
+    ) -> Float[Tensor, " N"]:
+        """The :class:`sekd.losses.Divergence` of the student, whose ``student_logp`` is at ``temperature``."""
+        return divergence.on_logp(student_logp, self.log_probs(temperature), targets, *factors)
+
+
+@dataclass(frozen=True)
+class SparseTargets(PerPosition):
+    """A teacher distribution on K of the V classes at N positions; unused slots have probability 0 (and any id).
+
+    The temperature is already in ``probs``.
+    """
 
     ids: Int[Tensor, "N K"]
     probs: Float[Tensor, "N K"]
+
+    def compare(
+        self, divergence: Any, student_logp: Float[Tensor, "N V"], targets: Tensor, temperature: float
+    ) -> Float[Tensor, " N"]:
+        """As :meth:`DenseTargets.compare`, on the kept classes."""
+        return divergence.sparse(student_logp.gather(1, self.ids), self)
+
+
+def at_temperature(logp: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
+    """Log-probabilities at another temperature than 1."""
+    return logp if temperature == 1 else (logp / temperature).log_softmax(-1)

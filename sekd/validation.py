@@ -1,43 +1,41 @@
-"""Which choices make sense together: the one place that refuses those that do not.
+"""Which values and combinations work: what a user can get wrong is refused here, before any model loads.
 
-The functions take the configuration (:class:`sekd.config.SEKDConfig`) and raise ValueError with the field, the value
-and the remedy.
+The functions raise ValueError with the field, the value and how to fix it.
 """
 
+import importlib.util
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import yaml
 from transformers.utils import logging
 
+from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
-from sekd.policies import NEEDS_POSITIVE, READS, check_option, make_policy, options_of
-from sekd.scores import SCORES, make_scoring
+from sekd.options import Option
+from sekd.policies import POLICIES, make_policy
+from sekd.scores import RANDOM, SCORES, make_scoring, needs_teacher
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftConfig
+
+    from rollouts import RolloutEngine
+    from sekd.config import SEKDConfig
 
 logger = logging.get_logger(__name__)
 
-SAMPLE_SCORES = (*SCORES, "random")
-POLICY_OPTIONS = {
-    "steps": "curriculum_steps",
-    "queue_size": "gls_queue_size",
-    "exponent": "pos_rs_exponent",
-    "coverage": "pos_rs_coverage",
-    "alpha": "bandit_alpha",
-    "ridge": "bandit_ridge",
-}
-"""Options of the policies, and the fields that set them."""
-DIVERGENCE_OPTIONS = {
-    "jsd": {"beta": "jsd_beta"},
-    "skew_kl": {"alpha": "skew_alpha"},
-    "decoupled_kl": {"alpha": "decoupled_alpha", "beta": "decoupled_beta"},
-}
-"""Options of the divergences, and the fields that set them."""
+
+def all_options() -> dict[str, Option]:
+    """Every option of a policy or divergence, by the field that sets it."""
+    options = [*(p.options for p in POLICIES.values()), *(d.options for d in DIVERGENCES.values())]
+    return {option.field: option for by_name in options for option in by_name.values()}
 
 
-def read_score(value: Any) -> Any:
+def parse_score(value: Any) -> Any:
     """``position_score`` as a name or a mapping; the command line gives a mapping as text."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
@@ -45,29 +43,44 @@ def read_score(value: Any) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(
-            f"position_score {value!r} is no mapping; write for example '{{student_entropy: 1.0, kl: 0.5}}'"
+            f"position_score {value!r} is not a mapping; write for example '{{student_entropy: 1.0, kl: 0.5}}'"
         ) from error
 
 
-def check_numbers(args: Any, names: Sequence[str]) -> None:
-    """Fields that count or measure must hold finite numbers."""
+def check_numbers(args: "SEKDConfig", names: Sequence[str]) -> None:
+    """Check that fields of numbers hold finite ones."""
     for name in names:
         value = getattr(args, name)
         if value is None and _default(args, name) is None:  # argparse makes `int | None` an int, in place
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} {value!r} is no number that can be used; write a finite one")
+            raise ValueError(f"{name} {value!r} must be a finite number")
         whole = type(args).__dataclass_fields__[name].type in (int, "int")
         if whole and value != int(value):
             raise ValueError(f"{name} {value!r} must be a whole number")
 
 
-def check_selection(args: Any) -> None:
-    """Positions, divergence, classes, cache and samples."""
-    one_of("divergence", args.divergence, DIVERGENCES)
+def check_names(args: "SEKDConfig") -> None:
+    """Check that every strategy is known, before anything asks its record."""
+    if args.divergence is not None:
+        one_of("divergence", args.divergence, DIVERGENCES)
+    one_of("position_policy", args.position_policy, POLICIES)
+    one_of("class_selection", args.class_selection, CLASS_SELECTIONS)
+    one_of("sample_score", args.sample_score, (*SCORES, RANDOM))
+    one_of("score_source", args.score_source, ("exact", "rollout"))
+    one_of("teacher_dtype", args.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
+    one_of("overlong_prompts", args.overlong_prompts, ("error", "drop"))
+    one_of("rollout_engine", args.rollout_engine, ENGINES)
+    one_of("rollout_transfer", args.rollout_transfer, ("file", "nccl"))
+
+
+def check_selection(args: "SEKDConfig") -> None:
+    """Check positions, divergence, classes, cache and samples."""
     make_policy(args.position_policy, args.position_fraction)
-    for option, name in POLICY_OPTIONS.items():
-        check_option(option, getattr(args, name), name)
+    for name, option in all_options().items():
+        if not hasattr(args, name):
+            raise ValueError(f"option {name!r} has no field in SEKDConfig; bind its value with functools.partial")
+        option.check(getattr(args, name))
     if args.position_skip < 0:
         raise ValueError(f"position_skip {args.position_skip} must not be negative; 0 skips no position")
     _check_score(args)
@@ -76,187 +89,88 @@ def check_selection(args: Any) -> None:
     _check_classes(args)
     if args.teacher_cache is not None:
         _check_cache(args)
-    one_of("sample_score", args.sample_score, SAMPLE_SCORES)
     if not 0 < args.sample_fraction <= 1:
         raise ValueError(f"sample_fraction {args.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
     if args.sample_pool is not None and (isinstance(args.sample_pool, bool) or args.sample_pool < 1):
-        raise ValueError(f"sample_pool {args.sample_pool} must be at least 1; it counts samples")
+        raise ValueError(f"sample_pool {args.sample_pool} must be at least 1; it is a number of samples")
     for name in ("samples_file", "teacher_cache", "rollouts"):
         if getattr(args, name) == "":
             raise ValueError(f"{name} is empty; name a path, or leave it out")
     _warn_of_unused(args)
 
 
-def check_prompts(args: Any) -> None:
-    """Prompts of text, and prompts that the teacher alone sees."""
-    length, most = args.text_prompt_length, args.max_prompt_length
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= most):
-        raise ValueError(
-            f"text_prompt_length {length} must be a whole number from 1 to max_prompt_length {most}; change either"
-        )
-    named = " and ".join(args.teacher_context)
-    if named and args.teacher_cache is not None:
-        raise ValueError(
-            f"{named} with teacher_cache {args.teacher_cache!r}: a cache holds the teacher's rows behind the student's "
-            "prompts; leave teacher_cache out, or the teacher's context"
-        )
-    if named and args.supervise_prompt:
-        raise ValueError(
-            f"supervise_prompt true with {named}: the teacher reads another prompt, so only completions can be "
-            "compared; set supervise_prompt: false, or leave the teacher's context out"
-        )
-
-
-def _check_score(args: Any) -> None:
+def _check_score(args: "SEKDConfig") -> None:
     scoring = make_scoring(args.position_score, args.score_normalization)
-    policy = args.position_policy
-    if policy in READS:
-        reads = " and ".join(READS[policy]) or "no score"
-        for name in ("position_score", "score_normalization"):
-            if getattr(args, name) != _default(args, name):
+    name, policy = args.position_policy, POLICIES[args.position_policy]
+    if policy.reads is not None:
+        reads = " and ".join(policy.reads) or "no score"
+        for field in ("position_score", "score_normalization"):
+            if getattr(args, field) != _default(args, field):
                 raise ValueError(
-                    f"{name} {getattr(args, name)!r} has no effect: position_policy {policy!r} reads {reads}; leave it "
+                    f"{field} {getattr(args, field)!r} has no effect: position_policy {name!r} reads {reads}; leave it "
                     "out, or choose position_policy: top_k"
                 )
-    if policy not in NEEDS_POSITIVE:
+    if not policy.needs_positive:
         return
     if args.score_normalization == "zscore":
         raise ValueError(
-            f"score_normalization 'zscore' makes negative scores, which position_policy {policy!r} cannot take for "
-            "proportions; use minmax or none"
+            f"score_normalization 'zscore' gives negative scores, and position_policy {name!r} needs proportions; use "
+            "minmax or none"
         )
     if min(scoring.weights or (0,)) < 0:
         raise ValueError(
-            f"position_score has a negative weight, and position_policy {policy!r} takes scores for proportions; use "
-            "weights of 0 or more, or position_policy: top_k"
+            f"position_score has a negative weight, and position_policy {name!r} needs proportions; use weights of 0 "
+            "or more, or position_policy: top_k"
         )
 
 
-def check_rollouts(args: Any) -> None:
-    """Engines, sampling beyond one number, rounds and reuse."""
-    if args.repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty {args.repetition_penalty} must be above 0; 1 leaves chances alone")
-    args.stop_strings = _texts("stop_strings", args.stop_strings)
-    args.rollout_server_urls = _texts("rollout_server_urls", args.rollout_server_urls)
-    for name in ("rollouts_per_prompt", "rollout_batches"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
-    if args.rollouts_per_prompt > 1 and args.lmbda < 1:
-        raise ValueError(
-            f"rollouts_per_prompt {args.rollouts_per_prompt} with lmbda {args.lmbda}: steps that learn from the "
-            "data would see each sample so often; set lmbda: 1, or rollouts_per_prompt: 1"
-        )
-    if args.rollouts_per_prompt > 1 and (args.temperature == 0 or args.top_k == 1):
-        raise ValueError(
-            f"rollouts_per_prompt {args.rollouts_per_prompt} with temperature {args.temperature} and top_k "
-            f"{args.top_k} writes the same completion again; raise the temperature, or set top_k: 0"
-        )
-    if args.rollout_staleness not in (0, 1):
-        raise ValueError(f"rollout_staleness {args.rollout_staleness} is neither 0 nor 1, a round ahead at most")
-    if args.rollout_staleness and args.rollout_engine != "vllm_server":
-        raise ValueError(
-            f"rollout_staleness 1 with rollout_engine {args.rollout_engine!r}, which generates on the trainer's "
-            "own device: there is nothing to gain; use rollout_engine: vllm_server, or rollout_staleness: 0"
-        )
-    one_of("rollout_transfer", args.rollout_transfer, ("file", "nccl"))
-    if args.rollout_transfer == "nccl" and args.rollout_engine != "vllm_server":
-        raise ValueError(
-            f"rollout_transfer 'nccl' is for rollout_engine vllm_server; leave it out for {args.rollout_engine!r}"
-        )
-    if args.rollout_timeout <= 0:
-        raise ValueError(f"rollout_timeout {args.rollout_timeout} must be above 0 seconds")
-    if not 0 < args.vllm_gpu_memory_utilization <= 1:
-        raise ValueError(
-            f"vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} is outside (0, 1]; 0.3 leaves room for "
-            "the trainer"
-        )
-    if args.vllm_kv_cache_gib < 1:
-        raise ValueError(f"vllm_kv_cache_gib {args.vllm_kv_cache_gib} must be at least 1, the least that vLLM takes")
-    if args.log_completions_steps < 0:
-        raise ValueError(f"log_completions_steps {args.log_completions_steps} must not be negative; 0 is never")
-    _check_urls(args)
-
-
-def _check_urls(args: Any) -> None:
-    urls = args.rollout_server_urls
-    if not urls and args.rollout_engine == "vllm_server":
-        raise ValueError("rollout_server_urls is empty: name the servers of rollout_engine vllm_server")
-    for url in urls:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-        except ValueError:  # a port that is none
-            good = False
-        if not good or parts.path.rstrip("/").endswith("/v1"):
-            raise ValueError(
-                f"rollout_server_urls: {url!r} is no address of a server; write http://127.0.0.1:8000, without /v1"
-            )
-    if len({url.rstrip("/") for url in urls}) < len(urls):
-        raise ValueError(f"rollout_server_urls {urls} names a server twice; leave one out")
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    """A list of texts; one text alone is a list of one."""
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
-        raise ValueError(f"{name} {value!r} must be a list of texts that are not empty, such as [one, two]")
-    return list(found)
-
-
-def _check_score_source(args: Any) -> None:
-    one_of("score_source", args.score_source, ("exact", "rollout"))
+def _check_score_source(args: "SEKDConfig") -> None:
     if args.score_logprobs < 1:
-        raise ValueError(f"score_logprobs {args.score_logprobs} must be at least 1; 20 agree with exact scores well")
+        raise ValueError(f"score_logprobs {args.score_logprobs} must be at least 1; 20 agree well with exact scores")
     if args.score_source == "exact":
         return
     if args.lmbda == 0:
-        raise ValueError("score_source 'rollout' with lmbda 0: nothing is rolled out; use score_source: exact")
-    names = args.scoring.names if args.scoring is not None else ()
-    if names != ("student_entropy",):
+        raise ValueError("score_source 'rollout' with lmbda 0: there are no rollouts; use score_source: exact")
+    if args.scoring is None or not args.scoring.in_rollouts:
+        names = args.scoring.names if args.scoring is not None else ()
         raise ValueError(
-            f"score_source 'rollout' gives student_entropy alone, and position_policy {args.position_policy!r} reads "
+            f"score_source 'rollout' gives student_entropy only, and position_policy {args.position_policy!r} reads "
             f"{', '.join(names) or 'no score'}; use score_source: exact"
         )
 
 
-def _check_divergence(args: Any) -> None:
-    limits = {"jsd_beta": "divergence: forward_kl and reverse_kl", "skew_alpha": "forward_kl and no loss at all"}
-    for name, meaning in limits.items():
-        if not 0 < getattr(args, name) < 1:
-            raise ValueError(f"{name} {getattr(args, name)} is outside (0, 1); its limits are {meaning}")
-    for name in ("decoupled_alpha", "decoupled_beta"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"{name} {getattr(args, name)} must not be negative; 0 leaves that part out")
-    if args.decoupled_alpha == args.decoupled_beta == 0:
-        raise ValueError("decoupled_alpha and decoupled_beta are both 0, which leaves no loss; set one of them above 0")
-    if args.divergence == "at_kd" and args.position_policy in NEEDS_POSITIVE:
+def _check_divergence(args: "SEKDConfig") -> None:
+    divergence = DIVERGENCES[str(args.divergence)]
+    for record in DIVERGENCES.values():
+        if record.check is not None:
+            record.check(**{name: getattr(args, option.field) for name, option in record.options.items()})
+    if divergence.mean_over != "sequence" and POLICIES[args.position_policy].needs_positive:
         raise ValueError(
-            f"divergence 'at_kd' weighs positions itself, and so does position_policy {args.position_policy!r}; use "
-            "another divergence, or position_policy: all"
+            f"divergence {args.divergence!r} weighs positions itself, and so does position_policy "
+            f"{args.position_policy!r}; use another divergence, or position_policy: all"
         )
 
 
-def _check_classes(args: Any) -> None:
-    one_of("class_selection", args.class_selection, CLASS_SELECTIONS)
+def _check_classes(args: "SEKDConfig") -> None:
     if args.class_samples < 1:
         raise ValueError(f"class_samples {args.class_samples} must be at least 1; the paper draws 64")
     if args.sampled_softmax < 0:
         raise ValueError(f"sampled_softmax {args.sampled_softmax} must not be negative; 0 uses all classes")
-    if args.class_selection == "full":
+    if CLASS_SELECTIONS[args.class_selection].select is None:
         if args.sampled_softmax:
             raise ValueError(
                 f"sampled_softmax {args.sampled_softmax} compares the student on kept classes only; set "
                 "class_selection: rs_kd, or sampled_softmax: 0"
             )
         return
-    if args.divergence != "forward_kl":
+    if DIVERGENCES[str(args.divergence)].sparse is None:
         raise ValueError(
             f"class_selection {args.class_selection!r} estimates forward KL only; set divergence: forward_kl, or "
             f"class_selection: full for {args.divergence}"
         )
     if args.sampled_softmax and args.kd_weight < 1:
         raise ValueError(
-            f"kd_weight {args.kd_weight} mixes in a cross-entropy, which needs the student's whole softmax; set "
+            f"kd_weight {args.kd_weight} adds a cross-entropy, which needs the student's whole softmax; set "
             "kd_weight: 1 or sampled_softmax: 0"
         )
     if args.sampled_softmax and args.sampled_softmax <= args.class_samples:
@@ -266,50 +180,198 @@ def _check_classes(args: Any) -> None:
         )
 
 
-def _check_cache(args: Any) -> None:
+def _check_cache(args: "SEKDConfig") -> None:
     if args.lmbda > 0:
         raise ValueError(
-            f"lmbda {args.lmbda} with teacher_cache: a cache knows the data's rows, and rollouts are new text; set "
-            "lmbda: 0, or leave teacher_cache out"
+            f"lmbda {args.lmbda} with teacher_cache: a cache holds positions of the data, and rollouts are new text; "
+            "set lmbda: 0, or leave teacher_cache out"
         )
-    if args.class_selection != "rs_kd":
+    if not CLASS_SELECTIONS[args.class_selection].in_cache:
         raise ValueError(f"teacher_cache holds rs_kd targets; class_selection {args.class_selection!r} needs a teacher")
     if args.class_samples > 64:
         raise ValueError(f"class_samples {args.class_samples} with teacher_cache: counts have 6 bits; use at most 64")
     names = args.scoring.names if args.scoring is not None else ()
-    # A cache may hold the teacher's entropy; whether this one does is known when it is opened.
-    if needy := [name for name in names if SCORES[name].needs_teacher and name != "teacher_entropy"]:
+    # Whether this cache holds what a cache can hold shows when it is opened.
+    if missing := [name for name in names if SCORES[name].needs_teacher and not SCORES[name].in_cache]:
         raise ValueError(
-            f"teacher_cache lacks what {', '.join(needy)} of position_policy {args.position_policy!r} needs: the "
-            "teacher's whole distribution; use position_score: student_entropy or student_ce, or leave it out"
+            f"position_policy {args.position_policy!r} reads {', '.join(missing)}, which needs the teacher's whole "
+            "distribution, and teacher_cache lacks it; use position_score: student_entropy or student_ce, or leave "
+            "teacher_cache out"
         )
-    if args.sample_fraction < 1 and args.sample_score not in ("student_entropy", "student_ce", "random"):
+    if args.sample_fraction < 1 and needs_teacher(args.sample_score):
         raise ValueError(
             f"sample_score {args.sample_score!r} needs a teacher, and teacher_cache stands in for it; choose "
             "student_entropy, student_ce or random"
         )
 
 
-def _warn_of_unused(args: Any) -> None:
-    """Options of a policy, divergence or class selection that was not chosen."""
-    unused = {name for option, name in POLICY_OPTIONS.items() if option not in options_of(args.position_policy)}
-    for divergence, names in DIVERGENCE_OPTIONS.items():
-        unused |= set(names.values()) if divergence != args.divergence else set()
-    if args.class_selection == "full":
-        unused.add("class_samples")
+def _warn_of_unused(args: "SEKDConfig") -> None:
+    used = (*POLICIES[args.position_policy].options.values(), *DIVERGENCES[str(args.divergence)].options.values())
+    unused = all_options().keys() - {option.field for option in used}
+    if CLASS_SELECTIONS[args.class_selection].select is None:
+        unused |= {"class_samples"}
     for name in sorted(unused):
         if getattr(args, name) != _default(args, name):
-            logger.warning(f"{name} {getattr(args, name)} has no effect on what was chosen")
+            logger.warning(f"{name} {getattr(args, name)} has no effect with the chosen policy, divergence and classes")
 
 
-def _default(args: Any, name: str) -> Any:
+def check_prompts(args: "SEKDConfig") -> None:
+    """Check prompts from text, and prompts that only the teacher sees."""
+    length, limit = args.text_prompt_length, args.max_prompt_length
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= limit):
+        raise ValueError(
+            f"text_prompt_length {length} must be a whole number from 1 to max_prompt_length {limit}; change either"
+        )
+    if "{prompt}" not in args.prompt_template:
+        raise ValueError(f"prompt_template {args.prompt_template!r} lacks {{prompt}}, the place of the prompt")
+    fields = " and ".join(args.teacher_context)
+    if fields and args.teacher_cache is not None:
+        raise ValueError(
+            f"{fields} with teacher_cache {args.teacher_cache!r}: a cache holds the teacher's positions after the "
+            "student's prompts; leave teacher_cache out, or the teacher's context"
+        )
+    if fields and args.supervise_prompt:
+        raise ValueError(
+            f"supervise_prompt true with {fields}: the teacher reads another prompt, so only completions can be "
+            "compared; set supervise_prompt: false, or leave the teacher's context out"
+        )
+
+
+def check_sampling(args: "SEKDConfig") -> None:
+    """Check how completions are sampled."""
+    if args.temperature < 0:
+        raise ValueError(f"temperature {args.temperature} must not be negative; 0 is greedy")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"top_p {args.top_p} is outside (0, 1]; 1 samples from all tokens")
+    if args.top_k < 0:
+        raise ValueError(f"top_k {args.top_k} must not be negative; 0 samples from all tokens")
+    within("min_p", args.min_p, 0, 1, "0 samples from all tokens")
+    if args.repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty {args.repetition_penalty} must be above 0; 1 disables it")
+    args.stop_strings = _list_of_texts("stop_strings", args.stop_strings)
+
+
+def check_rollouts(args: "SEKDConfig") -> None:
+    """Check engines, rounds and reuse."""
+    engine = ENGINES[args.rollout_engine]
+    args.rollout_server_urls = _list_of_texts("rollout_server_urls", args.rollout_server_urls)
+    for name in ("rollouts_per_prompt", "rollout_batches"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
+    if args.rollouts_per_prompt > 1 and args.lmbda < 1:
+        raise ValueError(
+            f"rollouts_per_prompt {args.rollouts_per_prompt} with lmbda {args.lmbda}: steps that learn from the "
+            "data would repeat each sample; set lmbda: 1, or rollouts_per_prompt: 1"
+        )
+    if args.rollouts_per_prompt > 1 and (args.temperature == 0 or args.top_k == 1):
+        raise ValueError(
+            f"rollouts_per_prompt {args.rollouts_per_prompt} with temperature {args.temperature} and top_k "
+            f"{args.top_k} generates the same completion again; raise the temperature, or set top_k: 0"
+        )
+    if args.rollout_staleness not in (0, 1):
+        raise ValueError(f"rollout_staleness {args.rollout_staleness} must be 0 or 1, a round ahead at most")
+    if args.rollout_staleness and not engine.generates_in_background:
+        raise ValueError(
+            f"rollout_staleness 1 with rollout_engine {args.rollout_engine!r}, which generates on the trainer's own "
+            "device, saves no time; use rollout_engine: vllm_server, or rollout_staleness: 0"
+        )
+    if args.rollout_transfer != "file" and not engine.uses_servers:
+        raise ValueError(
+            f"rollout_transfer {args.rollout_transfer!r} is for rollout_engine vllm_server; leave it out for "
+            f"{args.rollout_engine!r}"
+        )
+    if args.rollout_timeout <= 0:
+        raise ValueError(f"rollout_timeout {args.rollout_timeout} must be above 0 seconds")
+    if not 0 < args.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} is outside (0, 1]; 0.3 leaves memory for "
+            "the trainer"
+        )
+    if args.vllm_kv_cache_gib < 1:
+        raise ValueError(f"vllm_kv_cache_gib {args.vllm_kv_cache_gib} must be at least 1, vLLM's minimum")
+    if args.log_completions_steps < 0:
+        raise ValueError(f"log_completions_steps {args.log_completions_steps} must not be negative; 0 is never")
+    _check_urls(args.rollout_server_urls, engine.uses_servers)
+    if args.lmbda > 0 and engine.requires is not None and not is_installed(engine.requires):
+        raise ValueError(
+            f"rollout_engine {args.rollout_engine!r} needs {engine.requires}, which is not installed: run "
+            '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
+        )
+
+
+def _check_urls(urls: Sequence[str], needed: bool) -> None:
+    if not urls and needed:
+        raise ValueError("rollout_server_urls is empty: name the servers of rollout_engine vllm_server")
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+        except ValueError:  # the port is not a number
+            good = False
+        if not good or parts.path.rstrip("/").endswith("/v1"):
+            raise ValueError(
+                f"rollout_server_urls: {url!r} is not a server's address; write http://127.0.0.1:8000, without /v1"
+            )
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise ValueError(f"rollout_server_urls {urls} names a server twice; leave one out")
+
+
+def _list_of_texts(name: str, value: Any) -> list[str]:
+    """A list of texts; a single text becomes a list of one."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{name} {value!r} must be a list of texts that are not empty, such as [one, two]")
+    return list(texts)
+
+
+def check_inputs(
+    args: "SEKDConfig",
+    train_dataset: "Dataset | IterableDataset",
+    init: dict[str, Any],
+    peft_config: "PeftConfig | None",
+    is_quantized: bool,
+    rollout_engine: "RolloutEngine | None",
+) -> None:
+    """Check that data, student and engine of a trainer go together."""
+    from datasets import IterableDataset
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(f"peft_type {peft_config.peft_type} adds virtual tokens, which shift the positions; use LoRA")
+    quantized = init.get("quantization_config") is not None or is_quantized
+    if quantized and peft_config is None:
+        raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
+    engine = ENGINES[args.rollout_engine]
+    if quantized and args.lmbda > 0 and not engine.shares_model:
+        raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
+
+    if isinstance(train_dataset, IterableDataset):
+        if args.max_steps <= 0:
+            raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
+        args.check_stream()
+        if args.teacher_cache is not None and args.sample_pool is None:
+            raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
+    if args.world_size > 1 and args.lmbda > 0 and engine.single_process and rollout_engine is None:
+        raise ValueError(
+            f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _default(args: "SEKDConfig", name: str) -> Any:
     return type(args).__dataclass_fields__[name].default
 
 
-def one_of(name: str, value: object, known: Collection[str]) -> None:
+def one_of(name: str, value: object, names: Collection[str]) -> None:
     """Raise ValueError for an unknown name."""
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+    if value not in names:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(names)}")
 
 
 def within(name: str, value: float, low: float, high: float, hint: str) -> None:

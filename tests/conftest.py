@@ -6,8 +6,9 @@ import random
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import yaml
 from datasets import Dataset
-from helpers import make_pairs, make_tokenizer, words
+from helpers import make_pairs, make_tokenizer, save_pair, words
 from transformers import PreTrainedTokenizerFast
 
 
@@ -26,3 +27,26 @@ def texts() -> Dataset:
     """64 documents of 3 to 60 words."""
     generator = random.Random(1)
     return Dataset.from_list([{"text": words(generator, 3, 60)} for _ in range(64)])
+
+
+@pytest.fixture
+def recipe(tmp_path, tokenizer, pairs):
+    """A recipe that runs here in seconds."""
+    save_pair(tmp_path, tokenizer)
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    keys = {
+        "output_dir": str(tmp_path / "run"),
+        "model_name_or_path": str(tmp_path / "student"),
+        "teacher_model_name_or_path": str(tmp_path / "teacher"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "rollout_engine": "hf",
+        "max_completion_length": 4,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "save_steps": 2,
+        "learning_rate": "1e-3",
+        "report_to": "none",
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)

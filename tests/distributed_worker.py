@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from sekd.cache.teacher import CachedTeacher
 from sekd.data.batch import Sample, collate
 from sekd.distill import Method, distill
-from sekd.losses import ON_LOG_PROBABILITIES
+from sekd.losses import DIVERGENCES
 from sekd.models import freeze, run_inside
 from sekd.on_policy.weights import full_weights
 from sekd.policies import make_policy
@@ -38,7 +38,7 @@ def samples() -> list[Sample]:
 
 def gradients(student, rows, sequences, processes):
     """Loss and gradients of this process's share of a step."""
-    method = Method(ENTROPY, make_policy("top_k", 0.3), ON_LOG_PROBABILITIES["reverse_kl"], chunk_rows=4)
+    method = Method(ENTROPY, make_policy("top_k", 0.3), DIVERGENCES["reverse_kl"], chunk_rows=4)
     teacher = LiveTeacher(freeze(make_model("untied", 1)))
     batch = Batch(**collate(rows, 122))
     total, _ = run_inside(student, lambda b: distill(student, teacher, b, method), batch)

@@ -7,8 +7,8 @@ import torch
 from helpers import make_model, make_trainer, make_vllm_model
 from peft import LoraConfig, get_peft_model
 
-from rollouts import HFEngine, RolloutError, VLLMServerEngine
-from sekd.on_policy.engines import sync
+from rollouts import HFEngine, RolloutError
+from sekd.on_policy.engines import send_weights
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
 
@@ -48,8 +48,8 @@ def change_adapter(model, seed=0):
 
 
 def logps(engine, ids):
-    if isinstance(engine, VLLMServerEngine):
-        return torch.tensor(engine.logprobs(ids, engine.urls[0]))
+    if engine.uses_servers:
+        return torch.tensor(engine.logprobs(ids)[engine.urls[0]])
     return vllm_logps(engine, ids)
 
 
@@ -60,7 +60,7 @@ def largest_difference(engine, model, sequences):
 
 def check_parity(engine, model):
     """Over 500 tokens and more, after a sync and not without the next one."""
-    sync(engine, model, 0, engine.lora_rank)
+    send_weights(engine, model, 0, engine.lora_rank)
     rollouts = engine.generate([[i, i + 1, i + 2] for i in range(40)])
     assert {r.weights_step for r in rollouts} == {0}
     sequences = [r.prompt_ids + r.completion_ids for r in rollouts]
@@ -68,7 +68,7 @@ def check_parity(engine, model):
     assert largest_difference(engine, model, sequences) < 0.05
     change_adapter(model, 1)
     assert largest_difference(engine, model, sequences) > 0.2, "a skipped sync must show"
-    sync(engine, model, 1, engine.lora_rank)
+    send_weights(engine, model, 1, engine.lora_rank)
     assert largest_difference(engine, model, sequences) < 0.05
     assert engine.generate(PROMPTS)[0].weights_step == 1
 
@@ -77,7 +77,7 @@ def check_syncs(engine, model):
     """A hundred of them change no bit of the student."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(100):
-        sync(engine, model, step, engine.lora_rank)
+        send_weights(engine, model, step, engine.lora_rank)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 

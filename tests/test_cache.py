@@ -11,13 +11,13 @@ from helpers import ONE_SGD_STEP, VOCAB, make_model, make_trainer, save_pair, tr
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, draw_uniforms
 from sekd.cache.teacher import CachedTeacher
-from sekd.classes import classes_at
+from sekd.classes import CLASS_SELECTIONS, classes_at
 from sekd.cli import main
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import prepare
 from sekd.distill import Method, distill
 from sekd.fingerprints import sample_key
-from sekd.losses import forward_kl
+from sekd.losses import DIVERGENCES
 from sekd.models import freeze
 from sekd.policies import make_policy
 from sekd.scores import make_scoring
@@ -109,7 +109,7 @@ def test_in_expectation_the_gradient_is_that_of_forward_kl(tmp_path, tokenizer, 
     policy = make_policy("top_k", 0.5)
 
     def gradient(source, **choices):
-        method = Method(make_scoring("student_entropy"), policy, forward_kl, **choices)
+        method = Method(make_scoring("student_entropy"), policy, DIVERGENCES["forward_kl"], **choices)
         student.zero_grad()
         distill(student, source, batch, method)[0].backward()
         return student.lm_head.weight.grad.double().clone()
@@ -119,7 +119,7 @@ def test_in_expectation_the_gradient_is_that_of_forward_kl(tmp_path, tokenizer, 
         args = config(tmp_path / "run", seed=seed)
         folder = str(tmp_path / f"cache{seed}")
         store = build_cache(dataset, LocalReader(teacher, VOCAB, args), tokenizer, args, folder)
-        found.append(gradient(CachedTeacher(store, keys), class_selection="rs_kd", class_samples=16))
+        found.append(gradient(CachedTeacher(store, keys), classes=CLASS_SELECTIONS["rs_kd"], class_samples=16))
     found = torch.stack(found)
     error = (found.mean(0) - dense).abs()
     noise = found.std(0) / len(found) ** 0.5

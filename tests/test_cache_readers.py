@@ -16,12 +16,12 @@ from sekd.cache.teacher import CachedTeacher
 from sekd.cli import main
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import prepare
-from sekd.distill import score_rows
+from sekd.distill import score_positions
 from sekd.distributions import entropy
 from sekd.fingerprints import sample_key
 from sekd.models import get_head, hidden_states
 from sekd.teachers.live import LiveTeacher
-from sekd.types import Batch
+from sekd.types import Batch, Positions
 
 
 def test_a_byte_of_teacher_entropy(tmp_path, tokenizer, pairs):
@@ -30,12 +30,12 @@ def test_a_byte_of_teacher_entropy(tmp_path, tokenizer, pairs):
     dataset, model = prepare(pairs, tokenizer, args), make_model("untied", 1)
     store = build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, str(tmp_path / "cache"))
     batch = Batch(**collate([Sample(**dataset[i]) for i in (3, 0, 7)], 122))
-    _, probs, found = CachedTeacher(store, {row["sample_id"]: sample_key(row) for row in dataset}).rows(batch)
+    state = CachedTeacher(store, {row["sample_id"]: sample_key(row) for row in dataset}).read(batch)
     live = LiveTeacher(model)
-    exact = entropy(live.logits(*live.rows(batch)).log_softmax(-1))
-    assert (found - exact).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
+    exact = entropy(live.logits(live.read(batch)).log_softmax(-1))
+    assert (state["entropy"] - exact).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
     assert exact.std() > 0.1
-    torch.testing.assert_close(probs.sum(1), torch.ones(len(exact)))
+    torch.testing.assert_close(state["probs"].sum(1), torch.ones(len(exact)))
 
 
 def test_positions_by_the_teachers_entropy_from_a_cache(tmp_path, tokenizer, pairs):
@@ -50,9 +50,10 @@ def test_positions_by_the_teachers_entropy_from_a_cache(tmp_path, tokenizer, pai
         trainer = make_trainer(tmp_path / name, tokenizer, pairs, None, model, teacher_cache=cache, **choices)
         batch = Batch(**collate([Sample(**dataset[i]) for i in (3, 0, 7, 9)], 122))
         method, teacher = trainer.method, trainer.teacher
-        rows = hidden_states(trainer.model, batch)[batch.valid]
-        arguments = rows, batch.targets[batch.valid], teacher.rows(batch), method.scoring, method.chunk_rows
-        scores.append(score_rows(get_head(trainer.model), teacher, *arguments)[0])
+        hidden = hidden_states(trainer.model, batch)[batch.valid]
+        positions = Positions(hidden, batch.targets[batch.valid], teacher.read(batch))
+        head = get_head(trainer.model)
+        scores.append(score_positions(head, teacher, positions, method.scoring, method.chunk_rows)[0])
     assert (scores[0] - scores[1]).abs().max() <= torch.tensor(VOCAB).log() / 510 + 1e-6
     assert scores[1].std() > 0.1
     trainer = make_trainer(tmp_path / "cached", tokenizer, pairs, teacher_cache=folder, **choices)

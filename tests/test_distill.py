@@ -20,9 +20,9 @@ from oracles import dense_rows, losses_by, naive, naive_with_contexts, seeded, s
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.distill import Method, distill
-from sekd.losses import DIVERGENCES, ON_LOG_PROBABILITIES
+from sekd.losses import DIVERGENCES
 from sekd.models import freeze, run_inside
-from sekd.policies import POLICIES, make_policy
+from sekd.policies import POLICIES, Policy, make_policy
 from sekd.scores import SCORES, Scoring
 from sekd.teachers.live import LiveTeacher
 from sekd.types import IGNORE, Batch
@@ -36,9 +36,7 @@ def check(
     """Compare :func:`distill` with :func:`naive`, value and gradient."""
     reference = copy.deepcopy(student)
     scoring = None if policy == "all" else ENTROPY
-    method = Method(
-        scoring, make_policy(policy, fraction), ON_LOG_PROBABILITIES[divergence], chunk_rows=chunk_rows, **options
-    )
+    method = Method(scoring, make_policy(policy, fraction), DIVERGENCES[divergence], chunk_rows=chunk_rows, **options)
     live = LiveTeacher(freeze(copy.deepcopy(teacher)))
     loss, sums = run_inside(student, lambda b: distill(student, live, b, method), batch)
     loss.backward()
@@ -60,8 +58,8 @@ def test_equals_the_dense_formula_for_every_head(kind, fraction):
     samples, documents = prompts_and_completions()
     batch = Batch(**collate(samples, pad_token_id=122))
     sums = check(make_model(kind), make_model(kind, seed=1), batch, documents, fraction)
-    assert sums["rows"] == 26
-    assert sums["selected_rows"] == (26 if fraction == 1.0 else 2 + 1 + 3 + 1)
+    assert sums["positions"] == 26
+    assert sums["selected"] == (26 if fraction == 1.0 else 2 + 1 + 3 + 1)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.2])
@@ -91,7 +89,7 @@ def test_packed_documents_do_not_see_each_other(kind, fraction):
         documents.append([(document, [0] + [1] * (len(document) - 1)) for document in sequence])
     batch = Batch(**collate(samples, pad_token_id=122))
     sums = check(make_model(kind), make_model(kind, seed=1), batch, documents, fraction)
-    assert sums["rows"] == 14 - 3 + 11 - 2
+    assert sums["positions"] == 14 - 3 + 11 - 2
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
@@ -113,13 +111,13 @@ def test_select_everything_is_full_kd():
     samples, documents = prompts_and_completions()
     batch = Batch(**collate(samples, pad_token_id=122))
     sums = check(make_model(), make_model(seed=1), batch, documents, 1.0, policy="all")
-    assert sums["entropy_rows"] == sums["selected_rows"] == sums["rows"]
+    assert sums["entropy_positions"] == sums["selected"] == sums["positions"]
 
 
 def test_a_sequence_without_targets_adds_nothing_but_keeps_every_gradient():
     sample = Sample([1, 2, 3], [0, 0, 0], 0, 3)
     student = make_model("untied")
-    method = Method(ENTROPY, make_policy("top_k"), ON_LOG_PROBABILITIES["reverse_kl"])
+    method = Method(ENTROPY, make_policy("top_k"), DIVERGENCES["reverse_kl"])
     loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), Batch(**collate([sample], 122)), method)
     loss.backward()
     assert loss == 0
@@ -143,7 +141,7 @@ def test_vocabularies_padded_differently_use_the_common_rows():
         )
     losses = []
     for model in (teacher, wide):
-        method = Method(ENTROPY, make_policy("top_k"), ON_LOG_PROBABILITIES["reverse_kl"], vocab=VOCAB)
+        method = Method(ENTROPY, make_policy("top_k"), DIVERGENCES["reverse_kl"], vocab=VOCAB)
         losses.append(distill(student, LiveTeacher(model, VOCAB), batch, method)[0])
     torch.testing.assert_close(*losses)
 
@@ -155,7 +153,7 @@ def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
     batch = Batch(**collate(samples, pad_token_id=122))
     student, teacher = make_model("untied"), LiveTeacher(freeze(make_model("untied", 1)))
     scoring = ENTROPY if policy == "top_k" else None
-    method = Method(scoring, make_policy(policy, 0.2), ON_LOG_PROBABILITIES["reverse_kl"], chunk_rows=16)
+    method = Method(scoring, make_policy(policy, 0.2), DIVERGENCES["reverse_kl"], chunk_rows=16)
     with LargestTensor() as largest:
         loss, _ = distill(student, teacher, batch, method)
         loss.backward()
@@ -248,11 +246,11 @@ def test_skipped_positions_are_never_chosen(tmp_path):
     batch = Batch(**collate(samples, pad_token_id=122))
     seen = []
 
-    def policy(scores, valid, **kwargs):
+    def policy(scores, valid, fraction, step, generator):
         seen.append(valid)
-        return make_policy("top_k", 0.4)(scores, valid)
+        return make_policy("top_k", fraction)(scores, valid)
 
-    method = Method(ENTROPY, policy, ON_LOG_PROBABILITIES["forward_kl"], skip_first=2)
+    method = Method(ENTROPY, Policy(policy)(0.4), DIVERGENCES["forward_kl"], skip_first=2)
     distill(make_model(), LiveTeacher(make_model(seed=1)), batch, method)
     assert (batch.valid.sum(1) - seen[0].sum(1)).tolist() == [2, 2, 2, 0], "the last one has a single row"
 
@@ -265,7 +263,7 @@ def test_scores_are_combined_over_the_rows_that_may_be_chosen(tmp_path):
     args.position_skip = 2
     seen = []
     method = dataclasses.replace(
-        Method.from_config(args, VOCAB), policy=lambda s, v, **_: seen.append((s, v)) or v / v.sum()
+        Method.from_config(args, VOCAB), policy=Policy(lambda s, v, **_: seen.append((s, v)) or v / v.sum())()
     )
     distill(make_model(), LiveTeacher(make_model(seed=1)), batch, method)
     ((scores, valid),) = seen
@@ -319,15 +317,13 @@ def test_no_large_tensor_with_teacher_scores_or_sampled_classes(tmp_path, choice
 def test_equals_the_dense_formula_behind_the_teachers_own_prompts(divergence, fraction):
     samples, student, teacher = samples_with_contexts(), make_model("untied"), make_model("untied", 1)
     reference, live = copy.deepcopy(student), LiveTeacher(freeze(copy.deepcopy(teacher)))
-    method = Method(
-        Scoring(("kl",), (1.0,)), make_policy("top_k", fraction), ON_LOG_PROBABILITIES[divergence], chunk_rows=5
-    )
+    method = Method(Scoring(("kl",), (1.0,)), make_policy("top_k", fraction), DIVERGENCES[divergence], chunk_rows=5)
     batch = Batch(**collate(samples, 122))
     loss, sums = run_inside(student, lambda b: distill(student, live, b, method), batch)
     loss.backward()
     expected = naive_with_contexts(reference, teacher, samples, divergence, fraction)
     expected.backward()
-    assert sums["rows"] == 9 + 4 + 12 + 6
+    assert sums["positions"] == 9 + 4 + 12 + 6
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-5, atol=1e-6)
     wanted = gradients(reference)
     for name, gradient in gradients(student).items():
@@ -338,7 +334,7 @@ def test_equals_the_dense_formula_behind_the_teachers_own_prompts(divergence, fr
 def test_equal_prompts_are_the_plain_result_to_the_bit():
     plain = [replace(sample, teacher_prompt_ids=None) for sample in samples_with_contexts()]
     same = [replace(sample, teacher_prompt_ids=sample.input_ids[: sample.prompt_length]) for sample in plain]
-    method = Method(Scoring(("kl",), (1.0,)), make_policy("top_k", 0.5), ON_LOG_PROBABILITIES["reverse_kl"])
+    method = Method(Scoring(("kl",), (1.0,)), make_policy("top_k", 0.5), DIVERGENCES["reverse_kl"])
     results = []
     for samples in (plain, same):
         student = make_model("untied")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sekd.cli import parse_recipe
 from sekd.config import ENGINES, SEKDConfig
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
+from sekd.recipe import parse_recipe
 from sekd.scores import SCORES
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ def test_check_head_refuses_logits_that_it_does_not_understand():
         return output
 
     model.forward = scaled
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM are not those of its LM head"):
+    with pytest.raises(ValueError, match="sekd does not support Qwen3ForCausalLM: its logits differ by"):
         check_head(model, packed=False)
 
 

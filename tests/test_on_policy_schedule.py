@@ -96,14 +96,14 @@ def test_a_resumed_run_learns_from_the_same_rollouts(tmp_path, tokenizer, pairs,
     for name, weight in resumed.model.named_parameters():
         torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-6, atol=1e-7)
     assert read_rollouts(tmp_path / "cut") == read_rollouts(tmp_path / "whole")
-    assert sum(count for _, count in engine.rounds) <= 16, "known rollouts are not written again"
+    assert sum(count for _, count in engine.rounds) <= 16, "restored rollouts are not generated again"
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, tokenizer, pairs):
     options = dict(save_strategy="steps", save_steps=2, max_steps=4, rollout_batches=4)
     make_run(tmp_path, tokenizer, pairs, **options).train()
     other = make_run(tmp_path, tokenizer, pairs.select(range(63, -1, -1)), **options)
-    with pytest.raises(ValueError, match="checkpoint's rollouts for step 2 are of other prompts; resume with the same"):
+    with pytest.raises(ValueError, match="checkpoint's rollouts for step 2 are for other prompts; resume with"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -156,7 +156,7 @@ def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
         def generate(self, prompts):
             return super().generate(prompts)[::-1]
 
-    with pytest.raises(ValueError, match="answered other prompts than asked, or in other order"):
+    with pytest.raises(ValueError, match="answers are for other prompts, or in another order"):
         make_run(tmp_path, tokenizer, pairs, Reversed()).train()
 
 
@@ -174,8 +174,8 @@ def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
         (dict(stop_strings=[5]), r"stop_strings \[5\] must be a list of texts that are not empty"),
         (dict(rollout_server_urls=None), "rollout_server_urls None must be a list of texts"),
         (dict(rollout_server_urls=[]), "rollout_server_urls is empty: name the servers"),
-        (dict(rollout_server_urls="localhost:8000"), "'localhost:8000' is no address of a server; write http://"),
-        (dict(rollout_server_urls="http://h:99999"), "'http://h:99999' is no address of a server"),
+        (dict(rollout_server_urls="localhost:8000"), "'localhost:8000' is not a server's address; write http://"),
+        (dict(rollout_server_urls="http://h:99999"), "'http://h:99999' is not a server's address"),
         (dict(rollout_server_urls="http://h:80/v1"), "write http://127.0.0.1:8000, without /v1"),
         (dict(rollout_server_urls=["http://h", "http://h/"]), "names a server twice"),
         (dict(rollout_transfer="nccl", rollout_engine="hf"), "rollout_transfer 'nccl' is for rollout_engine vllm_ser"),

@@ -38,7 +38,7 @@ def test_no_pass_of_the_head_over_all_rows(tmp_path, tokenizer, pairs, monkeypat
     def never(*args):
         raise AssertionError("rows are scored")
 
-    monkeypatch.setattr(sekd.distill, "score_rows", never)
+    monkeypatch.setattr(sekd.distill, "score_positions", never)
     make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT).train()
     with pytest.raises(AssertionError, match="rows are scored"):
         make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT | {"score_source": "exact"}).train()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekd.policies import POLICIES, READS, make_policy, options_of
+from sekd.policies import POLICIES, make_policy
 from sekd.policies.bandit import FEATURES
 from sekd.policies.ranks import budgets, eligible
 
@@ -20,7 +20,8 @@ POSITIVE = SCORES.abs() + 0.5
 def scores_for(name, shape=(3, 6), seed=0):
     """Random positive scores in the shape that the policy reads."""
     generator = torch.Generator().manual_seed(seed)
-    columns = len(READS.get(name, ("one",)))
+    reads = POLICIES[name].reads
+    columns = 1 if reads is None else len(reads)
     scores = torch.rand(*shape, max(columns, 1), generator=generator) * 4
     return scores if columns > 1 else scores[..., 0]
 
@@ -286,5 +287,5 @@ def test_unknown_names_fractions_and_options_say_what_to_write():
         make_policy("pos_rs", coverage=1)
     with pytest.raises(ValueError, match="steps 0 must be at least 1"):
         make_policy("curriculum", steps=0)
-    assert options_of("pos_rs") == ["exponent", "coverage"]
+    assert [*POLICIES["pos_rs"].options] == ["exponent", "coverage"]
     assert len(FEATURES) == 5

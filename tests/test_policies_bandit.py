@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 
-from sekd.policies import make_policy
+from sekd.policies import FinishedStep, make_policy
 from sekd.policies.bandit import FEATURES
 from sekd.types import Batch
 
 VALID = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+
+
+def end_step(policy, *kl_after):
+    """End a step whose parts have these KLs after it."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    for part in kl_after:
+        policy.observe(Batch(ids, ids, ids, ids[0]), torch.ones(len(part)).bool(), {"kl": part})
+    policy.end_step(FinishedStep(kl_after=lambda batch, chosen, state: state["kl"]))
 
 
 def features(scores, valid):
@@ -21,7 +29,7 @@ def features(scores, valid):
 
 
 def test_bandit_is_linucb_in_closed_form():
-    """Three steps against the textbook's loop: one row at a time, matrices inverted anew."""
+    """Three steps against the textbook's loop: one position at a time, matrices inverted each time."""
     generator = torch.Generator().manual_seed(0)
     policy = make_policy("bandit", 0.5, alpha=0.7, ridge=2.0)
     A, b = 2.0 * torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
@@ -38,7 +46,7 @@ def test_bandit_is_linucb_in_closed_form():
             assert w[mask][best].tolist() == pytest.approx([1 / k] * k)
             chosen_features += [rows[i] for i in sorted(best)]
         after = torch.rand(len(chosen_features), generator=generator) * 20
-        policy.end_step([after])
+        end_step(policy, after)
         for x, kl_after in zip(chosen_features, after.double(), strict=True):
             reward = max(-5.0, min(5.0, float(x[4] - kl_after)))
             A, b = A + torch.outer(x, x), b + reward * x
@@ -54,7 +62,7 @@ def test_bandit_learns_which_rows_pay():
         scores = torch.rand(4, 40, len(FEATURES), generator=generator)
         chosen = policy(scores, valid) > 0
         gain = 4 * scores[chosen][:, 1]
-        policy.end_step([scores[chosen][:, 4] - gain])
+        end_step(policy, scores[chosen][:, 4] - gain)
     assert scores[chosen][:, 1].mean() > 0.8 > scores[..., 1].mean() + 0.2
 
 
@@ -64,10 +72,10 @@ def test_bandit_over_parts_of_a_step_learns_what_it_would_in_one():
     whole, parted = make_policy("bandit", 0.5), make_policy("bandit", 0.5)
     chosen = whole(scores, VALID) > 0
     after = torch.rand(int(chosen.sum()), generator=generator)
-    whole.end_step([after])
+    end_step(whole, after)
     for row in (0, 1):
         assert torch.equal(parted(scores[row : row + 1], VALID[row : row + 1]) > 0, chosen[row : row + 1])
-    parted.end_step(list(after.split(chosen.sum(1).tolist())))
+    end_step(parted, *after.split(chosen.sum(1).tolist()))
     torch.testing.assert_close(parted.A, whole.A)
     torch.testing.assert_close(parted.b, whole.b)
     resumed = make_policy("bandit", 0.5)
@@ -79,7 +87,8 @@ def test_bandit_remembers_what_the_reward_needs_until_the_step_ends():
     policy = make_policy("bandit")
     ids = torch.zeros(1, 2, dtype=torch.long)
     batch = Batch(ids, ids, ids, torch.tensor([0]))
-    policy.remember(batch, torch.tensor([True, False]), (torch.zeros(1, 3),))
-    assert policy.chosen[0][0] is batch
-    policy.end_step([])
-    assert not policy.chosen
+    policy(torch.rand(1, 2, len(FEATURES)), torch.tensor([[True, False]]))
+    policy.observe(batch, torch.tensor([True, False]), {"hidden": torch.zeros(1, 3)})
+    assert policy.observed[0][0] is batch
+    policy.end_step(FinishedStep(kl_after=lambda *part: torch.zeros(1)))
+    assert not policy.observed

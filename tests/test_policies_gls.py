@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from sekd.policies import make_policy
+from sekd.policies import FinishedStep, make_policy
 
 VALID = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
 
@@ -62,10 +62,8 @@ def test_gls_resumes_with_the_same_threshold():
 def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
     """Two parts of each of two processes: the queue, and so the next threshold, is that of one process."""
     parts = [batches(4, seed) for seed in range(3)]
-    whole, *ranks = (make_policy("gls", 0.3) for _ in range(3))
-    for policy in (whole, *ranks):
-        policy.whole_steps = True
-    for first, second, third, fourth in parts:
+    whole, *ranks = (make_policy("gls", 0.3, whole_steps=True) for _ in range(3))
+    for step, (first, second, third, fourth) in enumerate(parts):
         # One process sees batches of four sequences: the first two belong to rank 0.
         expected = [
             whole(torch.cat([first, second]), VALID.repeat(2, 1)),
@@ -73,10 +71,13 @@ def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
         ]
         found = [ranks[0](first, VALID), ranks[1](second, VALID), ranks[0](third, VALID), ranks[1](fourth, VALID)]
         assert torch.equal(torch.cat(found), torch.cat(expected))
-        assert whole.selected == sum(rank.selected for rank in ranks)
-        whole.end_step()
-        waiting = [rank._waiting for rank in ranks]
+        if step == 0:
+            assert whole.selected is ranks[0].selected is None, "no threshold yet: top_k"
+        else:
+            assert whole.selected == sum(rank.selected for rank in ranks) > 0
+        whole.end_step(FinishedStep())
+        pending = [rank._pending for rank in ranks]
         for rank in ranks:
-            rank.end_step(lambda _, waiting=waiting: waiting)
+            rank.end_step(FinishedStep(gather=lambda _, pending=pending: pending))
         assert torch.equal(ranks[0].queue, whole.queue)
         assert ranks[1].threshold == whole.threshold

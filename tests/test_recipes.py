@@ -7,7 +7,8 @@ import pytest
 import yaml
 from helpers import make_model, make_vllm_model
 
-from sekd.cli import main, parse_recipe, recipe_folder
+from sekd.cli import main
+from sekd.recipe import parse_recipe, recipe_folder
 
 RECIPES = sorted(os.listdir(recipe_folder()))
 

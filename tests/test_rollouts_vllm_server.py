@@ -54,7 +54,7 @@ def connect(server, tmp_path):
 def largest_difference(engine, model, sequences):
     bf16 = make_vllm_model().bfloat16()
     bf16.load_state_dict(model.state_dict())
-    served = [torch.tensor(engine.logprobs(ids, engine.urls[0])) for ids in sequences]
+    served = [torch.tensor(engine.logprobs(ids)[engine.urls[0]]) for ids in sequences]
     return max((s - model_logps(bf16, ids)).abs().max().item() for s, ids in zip(served, sequences, strict=True))
 
 
@@ -124,7 +124,7 @@ def test_a_server_that_failed_to_load_is_refused_until_it_is_started_again(conne
     """vLLM says nothing and keeps some of the old weights: log-probabilities were off by 0.5 and more."""
     with pytest.raises(ValueError, match="cannot load the student's weights: it serves another model"):
         connect().sync_weights(make_vllm_model(vocab=256), 0)
-    with pytest.raises(ValueError, match="once failed to load weights, and keeps some of others since; start it again"):
+    with pytest.raises(ValueError, match="failed to load weights and may still have some of the old ones; restart it"):
         connect().sync_weights(make_vllm_model(5), 0)
     server.restart("--dtype", "float32")
     engine, model = connect(), make_vllm_model(5)
@@ -216,7 +216,7 @@ def test_what_is_wrong_at_the_start_is_named(connect, server, tmp_path, tokenize
         ValueError, match=r"has a context of 64 tokens, .* take up to 132; start it with --max-model-len 132"
     ):
         connect(max_prompt_length=100, max_completion_length=32)
-    with pytest.raises(ValueError, match=r"gives 20 log-probabilities a token, and 30 are .* --max-logprobs 30"):
+    with pytest.raises(ValueError, match=r"gives 20 log-probabilities per token, and 30 are .* --max-logprobs 30"):
         connect(top_logprobs=30)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"\"nccl\" sends from GPU to GPU, and the trainer has none; use \"file\""):
@@ -303,13 +303,13 @@ def test_two_processes_share_a_server(tmp_path, server, tokenizer, pairs):
 RAISES = """
 import sys
 from transformers import TrainerCallback
-from sekd.cli import build
+from sekd.recipe import Run
 
 class Raise(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         raise RuntimeError("as it happens")
 
-trainer, _ = build(sys.argv[1])
+trainer = Run.parse(sys.argv[1]).trainer()
 trainer.add_callback(Raise())
 trainer.train()
 """

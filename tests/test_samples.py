@@ -172,9 +172,9 @@ def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):
         ("student", r"another value of the student's weights \(model_name_or_path, model_revision or dtype\)"),
         ("teacher", r"another value of the teacher's weights \(teacher_model_name_or_path, its revision"),
         ("score", "another value of sample_score"),
-        ("format", "has not the format of this version"),
+        ("format", "does not have the format of this version"),
         ("cut", "cannot be read"),
-        ("empty", "has not the format of this version"),
+        ("empty", "does not have the format of this version"),
         ("short", "has 5 scores for 64 samples"),
     ],
 )

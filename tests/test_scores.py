@@ -90,7 +90,7 @@ def test_one_score_is_itself():
 def test_rows_give_one_column_a_score():
     q, p = logits("random").log_softmax(-1), teacher_logits(6).log_softmax(-1)
     rows = Rows(q, torch.arange(6), p)
-    columns = Scoring(("kl", "student_ce")).of(rows)
+    columns = Scoring(("kl", "student_ce")).score(rows)
     assert torch.equal(columns[:, 0], SCORES["kl"](rows))
     assert torch.equal(columns[:, 1], SCORES["student_ce"](rows))
 
@@ -100,10 +100,10 @@ def test_rows_give_one_column_a_score():
     [
         ("entropy", "none", "position_score 'entropy' is unknown; choose from student_entropy, teacher_entropy"),
         ({"student_entropy": 1, "klx": 1}, "none", "position_score 'klx' is unknown"),
-        ({"student_entropy": "much"}, "none", "the weight of student_entropy is 'much'; write a number such as 0.5"),
-        ({"student_entropy": float("nan")}, "none", "the weight of student_entropy is nan; write a number"),
-        ({"student_entropy": 0}, "none", "has no weight other than 0"),
-        ({}, "none", "has no weight other than 0"),
+        ({"student_entropy": "much"}, "none", "the weight of student_entropy is 'much'; it must be a finite number"),
+        ({"student_entropy": float("nan")}, "none", "the weight of student_entropy is nan; it must be a finite number"),
+        ({"student_entropy": 0}, "none", "all weights are 0"),
+        ({}, "none", "all weights are 0"),
         ("kl", "softmax", "score_normalization 'softmax' is unknown; choose one of none, zscore, minmax"),
     ],
 )

@@ -14,15 +14,15 @@ def test_rows_and_logits_are_the_models_own():
     batch, model = Batch(**collate(samples, 122)), make_model("softcap")
     teacher = LiveTeacher(model)
     assert isinstance(teacher, Teacher)
-    rows = teacher.rows(batch)
-    logits = teacher.logits(*rows)
+    state = teacher.read(batch)
+    logits = teacher.logits(state)
     expected = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits[batch.valid]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert len(rows[0]) == int(batch.valid.sum())
+    assert len(state["hidden"]) == int(batch.valid.sum())
     assert not logits.requires_grad
 
 
 def test_the_common_classes_are_the_first():
     model = make_model()
     teacher = LiveTeacher(model, vocab=100)
-    assert teacher.logits(torch.randn(3, 32)).shape == (3, 100)
+    assert teacher.logits({"hidden": torch.randn(3, 32)}).shape == (3, 100)

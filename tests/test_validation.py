@@ -9,8 +9,7 @@ from helpers import config, make_trainer
 from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.losses import DIVERGENCES
-from sekd.policies import NEEDS_POSITIVE, POLICIES, READS
-from sekd.policies.gls import STATEFUL
+from sekd.policies import POLICIES
 from sekd.scores import SCORES, Scoring
 
 
@@ -25,16 +24,16 @@ from sekd.scores import SCORES, Scoring
         (dict(kd_temperature=0.0), r"kd_temperature 0.0 must be above 0"),
         (
             dict(jsd_beta=1.0),
-            r"jsd_beta 1.0 is outside \(0, 1\]?\)?; its limits are divergence: forward_kl and reverse_kl",
+            r"jsd_beta 1.0 is outside \(0, 1\); at the limits choose divergence: forward_kl or reverse_kl",
         ),
         (dict(divergence="kl"), r"divergence 'kl' is unknown; choose one of forward_kl, reverse_kl, jsd"),
         (dict(position_score="entropy"), r"position_score 'entropy' is unknown; choose from student_entropy"),
-        (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is no mapping"),
+        (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is not a mapping"),
         (dict(position_score={"kl": 1.0, "hk": 1.0}), r"position_score 'hk' is unknown; choose from student_entropy"),
-        (dict(position_score=3), "position_score 3 is neither a name nor weights; write kl, or"),
-        (dict(position_score=["kl"]), r"position_score \['kl'\] is neither a name nor weights"),
-        (dict(position_score={}), "has no weight other than 0"),
-        (dict(position_score={"kl": "much"}), "the weight of kl is 'much'; write a number such as 0.5"),
+        (dict(position_score=3), "position_score 3 must be a name such as kl, or weights"),
+        (dict(position_score=["kl"]), r"position_score \['kl'\] must be a name such as kl"),
+        (dict(position_score={}), "all weights are 0; set one of them above 0"),
+        (dict(position_score={"kl": "much"}), "the weight of kl is 'much'; it must be a finite number"),
         (
             dict(position_score="kl", position_policy="tip"),
             "position_score 'kl' has no effect: position_policy 'tip' reads student_entropy and reverse_kl; leave",
@@ -48,22 +47,25 @@ from sekd.scores import SCORES, Scoring
             "'at_kd' weighs positions itself",
         ),
         (dict(decoupled_alpha=0.0, decoupled_beta=0.0), "decoupled_alpha and decoupled_beta are both 0"),
-        (dict(kd_temperature=float("nan")), "kd_temperature nan is no number that can be used; write a finite one"),
-        (dict(bandit_alpha=float("inf")), "bandit_alpha inf is no number that can be used"),
-        (dict(position_fraction=True), "position_fraction True is no number"),
+        (dict(kd_temperature=float("nan")), "kd_temperature nan must be a finite number"),
+        (dict(bandit_alpha=float("inf")), "bandit_alpha inf must be a finite number"),
+        (dict(position_fraction=True), "position_fraction True must be a finite number"),
         (dict(position_skip=1.5), "position_skip 1.5 must be a whole number"),
         (dict(gls_queue_size=10**9), "gls_queue_size 1000000000 must be from 1 to 10,000,000"),
         (dict(samples_file=""), "samples_file is empty; name a path, or leave it out"),
         (dict(text_prompt_length=0), "text_prompt_length 0 must be a whole number from 1 to max_prompt_length 512"),
         (dict(text_prompt_length=9, max_prompt_length=8), "text_prompt_length 9 must be .* to max_prompt_length 8"),
         (dict(text_prompt_length=1.5), "text_prompt_length 1.5 must be a whole number"),
-        (dict(teacher_cache="c", lmbda=0.5), "lmbda 0.5 with teacher_cache: a cache knows the data's rows"),
+        (dict(teacher_cache="c", lmbda=0.5), "lmbda 0.5 with teacher_cache: a cache holds positions of the data"),
         (dict(teacher_cache="c", class_selection="top_k_classes"), "teacher_cache holds rs_kd targets"),
         (dict(teacher_cache="c", class_samples=65), "class_samples 65 with teacher_cache: counts have 6 bits"),
-        (dict(teacher_cache="c", position_score="kl"), "teacher_cache lacks what kl of position_policy 'top_k' needs"),
+        (
+            dict(teacher_cache="c", position_score="kl"),
+            "position_policy 'top_k' reads kl, which needs",
+        ),
         (
             dict(teacher_cache="c", position_policy="tip"),
-            "teacher_cache lacks what reverse_kl of",
+            "position_policy 'tip' reads reverse_kl, which needs the teacher's whole",
         ),
         (
             dict(teacher_cache="c", sample_fraction=0.5, sample_score="kl"),
@@ -72,11 +74,11 @@ from sekd.scores import SCORES, Scoring
         (dict(score_normalization="log"), r"score_normalization 'log' is unknown; choose one of none, zscore, minmax"),
         (
             dict(position_policy="pos_rs", score_normalization="zscore"),
-            "makes negative scores, which position_policy 'pos_rs' cannot take for proportions; use minmax or none",
+            "gives negative scores, and position_policy 'pos_rs' needs proportions; use minmax or none",
         ),
         (
             dict(position_policy="weighted", position_score={"kl": 1.0, "student_ce": -1.0}),
-            "position_score has a negative weight, and position_policy 'weighted' takes scores for proportions",
+            "position_score has a negative weight, and position_policy 'weighted' needs proportions",
         ),
         (dict(position_skip=-1), "position_skip -1 must not be negative; 0 skips no position"),
         (dict(curriculum_steps=0), "curriculum_steps 0 must be at least 1"),
@@ -97,7 +99,7 @@ from sekd.scores import SCORES, Scoring
         ),
         (
             dict(class_selection="rs_kd", sampled_softmax=4096, kd_weight=0.5),
-            "kd_weight 0.5 mixes in a cross-entropy, which needs the student's whole softmax",
+            "kd_weight 0.5 adds a cross-entropy, which needs the student's whole softmax",
         ),
         (dict(class_selection="rs_kd", sampled_softmax=64), "sampled_softmax 64 must be above class_samples 64"),
         (dict(sample_fraction=0.0), r"sample_fraction 0.0 is outside \(0, 1\]; 0.2 keeps 20 %"),
@@ -108,7 +110,7 @@ from sekd.scores import SCORES, Scoring
         (dict(rollout_timeout=0), "rollout_timeout 0.* must be above 0 seconds"),
         (
             dict(rollout_server_urls=["localhost:8000"]),
-            "'localhost:8000' is no address of a server; write http://127.0.0.1:8000",
+            "'localhost:8000' is not a server's address; write http://127.0.0.1:8000",
         ),
         (dict(rollout_server_urls=[], rollout_engine="vllm_server"), "rollout_server_urls is empty: name the servers"),
         (dict(overlong_prompts="cut"), r"overlong_prompts 'cut' is unknown; choose one of error, drop"),
@@ -180,16 +182,16 @@ def policy_table():
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for name in POLICIES:
-        own = READS.get(name)
+        own = POLICIES[name].reads
         reads = "`position_score`" if own is None else ", ".join(f"`{n}`" for n in own) or "nothing"
-        head = "as the score" if own is None else "all rows" if Scoring(own).needs_teacher else "chosen rows"
+        head = "as the score" if own is None else "all positions" if Scoring(own).needs_teacher else "chosen positions"
         several, zscore = ("", "")
         if own is None:
             several = mark(position_policy=name, position_score=SEVERAL)
             zscore = mark(position_policy=name, position_score=SEVERAL, score_normalization="zscore")
         at_kd = mark(position_policy=name, divergence="at_kd")
         cache = mark(position_policy=name, teacher_cache="folder")
-        state = "✓" if name in STATEFUL else ""
+        state = "✓" if POLICIES[name].has_state else ""
         lines.append(f"| `{name}` | {reads} | {head} | {several} | {zscore} | {at_kd} | {cache} | {state} |")
     return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines)
 
@@ -215,13 +217,13 @@ def test_the_readme_has_the_table(table):
 def cells():
     """Every pair that the tables allow."""
     for policy in POLICIES:
-        if policy in READS:
+        if POLICIES[policy].reads is not None:
             yield {"position_policy": policy}
             continue
         for score in SCORES:
             yield {"position_policy": policy, "position_score": score}
         for normalization in ("none", "minmax", "zscore"):
-            if normalization != "zscore" or policy not in NEEDS_POSITIVE:
+            if normalization != "zscore" or not POLICIES[policy].needs_positive:
                 choices = {"position_score": SEVERAL, "score_normalization": normalization}
                 yield {"position_policy": policy, **choices}
     for policy in POLICIES:
@@ -232,7 +234,7 @@ def cells():
     for divergence in DIVERGENCES:
         yield {"divergence": divergence}
         yield {"divergence": divergence, "kd_weight": 0.5, "kd_temperature": 2.0}
-    for classes in CLASS_SELECTIONS[1:]:
+    for classes in [*CLASS_SELECTIONS][1:]:
         yield {"class_selection": classes, "class_samples": 8}
         yield {"class_selection": classes, "class_samples": 8, "kd_weight": 0.5, "kd_temperature": 2.0}
         yield {"class_selection": classes, "class_samples": 8, "sampled_softmax": 64}

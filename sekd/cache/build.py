@@ -3,17 +3,14 @@
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import closing
-from functools import partial
 from typing import Any
 
-import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sekd.cache.codec import MAX_DRAWS
-from sekd.cache.readers import RayReaders, Reader, load_reader
+from sekd.cache.readers import Reader
 from sekd.cache.store import (
     FINGERPRINT,
     FORM,
@@ -30,10 +27,7 @@ from sekd.cache.store import (
     write_shard,
 )
 from sekd.config import SEKDConfig
-from sekd.data.prepare import check_same_tokenizer
 from sekd.fingerprints import sample_key, tokenizer_fingerprint
-from sekd.models import load_model
-from sekd.samples import choose_samples, prepare_all
 
 
 def build_fingerprint(
@@ -172,47 +166,13 @@ def _describe_shard(path: str) -> dict[str, Any]:
     }
 
 
-def build_of(
-    rows: Dataset | IterableDataset,
-    student: str,
-    args: SEKDConfig,
-    model_init_kwargs: dict[str, Any],
-    engine: str = "local",
-    workers: int | None = None,
-) -> Store:
-    """:func:`build_cache` for raw rows and models by name, of the samples that ``sample_fraction`` keeps.
-
-    Only one model is in memory at a time: the student where it scores samples, then the teacher, here or in the
-    ``workers`` of ``engine`` "ray".
-
-    Raises:
-        ValueError: as :func:`build_cache`, and for an engine that cannot work.
-    """
+def check_build(folder: str, args: SEKDConfig, engine: str, workers: int | None) -> None:
+    """Raise ValueError for what cannot be built, as far as it is known before data and models are loaded."""
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError('--engine ray needs Ray, which is not installed: run `pip install "sekd[ray]"`')
     if workers is not None and (engine != "ray" or workers < 1):
         raise ValueError(f"--num-workers {workers}: it is the number of Ray actors; add --engine ray, and at least 1")
-    folder = str(args.teacher_cache)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--output {folder!r} is a file; name a folder for the cache")
-    if is_cache(folder):  # what can be known before models load
+    if is_cache(folder):
         _compare(folder, read_manifest(folder)["fingerprint"], _settings(args))
-    tokenizer, dataset = prepare_all(rows, student, args, model_init_kwargs)
-    if args.sample_fraction < 1:
-        model = load_model(student, **{"dtype": torch.float32, **model_init_kwargs})
-        dataset = dataset.select(choose_samples(dataset, model, None, tokenizer, args)["kept"])
-        del model
-    name = str(args.teacher_model_name_or_path)
-    check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=args.teacher_model_revision))
-    config = AutoConfig.from_pretrained(student, revision=model_init_kwargs.get("revision") or "main")
-    load = partial(
-        load_reader,
-        args,
-        model_init_kwargs.get("attn_implementation"),
-        config.get_text_config().vocab_size,
-        "seq_lengths" in dataset.column_names,
-    )
-    if engine == "local":
-        return build_cache(dataset, load(args.device), tokenizer, args, folder)
-    with closing(RayReaders(workers or 1, load)) as readers:
-        return build_cache(dataset, readers, tokenizer, args, folder)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sekd.cache.codec import encode, entropy_to_bytes
 from sekd.cache.store import Encoded
-from sekd.classes import classes_at
+from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.distributions import entropy
@@ -25,7 +25,7 @@ from sekd.fingerprints import sample_key, weights_fingerprint
 from sekd.heads import in_chunks
 from sekd.models import check_head, count_classes, freeze, load_teacher
 from sekd.teachers.live import LiveTeacher
-from sekd.types import Batch, SparseTargets
+from sekd.types import Batch
 
 CHUNK_POSITIONS, SOFTMAX_POSITIONS = 256, 16
 """Positions that pass the head together, and those that pass the softmax together on a CPU. Constants, whatever
@@ -80,11 +80,11 @@ class LocalReader:
         device: Any = self.teacher.model.device
         inputs = collate([Sample(**sample)], 0)
         batch = {name: tensor.to(device) for name, tensor in inputs.items()}
-        (hidden,), key = self.teacher.rows(Batch(**batch)), sample_key(sample)
+        hidden, key = self.teacher.read(Batch(**batch))["hidden"], sample_key(sample)
 
         def draw_chunk(projected: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
             logits = head.finish(projected)
-            target = draw_classes(logits, draws, self.temperature)
+            target = CLASS_SELECTIONS["rs_kd"].from_logits(logits, draws, self.temperature)
             columns = target.ids, target.probs
             return (*columns, entropy(logits.log_softmax(-1))) if self.with_entropy else columns
 
@@ -105,11 +105,6 @@ class LocalReader:
         codes = [entropy_to_bytes(e, head.classes) for e in entropies]
         data = encode(ids.numpy(), counts, head.classes, *codes)
         return key, len(counts), int((counts > 0).sum()), data
-
-
-def draw_classes(logits: Float[Tensor, "N V"], draws: Float[Tensor, "N U"], temperature: float) -> SparseTargets:
-    """The RS-KD target of positions from their teacher's logits; unused slots are not trimmed."""
-    return classes_at((logits if temperature == 1 else logits / temperature).softmax(-1), draws)
 
 
 def load_reader(

@@ -55,6 +55,18 @@ def prepare(
     return dataset.map(_number_sample, with_indices=True)
 
 
+def is_packed(dataset: Dataset | IterableDataset) -> bool:
+    """Whether prepared samples hold several documents each.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("no sample is left of the data; check max_prompt_length, max_length and the completions")
+    return "seq_lengths" in first
+
+
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Check that both tokenizers have the same tokens with the same ids.
 

@@ -1,10 +1,12 @@
-"""How far is a student from its teacher on held-out rows?"""
+"""How far is a student from its teacher on held-out positions?"""
 
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import EvalPrediction
 
 from sekd.distill import Method
 from sekd.distributions import cross_entropy, entropy
@@ -12,46 +14,61 @@ from sekd.heads import in_chunks
 from sekd.losses import forward_kl, reverse_kl
 from sekd.models import get_head, hidden_states
 from sekd.teachers import Teacher
-from sekd.types import Batch
+from sekd.types import IGNORE, Batch, Positions
 
-MEANS = ("student_ce", "student_entropy", "forward_kl", "reverse_kl")
+STUDENT_MEANS, TEACHER_MEANS = ("student_ce", "student_entropy"), ("forward_kl", "reverse_kl")
 BINS = 15
 """Bins of confidence in the expected calibration error."""
 
 
 @torch.no_grad()
-def held_out_sums(student: nn.Module, teacher: Teacher | None, batch: Batch, method: Method) -> dict[str, Tensor]:
-    """Sums over all valid rows, in nats: ``student_ce``, ``student_entropy``, and with a teacher ``forward_kl`` and
-    ``reverse_kl``; ``rows``; and ``calibration`` [BINS 3], the rows, confidences and hits of the likeliest token by
-    confidence.
+def held_out_sums(
+    student: nn.Module, teacher: Teacher, batch: Batch, method: Method
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums over all valid positions in nats, and the student's likeliest token at each of them [B T].
 
-    Divide by ``rows`` for the mean a token. Temperature 1, whatever the training used.
+    The sums: ``student_ce``, ``student_entropy``, and ``forward_kl`` and ``reverse_kl`` if the teacher has its whole
+    distribution; ``positions``, their number; and ``calibration`` [BINS 3], the number of positions, the sum of
+    confidences and the number of hits of the likeliest token in each bin of confidence. Divide by ``positions`` for the
+    mean a token. Temperature 1, whatever the training uses. The likeliest token of an invalid position is -100.
     """
     head = get_head(student, method.vocab).in_autocast_dtype()
 
-    def of_chunk(rows: Tensor, targets: Tensor, *teacher_rows: Tensor) -> tuple[Tensor, ...]:
-        q = head(rows).log_softmax(-1)
+    def measure_chunk(positions: Positions) -> tuple[Tensor, ...]:
+        q = head(positions.hidden).log_softmax(-1)
         confidence, guess = q.max(-1)
-        columns = confidence.exp(), guess == targets, cross_entropy(q, targets), entropy(q)
-        if teacher is None:
+        columns = confidence.exp(), guess, cross_entropy(q, positions.targets), entropy(q)
+        if not teacher.has_logits:
             return columns
-        p = teacher.logits(*teacher_rows).log_softmax(-1)
+        p = teacher.logits(positions.teacher).log_softmax(-1)
         return *columns, forward_kl(q, p), reverse_kl(q, p)
 
-    rows = (hidden_states(student, batch)[batch.valid], batch.targets[batch.valid])
-    confidence, hit, *columns = in_chunks(of_chunk, rows + (teacher.rows(batch) if teacher else ()), method.chunk_rows)
-    sums = {name: column.sum() for name, column in zip(MEANS, columns, strict=False)}
+    hidden, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
+    positions = Positions(hidden, targets, teacher.read(batch) if teacher.has_logits else {})
+    confidence, guess, *columns = in_chunks(measure_chunk, [positions], method.chunk_rows)
+    names = (*STUDENT_MEANS, *(TEACHER_MEANS if teacher.has_logits else ()))
+    sums = {name: column.sum() for name, column in zip(names, columns, strict=True)}
     in_bin = (confidence * BINS).long().clamp(max=BINS - 1)
-    table = torch.stack([torch.ones_like(confidence), confidence, hit.float()], dim=1)
+    table = torch.stack([torch.ones_like(confidence), confidence, (guess == targets).float()], dim=1)
     calibration = torch.zeros(BINS, 3, device=table.device).index_add_(0, in_bin, table)
-    return {**sums, "rows": batch.valid.sum(), "calibration": calibration}
+    guesses = torch.full_like(batch.targets, IGNORE).masked_scatter(batch.valid, guess)
+    return {**sums, "positions": batch.valid.sum(), "calibration": calibration}, guesses
 
 
 def compute_metrics(sums: dict[str, Any]) -> dict[str, float]:
-    """Means a row, ``perplexity`` = exp(student_ce), and ``ece``: sum over bins of |hits - confidence| / rows (Guo et
-    al., 2017)."""
-    rows = max(sums["rows"], 1)
-    found = {name: sums[name] / rows for name in MEANS if name in sums}
-    found["perplexity"] = math.exp(min(found["student_ce"], 700))
-    found["ece"] = sum(abs(hits - confidence) for _, confidence, hits in sums["calibration"]) / rows
-    return {**found, "rows": rows}
+    """Means a position, ``perplexity`` = exp(student_ce), ``ece`` and ``rows``, the number of positions.
+
+    ``ece`` is the expected calibration error (Guo et al., 2017): the sum over bins of |hits - confidence| / positions.
+    """
+    number = max(sums["positions"], 1)
+    metrics = {name: sums[name] / number for name in (*STUDENT_MEANS, *TEACHER_MEANS) if name in sums}
+    metrics["perplexity"] = math.exp(min(metrics["student_ce"], 700))
+    metrics["ece"] = sum(abs(hits - confidence) for _, confidence, hits in sums["calibration"]) / number
+    return {**metrics, "rows": number}
+
+
+def join_predictions(samples: list[tuple[Tensor, Tensor]]) -> EvalPrediction:
+    """Likeliest tokens and targets of samples as two arrays [samples T], padded with -100."""
+    columns = zip(*samples, strict=True)
+    guesses, targets = (pad_sequence([*c], batch_first=True, padding_value=IGNORE).numpy() for c in columns)
+    return EvalPrediction(predictions=guesses, label_ids=targets)

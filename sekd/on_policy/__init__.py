@@ -1,1 +1,1 @@
-"""On-policy steps: which they are, when their rollouts are generated, and with which weights."""
+"""On-policy training: which steps learn from rollouts, when these are generated, and with which weights."""

@@ -1,24 +1,26 @@
-"""What is kept and shown of rollouts: lines of a file, the state of a checkpoint, a table."""
+"""Rollouts that are kept or shown: the file of all rollouts, the state in a checkpoint, and a table."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rollouts import Rollout
 from sekd.data.batch import Sample
+from sekd.files import write_atomically
+
+logger = logging.get_logger(__name__)
 
 
 def show_completions(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], step: int) -> None:
-    """Print a few prompts and what the student made of them."""
+    """Print a few prompts and the student's completions."""
     table = Table(title=f"rollouts at step {step}", show_lines=True, title_justify="left")
     table.add_column("prompt", ratio=2)
     table.add_column("completion", ratio=3)
@@ -27,20 +29,33 @@ def show_completions(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Roll
     Console().print(table, markup=False)
 
 
-def _as_state(rollout: Rollout) -> dict[str, Any]:
-    state = {name: getattr(rollout, name) for name in rollout.__slots__}
-    if rollout.top_logprobs is not None:  # torch.load takes tensors
-        state["top_logprobs"] = torch.from_numpy(rollout.top_logprobs)
-    return state
+# The file of all rollouts that were trained on, one JSON object per line
 
 
-def _from_state(state: dict[str, Any]) -> Rollout:
-    top = state["top_logprobs"]
-    return Rollout(**state | {"top_logprobs": None if top is None else top.numpy()})
+def append_rollouts(
+    path: str, step: int, samples: Sequence[Sample], rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Append the rollouts of a step."""
+    lines = [_to_json(step, *pair, tokenizer=tokenizer) for pair in zip(samples, rollouts, strict=True)]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a") as file:
+        file.write("".join(lines))
 
 
-def _as_line(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str:
-    """A line of the file of all rollouts: token ids for a machine, and the same as text."""
+def start_file(path: str) -> None:
+    """Begin without a file: rename the file of an earlier run."""
+    if os.path.exists(path):
+        os.replace(path, path + ".old")
+        logger.warning(f"the rollouts of an earlier run are in {path}.old now")
+
+
+def resume_file(path: str, step: int) -> None:
+    """Keep only the rollouts of steps before ``step``, since the others will be generated again."""
+    write_atomically(path, "".join(_lines_before(path, step)))
+
+
+def _to_json(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str:
+    """A line of the file: token ids for programs, and the same as text for readers."""
     line = {
         "step": step,
         "weights_step": rollout.weights_step,
@@ -57,7 +72,7 @@ def _as_line(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str
 
 
 def _lines_before(path: str, step: int) -> Iterator[str]:
-    """The whole lines of steps before ``step``: a killed run wrote others, which will be written again."""
+    """The whole lines of steps before ``step``. A killed run may have written a part of a line."""
     if not os.path.exists(path):
         return
     with open(path) as file:
@@ -65,3 +80,33 @@ def _lines_before(path: str, step: int) -> Iterator[str]:
             with suppress(ValueError):
                 if line.endswith("\n") and json.loads(line)["step"] < step:
                     yield line
+
+
+# The rollouts in a checkpoint, by step: generated, and not trained on yet
+
+
+def save_rollouts(path: str, rollouts: Mapping[int, Sequence[Rollout]]) -> None:
+    """Write rollouts by step; no file without rollouts."""
+    if rollouts:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.save({step: [*map(_to_state, of_step)] for step, of_step in rollouts.items()}, path)
+
+
+def load_rollouts(path: str) -> dict[int, list[Rollout]]:
+    """Rollouts by step; none if there is no file."""
+    if not os.path.exists(path):
+        return {}
+    states = torch.load(path, weights_only=True)
+    return {step: [*map(_from_state, of_step)] for step, of_step in states.items()}
+
+
+def _to_state(rollout: Rollout) -> dict[str, Any]:
+    state = {name: getattr(rollout, name) for name in rollout.__slots__}
+    if rollout.top_logprobs is not None:  # torch.load with weights_only reads tensors, but not arrays
+        state["top_logprobs"] = torch.from_numpy(rollout.top_logprobs)
+    return state
+
+
+def _from_state(state: dict[str, Any]) -> Rollout:
+    top = state["top_logprobs"]
+    return Rollout(**state | {"top_logprobs": None if top is None else top.numpy()})

@@ -1,4 +1,4 @@
-"""The order of prompts that have several rollouts."""
+"""The order of prompts if each has several rollouts."""
 
 import random
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from torch.utils.data import Sampler
 
 
 class RepeatSampler(Sampler[int]):
-    """Each index ``times`` times in a row, so that rollouts of a prompt meet in a step; shuffled anew each epoch.
+    """Each index ``times`` times in a row, so that a step has all rollouts of a prompt. Shuffled again in each epoch.
 
-    The order is the epoch's own, so that a resumed run finds it again, which TRL's sampler of this name cannot.
+    The order depends only on seed and epoch, so a resumed run has the same order. TRL's sampler of this name has not.
     """
 
     def __init__(self, length: int, times: int, seed: int, shuffle: bool = True) -> None:
@@ -29,6 +29,6 @@ class RepeatSampler(Sampler[int]):
         yield from order.repeat_interleave(self.times).tolist()
 
 
-def repeated(stream: IterableDataset, times: int) -> IterableDataset:
-    """As :class:`RepeatSampler`, for a stream, which no sampler reads."""
+def repeat_rows(stream: IterableDataset, times: int) -> IterableDataset:
+    """Each row ``times`` times in a row, for a stream, which has no sampler."""
     return stream.map(lambda rows: {name: [v for v in rows[name] for _ in range(times)] for name in rows}, batched=True)

@@ -1,4 +1,4 @@
-"""The student's weights as a rollout engine takes them: whole, below an adapter, or the adapter alone."""
+"""The student's weights for a rollout engine: all weights, the base weights below an adapter, or the adapter alone."""
 
 import copy
 import math
@@ -16,32 +16,34 @@ from sekd.models import causal_lm, unwrap
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The student's weights under their checkpoint names, one whole tensor at a time: shards gathered, adapters
-    merged into copies. The training weights themselves are never touched, so that nothing drifts.
+    """The student's weights under their checkpoint names, one whole tensor at a time.
 
+    Shards are gathered, and adapters are merged into copies. The training weights never change, so they cannot drift.
     Under FSDP2 every rank must consume the whole iterator.
     """
     lm = causal_lm(model)
     layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, layer in layers.items():
-        merged = copy.deepcopy(layer)  # one layer at a time; merging itself knows DoRA, biases and embeddings
+        merged = copy.deepcopy(layer)  # one layer at a time; PEFT's merge handles DoRA, biases and embeddings
         merged.merge()
         for leaf, tensor in merged.get_base_layer().state_dict().items():
-            yield f"{name}.{leaf}", _whole(tensor)
+            yield f"{name}.{leaf}", _gather(tensor)
     for name, tensor in lm.state_dict().items():
         if ".original_module." in name or any(name.startswith(f"{layer}.") for layer in layers):
             continue
-        yield name.replace(".modules_to_save.default", ""), _whole(tensor)
+        yield name.replace(".modules_to_save.default", ""), _gather(tensor)
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a LoRA student's adapter is for, as its checkpoint has them: one that is input and output
-    embedding once, under the first name, which is the one that vLLM loads."""
+    """The base weights of a LoRA student under their checkpoint names.
+
+    A weight that is both input and output embedding comes once, under its first name, which is the name vLLM loads.
+    """
     seen = set()
     for name, tensor in causal_lm(model).state_dict(keep_vars=True).items():
         if ".lora_" not in name and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name.replace(".base_layer.", "."), _whole(tensor)
+            yield name.replace(".base_layer.", "."), _gather(tensor)
 
 
 SERVED_LORA = (
@@ -49,23 +51,23 @@ SERVED_LORA = (
     | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
 )
-"""Fields of a LoraConfig that vLLM reads as PEFT does, or that change no result; others must have their defaults."""
+"""Fields of a LoraConfig that vLLM reads as PEFT does, or that change no result. Others must have their defaults."""
 
 
 def extract_adapter(model: nn.Module) -> Adapter | None:
-    """The student's adapter alone, whole tensors of it, if it is one that vLLM can apply: plain LoRA of linear layers
-    before the head. Without one, engines take :func:`full_weights`.
+    """The student's adapter with whole tensors, or None if vLLM could not apply it.
 
-    Under FSDP2 every rank must call it.
+    vLLM applies plain LoRA on linear layers, except the LM head. Other students send :func:`full_weights`.
+    Under FSDP2 every rank must call this.
     """
     inner: Any = unwrap(model)
     configs = getattr(inner, "peft_config", {})
     if [*configs] != ["default"] or type(configs["default"]) is not LoraConfig:
         return None
-    found, plain = configs["default"].to_dict(), LoraConfig().to_dict()
-    if found["init_lora_weights"] in (False, "gaussian"):  # other ways to start may change the base weights
-        found["init_lora_weights"] = True
-    if any(found[name] != plain[name] for name in plain.keys() - SERVED_LORA):
+    settings, defaults = configs["default"].to_dict(), LoraConfig().to_dict()
+    if settings["init_lora_weights"] in (False, "gaussian"):  # other initialisations may change the base weights
+        settings["init_lora_weights"] = True
+    if any(settings[name] != defaults[name] for name in defaults.keys() - SERVED_LORA):
         return None
     layers = {n: m for n, m in causal_lm(model).named_modules() if isinstance(m, BaseTunerLayer)}
     if any("lm_head" in n or not isinstance(m.get_base_layer(), nn.Linear) for n, m in layers.items()):
@@ -73,23 +75,23 @@ def extract_adapter(model: nn.Module) -> Adapter | None:
     if not all(map(_is_as_configured, layers.values())):
         return None
     if any(parameter.requires_grad and "lora_" not in name for name, parameter in inner.named_parameters()):
-        return None  # what is below the adapter changes too
-    found |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    found |= {name: sorted(value) for name, value in found.items() if isinstance(value, set)}
+        return None  # base weights are trained too
+    settings |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    settings |= {name: sorted(value) for name, value in settings.items() if isinstance(value, set)}
     weights = get_peft_model_state_dict(inner, save_embedding_layers=False)
-    return Adapter(found, {name: _whole(tensor) for name, tensor in weights.items()})
+    return Adapter(settings, {name: _gather(tensor) for name, tensor in weights.items()})
 
 
 def _is_as_configured(layer: Any) -> bool:
-    """Whether a LoRA layer does what its configuration says: not merged, switched off or scaled by hand."""
+    """Whether a LoRA layer works as its configuration says: not merged, disabled or rescaled."""
     rank, alpha = layer.r["default"], layer.lora_alpha["default"]
-    plain = alpha / (math.sqrt(rank) if layer.use_rslora.get("default", False) else rank)
-    on = layer.active_adapters == ["default"] and not layer.merged and not layer.disable_adapters
-    return on and math.isclose(layer.scaling["default"], plain)
+    scaling = alpha / (math.sqrt(rank) if layer.use_rslora.get("default", False) else rank)
+    is_active = layer.active_adapters == ["default"] and not layer.merged and not layer.disable_adapters
+    return is_active and math.isclose(layer.scaling["default"], scaling)
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raise ValueError for an adapter whose merged weights no checkpoint of the student's architecture can hold."""
+    """Raise ValueError for an adapter whose merged weights no checkpoint of the student's kind can hold."""
     lm = causal_lm(model)
     adapted = [n for n, m in lm.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     tied = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapted}
@@ -98,10 +100,10 @@ def check_mergeable(model: nn.Module) -> None:
     if tied and lm.config.get_text_config().tie_word_embeddings:
         raise ValueError(
             f"the adapter changes {' and '.join(sorted(tied))}, but this student has one weight for input and output, "
-            "so no engine could take the merged result; leave them out of lora_target_modules and "
+            "so engines cannot load the merged weights; leave them out of lora_target_modules and "
             "lora_modules_to_save, or use rollout_engine: hf"
         )
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gather(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

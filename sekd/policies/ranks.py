@@ -1,4 +1,4 @@
-"""Ranks and budgets: the arithmetic that every choice of rows shares."""
+"""Ranks and budgets: the arithmetic that every choice of positions shares."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -23,12 +23,12 @@ def budgets(valid: Bool[Tensor, "B T"], fraction: float) -> Int[Tensor, " B"]:
 
 
 def ranks(scores: Scores, valid: Valid, descending: bool = True) -> Int[Tensor, "B T"]:
-    """The place of each valid row in its sequence's order of scores, from 0; ties to the lower index.
+    """The rank of each valid position in its sequence's order of scores, from 0; ties go to the lower index.
 
-    Invalid rows come after all valid ones.
+    Invalid positions come after all valid ones.
     """
     largest = torch.finfo(scores.dtype).max
-    # A valid row must come before every invalid one, whatever its score.
+    # A valid position must come before every invalid one, whatever its score.
     keys = torch.where(valid, scores.clamp(-largest, largest), -torch.inf if descending else torch.inf)
     order = keys.argsort(dim=1, descending=descending, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
@@ -42,13 +42,13 @@ def top_k(scores: Scores, valid: Valid, fraction: float = 0.2, step: int = 0, ge
 
 
 def eligible(valid: Valid, skip_first: int, position_ids: Int[Tensor, "B T"] | None = None) -> Valid:
-    """Valid rows less the first ``skip_first`` of each document, unless the sequence has no others (appendix D).
+    """Valid positions without the first ``skip_first`` of each document, or all if no others are left (appendix D).
 
-    Documents of a packed sequence begin where ``position_ids`` is 0; without it each sequence is one.
+    Documents of a packed sequence begin where ``position_ids`` is 0. Without it each sequence is one document.
     """
     if not skip_first:
         return valid
-    before = valid.cumsum(1) - valid.long()  # valid rows to the left
+    before = valid.cumsum(1) - valid.long()  # valid positions to the left
     if position_ids is not None:
         before = before - torch.where(position_ids == 0, before, 0).cummax(1).values
     allowed = valid & (before >= skip_first)
@@ -56,14 +56,14 @@ def eligible(valid: Valid, skip_first: int, position_ids: Int[Tensor, "B T"] | N
 
 
 def check_finite(scores: Scores, valid: Valid) -> None:
-    """Raise FloatingPointError for a score that is not a number: a choice by it would mean nothing."""
+    """Raise FloatingPointError for a score that is not finite: a choice by it would mean nothing."""
     if not scores[valid].isfinite().all():
         raise FloatingPointError("a position score is not finite")
 
 
 def uniform(counts: Int[Tensor, " B"], generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
-    """As many numbers in [0, 1) as each sequence is due, one sequence after the other."""
-    due = counts.tolist()
+    """Uniform numbers in [0, 1), ``counts[b]`` of them for sequence b, concatenated."""
+    numbers = counts.tolist()
     if not isinstance(generator, Sequence):
-        return torch.rand(sum(due), generator=generator, dtype=dtype)
-    return torch.cat([torch.rand(n, generator=g, dtype=dtype) for n, g in zip(due, generator, strict=True)])
+        return torch.rand(sum(numbers), generator=generator, dtype=dtype)
+    return torch.cat([torch.rand(n, generator=g, dtype=dtype) for n, g in zip(numbers, generator, strict=True)])

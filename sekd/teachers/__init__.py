@@ -1,25 +1,57 @@
 """Where the teacher's distributions come from."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sekd.types import Batch
+from sekd.classes import ClassSelection
+from sekd.teachers.live import LiveTeacher, ModelSource
+from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState
+
+__all__ = ["LiveTeacher", "ModelSource", "Teacher", "TeacherSource"]
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A source of teacher distributions, asked once a batch for its rows and then a chunk at a time for logits."""
+    """A source of teacher distributions: read once a batch, then asked for the chosen positions only."""
 
-    def rows(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the teacher keeps of the N valid rows of the batch: tensors of N rows, small against [N V].
+    has_logits: bool
+    """Whether it has the distribution over all classes, at any position: evaluation needs it."""
 
-        A teacher that reads the tokens reads those of ``batch.for_teacher``.
-        """
+    def read(self, batch: Batch) -> TeacherState:
+        """What the teacher keeps of the batch's N valid positions. It reads the tokens of ``batch.for_teacher``."""
 
-    def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
-        """Logits (or log-probabilities) of a chunk of those rows."""
+    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+        """What scores may read of a chunk of positions, as the teacher's fields of :class:`sekd.scores.Rows`."""
 
-    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
-        """What it knows of a chunk of those rows, as the fields of :class:`sekd.scores.Rows`."""
+    def logits(self, state: TeacherState) -> Tensor:
+        """Logits [N V] of a chunk of positions, where ``has_logits``."""
+
+    def targets(
+        self,
+        positions: Positions,
+        classes: ClassSelection,
+        temperature: float,
+        draw: Callable[[], Tensor],
+        chunk_rows: int,
+    ) -> DenseTargets | SparseTargets:
+        """What the student learns at the chosen positions; ``draw()`` gives uniform numbers [N U] for the classes."""
+
+
+@runtime_checkable
+class TeacherSource(Protocol):
+    """How a run gets its teacher: what can be checked comes first, weights are loaded last."""
+
+    model: PreTrainedModel | None
+    """The teacher's model once :meth:`load` has run; None for a source without a model."""
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ValueError if this teacher cannot teach a student with this tokenizer."""
+
+    def load(self, attention: str | None) -> None:
+        """Load what is large, with the attention implementation of the student."""
+
+    def connect(self, student: nn.Module, dataset: Any, packed: bool) -> tuple[Teacher, int]:
+        """The teacher of this student on these prepared samples, and the number of their common classes."""

@@ -1,29 +1,85 @@
 """A teacher model in memory."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sekd.models import get_head, hidden_states
-from sekd.types import Batch
+from sekd.classes import ClassSelection, trim
+from sekd.config import SEKDConfig
+from sekd.data.prepare import check_same_tokenizer
+from sekd.heads import in_chunks
+from sekd.models import check_head, common_vocab, freeze, get_head, hidden_states, load_teacher
+from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState
 
 
 class LiveTeacher:
-    """A teacher model in memory: one backbone pass a batch; its head reads only the rows that are asked for."""
+    """A model as :class:`sekd.teachers.Teacher`: one backbone pass a batch; its head reads only what is asked for.
+
+    ``vocab`` is the number of classes that it shares with the student.
+    """
+
+    has_logits = True
 
     def __init__(self, model: nn.Module, vocab: int | None = None) -> None:
         self.model = model
         self.head = get_head(model, vocab)
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> tuple[Float[Tensor, "N D"]]:
+    def read(self, batch: Batch) -> TeacherState:
+        """``hidden`` [N D] of the valid positions."""
         batch = batch.for_teacher
-        return (hidden_states(self.model, batch)[batch.valid],)
+        return {"hidden": hidden_states(self.model, batch)[batch.valid]}
 
     @torch.no_grad()
-    def logits(self, *rows: Tensor) -> Float[Tensor, "N V"]:
-        (hidden,) = rows
-        return self.head(hidden)
+    def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
+        return self.head(state["hidden"])
 
-    def for_scores(self, *rows: Tensor) -> dict[str, Tensor]:
-        return {"teacher_logp": self.logits(*rows).log_softmax(-1)}
+    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+        return {"teacher_logp": self.logits(state).log_softmax(-1)}
+
+    @torch.no_grad()
+    def targets(
+        self,
+        positions: Positions,
+        classes: ClassSelection,
+        temperature: float,
+        draw: Callable[[], Tensor],
+        chunk_rows: int,
+    ) -> DenseTargets | SparseTargets:
+        if classes.select is None:
+            return DenseTargets(positions.teacher, self.logits)
+
+        def select(positions: Positions, draws: Tensor) -> tuple[Tensor, Tensor]:
+            targets = classes.from_logits(self.logits(positions.teacher), draws, temperature)
+            return targets.ids, targets.probs
+
+        return trim(SparseTargets(*in_chunks(select, (positions, draw()), chunk_rows)))
+
+
+class ModelSource:
+    """A model, or the name of one, as :class:`sekd.teachers.TeacherSource`."""
+
+    def __init__(self, model: str | PreTrainedModel, args: SEKDConfig) -> None:
+        self.name = model if isinstance(model, str) else None
+        self.model: PreTrainedModel | None = None if isinstance(model, str) else model
+        self.args = args
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self.name is not None:
+            own = AutoTokenizer.from_pretrained(self.name, revision=self.args.teacher_model_revision)
+            check_same_tokenizer(tokenizer, own)
+
+    def load(self, attention: str | None) -> None:
+        if self.name is not None:
+            self.model = load_teacher(self.name, self.args, attention)
+
+    def connect(self, student: nn.Module, dataset: Any, packed: bool) -> tuple[LiveTeacher, int]:
+        assert self.model is not None
+        teacher = freeze(self.model).to(self.args.device)
+        check_head(teacher, packed)
+        vocab = common_vocab(student, teacher)
+        return LiveTeacher(teacher, vocab), vocab

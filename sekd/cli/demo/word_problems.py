@@ -13,14 +13,14 @@ BOXES = ("boxes", "bags", "jars", "packs")
 GAINS = ("buys {k} more", "finds {k} more", "wins {k} more", "gets {k} more from {other}")
 LOSSES = ("loses {k}", "sells {k}", "gives {k} to {other}", "uses {k}")
 
-# A token is a whole number, a word with the space before it (and the one after it when a number follows), or a
+# A token is a whole number, a word with the space before it (and the space after it if a number follows), or a
 # piece of the `<<3+4=7>>7` notation. A number is therefore the same single token wherever it stands.
 TOKEN_PATTERN = r"\d+|#### | = <<|>>| [+\-*] |[+\-*=]|\.\n| ?[A-Za-z]+(?: (?=\d))?|[.?,\n]|."
 ANSWER_PATTERN = re.compile(r"#### (-?\d+)")
 
 
 class _Story:
-    """One problem as it is being written: the sentences of the question and the worked lines of the answer."""
+    """An unfinished problem: the sentences of the question and the worked lines of the answer."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -51,7 +51,7 @@ class _Story:
             self.sentences.append(f"{self.name} has {boxes} {rng.choice(BOXES)} of {each} {self.items}.")
             self.total = self.calculate(f"{self.name} has", boxes, "*", each, self.items)
 
-    def go_on(self) -> None:
+    def add_event(self) -> None:
         """Let the person gain or lose a few."""
         gain, k = self.rng.random() < 0.5, self.rng.randint(2, 6)
         event = self.rng.choice(GAINS if gain else LOSSES).format(k=k, other=self.other)
@@ -75,12 +75,12 @@ class _Story:
             self.sentences.append(f"How many {self.items} does {self.name} have?")
 
 
-def _write_problem(rng: random.Random) -> dict[str, str] | None:
-    """Write one problem; None if it has the wrong number of steps or its numbers leave 0..LARGEST."""
+def _make_problem(rng: random.Random) -> dict[str, str] | None:
+    """Make one problem; None if it has the wrong number of steps or its numbers leave 0..LARGEST."""
     story = _Story(rng)
     story.begin()
     for _ in range(rng.randint(1, 2)):
-        story.go_on()
+        story.add_event()
     story.finish()
     results = [int(line.split(">>")[1].split()[0]) for line in story.lines]
     if not 2 <= len(results) <= 4 or min(results) < 0 or max(results) > LARGEST:
@@ -93,7 +93,7 @@ def make_problems(n: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     problems: dict[str, dict[str, str]] = {}
     while len(problems) < n:
-        problem = _write_problem(rng)
+        problem = _make_problem(rng)
         if problem is not None:
             problems.setdefault(problem["question"], problem)
     return list(problems.values())
@@ -120,7 +120,7 @@ def build_tokenizer(problems: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     )
 
 
-def final_answer(text: str) -> str | None:
-    """Return the number on the last `#### N` line, or None where there is none."""
-    found = ANSWER_PATTERN.findall(text)
-    return found[-1] if found else None
+def extract_answer(text: str) -> str | None:
+    """Return the number on the last `#### N` line, or None if there is no such line."""
+    numbers = ANSWER_PATTERN.findall(text)
+    return numbers[-1] if numbers else None

@@ -1,5 +1,6 @@
-"""``sekd demo``: the main job, from nothing, in a few minutes on a CPU."""
+"""The main job, from nothing, in a few minutes on a CPU."""
 
+import importlib.util
 import json
 import os
 import time
@@ -14,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, 
 from transformers.utils import logging
 
 from rollouts import HFEngine
-from sekd.cli import build, recipe_folder
+from sekd.cli.demo.word_problems import build_tokenizer, extract_answer, make_problems
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.data.load import load_rows
 from sekd.data.prepare import prepare
+from sekd.recipe import Run, list_recipes
 from sekd.types import IGNORE
-from sekd.word_problems import build_tokenizer, final_answer, make_problems
 
 TRAIN, HELD_OUT = 4000, 200
 TEACHER = dict(hidden=192, layers=3, heads=3, steps=200)
@@ -28,13 +29,13 @@ STUDENT = dict(hidden=160, layers=2, heads=3, steps=100)
 PROMPT = "{prompt}\n"
 
 
-def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
-    """Make task, teacher and student in ``folder``, distil twice, and print exact match on held-out problems, in %.
+def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
+    """Make the task, the teacher and the student in ``folder``, and distil twice.
 
-    ``overrides`` beat ``recipes/demo.yaml``, by key.
+    Prints and returns exact match on held-out problems, in percent. ``overrides`` beat ``recipes/demo.yaml``, by key.
     """
     started = time.monotonic()
-    # Files of a few megabytes need no bars of their own.
+    # Files of a few megabytes need no progress bars.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     set_seed(seed)
@@ -46,18 +47,19 @@ def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
     with open(data, "w") as file:
         file.writelines(json.dumps(problem) + "\n" for problem in train)
 
-    found, seconds = {}, {}
+    matches, seconds = {}, {}
     for name, size in (("teacher", TEACHER), ("student", STUDENT)):
-        begun = time.monotonic()
+        phase_started = time.monotonic()
         model = make_model(tokenizer, size["hidden"], size["layers"], size["heads"], seed)
-        fit(model, tokenizer, data, size["steps"], seed, f"{name}: cross-entropy")
+        train_from_scratch(model, tokenizer, data, size["steps"], seed, f"{name}: cross-entropy")
         model.save_pretrained(os.path.join(folder, name))
         tokenizer.save_pretrained(os.path.join(folder, name))
         label = "teacher" if name == "teacher" else "student before"
-        found[label], seconds[label] = exact_match(model, tokenizer, held_out), time.monotonic() - begun
+        matches[label] = measure_exact_match(model, tokenizer, held_out)
+        seconds[label] = time.monotonic() - phase_started
 
     for label, policy in (("SE-KD 20 %", "top_k"), ("Full KD", "all")):
-        begun = time.monotonic()
+        phase_started = time.monotonic()
         print(f"student: {label}, on-policy")
         keys = {
             "model_name_or_path": os.path.join(folder, "student"),
@@ -66,18 +68,18 @@ def demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
             "output_dir": os.path.join(folder, "sekd" if policy == "top_k" else "full_kd"),
             "position_policy": policy,
             "seed": str(seed),
-            "rollout_engine": default_engine(),
+            "rollout_engine": choose_engine(),
             **overrides,
         }
         flags = [part for key, value in keys.items() for part in (f"--{key}", value)]
-        trainer, _ = build(os.path.join(recipe_folder(), "demo.yaml"), flags)
+        trainer = Run.parse(list_recipes()["demo"], flags).trainer()
         trainer.train()
         trainer.save_model()
         trainer.close()
-        found[f"student after {label}"] = exact_match(trainer.model, tokenizer, held_out)
-        seconds[f"student after {label}"] = time.monotonic() - begun
-    show(found, seconds, seed, time.monotonic() - started)
-    return found
+        matches[f"student after {label}"] = measure_exact_match(trainer.model, tokenizer, held_out)
+        seconds[f"student after {label}"] = time.monotonic() - phase_started
+    show_matches(matches, seconds, seed, time.monotonic() - started)
+    return matches
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, heads: int, seed: int) -> Qwen3ForCausalLM:
@@ -101,7 +103,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, hea
     return Qwen3ForCausalLM(config)
 
 
-def fit(
+def train_from_scratch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str,
@@ -134,30 +136,28 @@ def fit(
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def exact_match(
+def measure_exact_match(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[dict[str, str]]
 ) -> float:
     """Share of greedy answers whose number is right, in percent."""
     engine = HFEngine(model, temperature=0.0, max_completion_length=64, batch_size=100)
     prompts = tokenizer([PROMPT.replace("{prompt}", problem["question"]) for problem in problems])["input_ids"]
     texts = [tokenizer.decode(rollout.completion_ids) for rollout in engine.generate(prompts)]
-    right = [final_answer(t) == final_answer(p["answer"]) for t, p in zip(texts, problems, strict=True)]
+    right = [extract_answer(t) == extract_answer(p["answer"]) for t, p in zip(texts, problems, strict=True)]
     return 100 * sum(right) / len(right)
 
 
-def default_engine() -> str:
-    """vLLM where it is installed, else transformers."""
-    import importlib.util
-
+def choose_engine() -> str:
+    """vLLM if it is installed, else transformers."""
     return "vllm" if importlib.util.find_spec("vllm") else "hf"
 
 
-def show(found: dict[str, float], seconds: dict[str, float], seed: int, total: float) -> None:
+def show_matches(matches: dict[str, float], seconds: dict[str, float], seed: int, total: float) -> None:
     """Print the table that the demo ends with."""
     table = Table(title=f"exact match on {HELD_OUT} held-out problems (seed {seed}, {total:.0f} s in all)")
     table.add_column("model")
     table.add_column("exact match", justify="right")
     table.add_column("seconds", justify="right")
-    for name, value in found.items():
+    for name, value in matches.items():
         table.add_row(name, f"{value:.1f} %", f"{seconds[name]:.0f}")
     Console().print(table)

@@ -5,8 +5,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-import sekd.demo
-from sekd.word_problems import build_tokenizer, final_answer, make_problems
+from sekd.cli.demo import pipeline
+from sekd.cli.demo.word_problems import build_tokenizer, extract_answer, make_problems
 
 
 def test_problems_are_repeatable_distinct_and_right():
@@ -20,8 +20,8 @@ def test_problems_are_repeatable_distinct_and_right():
         for line in lines:
             sum_, result = line.split("<<")[1].split(">>")[0].split("=")
             assert eval(sum_) == int(result)
-        assert last == f"#### {final_answer(problem['answer'])}"
-        assert lines[-1].split("=")[-1].startswith(f"{final_answer(problem['answer'])}>>")
+        assert last == f"#### {extract_answer(problem['answer'])}"
+        assert lines[-1].split("=")[-1].startswith(f"{extract_answer(problem['answer'])}>>")
 
 
 def test_the_tokenizer_round_trips(tmp_path):
@@ -36,24 +36,24 @@ def test_the_tokenizer_round_trips(tmp_path):
         assert whole == tokenizer(problem["question"] + "\n")["input_ids"] + ids
 
 
-def test_final_answer():
-    assert final_answer("2 + 2\n#### 4<eos>") == "4"
-    assert final_answer("I do not know") is None
+def test_extract_answer():
+    assert extract_answer("2 + 2\n#### 4<eos>") == "4"
+    assert extract_answer("I do not know") is None
 
 
 @pytest.mark.slow
 def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     """Its real size takes minutes; the path is the same."""
-    monkeypatch.setattr(sekd.demo, "TEACHER", dict(hidden=64, layers=1, heads=1, steps=3))
-    monkeypatch.setattr(sekd.demo, "STUDENT", dict(hidden=64, layers=1, heads=1, steps=2))
-    monkeypatch.setattr(sekd.demo, "TRAIN", 200)
-    monkeypatch.setattr(sekd.demo, "HELD_OUT", 20)
+    monkeypatch.setattr(pipeline, "TEACHER", dict(hidden=64, layers=1, heads=1, steps=3))
+    monkeypatch.setattr(pipeline, "STUDENT", dict(hidden=64, layers=1, heads=1, steps=2))
+    monkeypatch.setattr(pipeline, "TRAIN", 200)
+    monkeypatch.setattr(pipeline, "HELD_OUT", 20)
     torch.manual_seed(0)
-    found = sekd.demo.demo(str(tmp_path), seed=0, max_steps="3")
-    assert [*found] == ["teacher", "student before", "student after SE-KD 20 %", "student after Full KD"]
+    matches = pipeline.run_demo(str(tmp_path), seed=0, max_steps="3")
+    assert [*matches] == ["teacher", "student before", "student after SE-KD 20 %", "student after Full KD"]
     for folder, policy in (("sekd", "top_k"), ("full_kd", "all")):
         assert yaml.safe_load((tmp_path / folder / "recipe.yaml").read_text())["position_policy"] == policy
     out = capsys.readouterr().out
     assert "exact match on 20 held-out problems" in out
-    for label in found:
+    for label in matches:
         assert label in out

@@ -1,0 +1,272 @@
+"""The keys of a recipe, by group, as ``sekd train --help`` shows them.
+
+``python -m sekd.cli.fields`` writes them to train_help.txt, so that showing them imports nothing.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from typing import Any
+
+import yaml
+
+from sekd.cli.train import HELP_FILE
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "models": (
+        "model_name_or_path",
+        "teacher_model_name_or_path",
+        "model_revision",
+        "teacher_model_revision",
+        "dtype",
+        "teacher_dtype",
+        "attn_implementation",
+    ),
+    "data": (
+        "dataset_name",
+        "dataset_config",
+        "dataset_train_split",
+        "dataset_test_split",
+        "dataset_streaming",
+        "prompt_column",
+        "completion_column",
+        "messages_column",
+        "text_column",
+        "prompt_template",
+        "use_chat_template",
+        "chat_template_kwargs",
+        "system_prompt",
+        "max_length",
+        "max_prompt_length",
+        "overlong_prompts",
+        "packing",
+        "text_prompt_length",
+        "supervise_prompt",
+        "teacher_system_prompt",
+        "teacher_prompt_prefix",
+    ),
+    "what is distilled: positions and divergence": (
+        "lmbda",
+        "position_score",
+        "position_policy",
+        "position_fraction",
+        "divergence",
+        "kd_weight",
+        "kd_temperature",
+        "position_skip",
+        "score_normalization",
+        "score_source",
+        "score_logprobs",
+        "curriculum_steps",
+        "gls_queue_size",
+        "pos_rs_exponent",
+        "pos_rs_coverage",
+        "bandit_alpha",
+        "bandit_ridge",
+        "jsd_beta",
+        "skew_alpha",
+        "decoupled_alpha",
+        "decoupled_beta",
+    ),
+    "classes": ("class_selection", "class_samples", "sampled_softmax"),
+    "samples": ("sample_fraction", "sample_score", "sample_pool", "samples_file"),
+    "the teacher cache": ("teacher_cache", "cache_teacher_entropy"),
+    "rollouts": (
+        "rollout_engine",
+        "max_completion_length",
+        "rollouts_per_prompt",
+        "rollout_batches",
+        "rollout_staleness",
+        "rollout_server_urls",
+        "rollout_timeout",
+        "rollout_transfer",
+        "save_rollouts",
+        "rollouts",
+        "log_completions_steps",
+        "vllm_gpu_memory_utilization",
+        "vllm_enforce_eager",
+        "vllm_sleep",
+        "vllm_kv_cache_gib",
+    ),
+    "sampling": ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_strings"),
+    "training": (
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "max_grad_norm",
+        "seed",
+        "data_seed",
+        "bf16",
+        "fp16",
+        "gradient_checkpointing",
+        "head_chunk_rows",
+        "train_sampling_strategy",
+        "dataloader_num_workers",
+        "use_cpu",
+    ),
+    "LoRA and quantization": (
+        "use_peft",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_modules_to_save",
+        "use_rslora",
+        "use_dora",
+        "load_in_4bit",
+        "load_in_8bit",
+        "bnb_4bit_quant_type",
+        "use_bnb_nested_quant",
+    ),
+    "evaluation": (
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "eval_dataset_name",
+        "max_eval_samples",
+        "per_device_eval_batch_size",
+    ),
+    "output and logging": (
+        "output_dir",
+        "resume_from_checkpoint",
+        "logging_steps",
+        "logging_first_step",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "save_only_model",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "push_to_hub",
+        "hub_model_id",
+        "remove_unused_columns",
+        "logging_nan_inf_filter",
+    ),
+}
+"""A field of SEKDConfig that is in no group is shown last."""
+
+FOREIGN = {
+    # TRL's ScriptArguments and ModelConfig
+    "model_name_or_path": "Folder or hub id of the student.",
+    "model_revision": "Branch, tag or commit of the student.",
+    "dtype": "Weights of the student in memory: float32, bfloat16, float16, or auto as they were saved. Whole students "
+    "train best in float32, under bf16 autocast.",
+    "attn_implementation": "Attention of both models: eager, sdpa, flash_attention_2, or a kernel's name on the hub.",
+    "dataset_name": "Training rows: a json, jsonl, csv or parquet file, a folder or glob of them, or a hub id.",
+    "dataset_config": "Configuration (subset) of a hub dataset.",
+    "dataset_train_split": "Split to train on; a slice such as train[64:] works too.",
+    "dataset_test_split": "Split to evaluate on; a local file needs a slice here, such as train[:64].",
+    "dataset_streaming": "Read the data as a stream instead of downloading it first.",
+    "use_peft": "Train a LoRA adapter instead of the whole student.",
+    "lora_r": "Rank of the adapter.",
+    "lora_alpha": "Scale of the adapter: its product is multiplied by lora_alpha / lora_r.",
+    "lora_dropout": "Dropout in front of the adapter.",
+    "lora_target_modules": "Layers that get an adapter, by name; PEFT's choice for the model type if not given.",
+    "lora_modules_to_save": "Layers that are trained whole beside the adapter.",
+    "use_rslora": "Scale by lora_alpha / sqrt(lora_r), which suits high ranks.",
+    "use_dora": "Train magnitude and direction of the weights apart (DoRA).",
+    "load_in_4bit": "Hold the frozen student in 4 bits (QLoRA); needs use_peft and bitsandbytes, and on-policy "
+    "rollout_engine hf.",
+    "load_in_8bit": "Hold the frozen student in 8 bits; needs what load_in_4bit needs.",
+    "bnb_4bit_quant_type": "4-bit data type: nf4 or fp4.",
+    "use_bnb_nested_quant": "Quantize the scales of 4-bit weights too.",
+    # transformers' TrainingArguments
+    "max_steps": "Optimizer steps; above 0 it beats num_train_epochs.",
+    "num_train_epochs": "Passes over the data; a fraction is allowed.",
+    "per_device_train_batch_size": "Sequences of a micro-batch on each device.",
+    "gradient_accumulation_steps": "Micro-batches of an optimizer step; the loss is the mean over all their sequences.",
+    "lr_scheduler_type": "How the learning rate changes: linear, cosine, constant, constant_with_warmup, ...",
+    "warmup_steps": "Steps in which the learning rate rises from 0; below 1, the share of all steps.",
+    "optim": "Optimizer: adamw_torch_fused, adamw_torch, adamw_8bit (needs bitsandbytes), adafactor, ...",
+    "weight_decay": "Weight decay of AdamW; biases and norms have none.",
+    "adam_beta1": "Decay of AdamW's mean of the gradients.",
+    "adam_beta2": "Decay of AdamW's mean of the squared gradients.",
+    "max_grad_norm": "Clip the gradient's norm to this; 0 does not clip.",
+    "seed": "Seed of all draws: data order, positions, classes, rollouts, the adapter's initial weights.",
+    "data_seed": "Seed of the data order alone; seed if not given.",
+    "fp16": "fp16 autocast with loss scaling, for GPUs without bf16.",
+    "gradient_checkpointing": "Compute activations again in the backward pass: less memory, slower steps.",
+    "train_sampling_strategy": "Order of the data: random or sequential.",
+    "dataloader_num_workers": "Processes that load data beside each training process.",
+    "use_cpu": "Train on the CPU although there is a GPU.",
+    "eval_strategy": "When to evaluate: no, steps (every eval_steps) or epoch.",
+    "eval_steps": "Steps between evaluations; logging_steps if not given.",
+    "eval_on_start": "Evaluate once before the first step.",
+    "per_device_eval_batch_size": "Sequences of a batch on each device in evaluation and in sample scoring.",
+    "output_dir": "Folder of the student, checkpoints, metrics and samples; trainer_output if not given.",
+    "resume_from_checkpoint": "true resumes from the last checkpoint in output_dir; or a checkpoint's folder.",
+    "logging_first_step": "Log the first step too.",
+    "save_strategy": "When to save a checkpoint: no, steps (every save_steps) or epoch.",
+    "save_steps": "Steps between checkpoints; below 1, a share of all steps.",
+    "save_total_limit": "Keep only this number of checkpoints, the newest.",
+    "save_only_model": "Leave optimizer and random states out of checkpoints: smaller, but no run can resume.",
+    "report_to": "Trackers to report to: wandb, tensorboard, trackio, ..., all or none.",
+    "run_name": "Name of the run in the trackers.",
+    "disable_tqdm": "Show no progress bars.",
+    "push_to_hub": "Upload the student to the Hugging Face hub whenever it is saved.",
+    "hub_model_id": "Repository to upload to; the name of output_dir if not given.",
+}
+"""Help for keys of other libraries that recipes often use."""
+
+
+def list_fields() -> dict[str, Field]:
+    """Every key of a recipe -> its dataclass field; SEKDConfig's own beat those it inherits."""
+    from trl import ModelConfig, ScriptArguments
+
+    from sekd.config import SEKDConfig
+
+    return {f.name: f for record in (ScriptArguments, ModelConfig, SEKDConfig) for f in fields(record) if f.init}
+
+
+def list_own_fields() -> list[str]:
+    """The fields that SEKDConfig defines, or defines again with another default."""
+    from sekd.config import SEKDConfig
+
+    return [f.name for f in fields(SEKDConfig) if f.name in SEKDConfig.__annotations__ and f.init]
+
+
+def format_help() -> str:
+    """The text of train_help.txt."""
+    known, own = list_fields(), list_own_fields()
+    shown = {name for names in GROUPS.values() for name in names}
+    groups = {**GROUPS, "more": tuple(name for name in own if name not in shown)}
+    lines = ["keys of a recipe, with their defaults (null: not set):"]
+    for title, names in groups.items():
+        if names:
+            lines += ["", f"{title}:"]
+        for name in names:
+            lines += _format_field(known[name], known[name].metadata["help"] if name in own else FOREIGN[name])
+    return "\n".join(lines) + "\n"
+
+
+def _format_field(field: Field, text: str) -> Iterator[str]:
+    yield f"  {field.name}: {format_default(field)}"
+    yield textwrap.fill(text.replace("%%", "%"), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def format_default(field: Field) -> str:
+    """The default of a field as a recipe would spell it."""
+    value: Any = field.default_factory() if field.default_factory is not MISSING else field.default
+    if isinstance(value, Enum):
+        value = value.value
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+
+
+def main() -> None:
+    with open(HELP_FILE, "w", encoding="utf-8") as file:
+        file.write(format_help())
+    print(f"wrote {HELP_FILE}")
+
+
+if __name__ == "__main__":
+    main()

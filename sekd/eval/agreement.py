@@ -1,0 +1,27 @@
+"""Does the sampler's entropy choose the positions that exact entropy would choose?"""
+
+import torch
+from torch import Tensor
+
+from sekd.heads import Head, chunked_entropy
+from sekd.policies.ranks import top_k
+from sekd.types import Batch, Positions
+
+AGREEMENT_STEPS = 10
+"""Optimizer steps between two checks."""
+
+
+@torch.no_grad()
+def measure_agreement(
+    head: Head, positions: Positions, batch: Batch, fraction: float, chunk_rows: int
+) -> dict[str, Tensor]:
+    """Overlap of the top positions under exact and under sampler entropy, on the batch's first sequence.
+
+    ``agreement`` counts the positions that both choose, ``agreement_positions`` those that exact entropy chooses.
+    """
+    assert batch.student_entropy is not None
+    valid = batch.valid[:1]
+    exact = torch.zeros(valid.shape, device=positions.device)
+    exact = exact.masked_scatter(valid, chunked_entropy(positions.hidden[: int(valid.sum())], head, chunk_rows))
+    by_exact, by_sampler = (top_k(scores, valid, fraction) > 0 for scores in (exact, batch.student_entropy[:1]))
+    return {"agreement": (by_exact & by_sampler).sum(), "agreement_positions": by_exact.sum()}

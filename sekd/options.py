@@ -1,0 +1,24 @@
+"""Options of strategies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a policy or divergence, and the field of :class:`sekd.config.SEKDConfig` that sets it.
+
+    ``is_valid`` tells whether a value can work. ``hint`` follows the field and the value in the error.
+    """
+
+    field: str
+    default: float
+    is_valid: Callable[[Any], bool]
+    hint: str
+    help: str
+
+    def check(self, value: Any, label: str | None = None) -> None:
+        """Raise ValueError for an invalid value; ``label`` stands for the field in the message."""
+        if not self.is_valid(value):
+            raise ValueError(f"{label or self.field} {value} {self.hint}")

@@ -1,0 +1,304 @@
+"""A recipe becomes rows, samples, a cache and a trainer. Each method imports what it needs when it is called."""
+
+import difflib
+import os
+import sys
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+    from sekd.cache.store import Store
+    from sekd.config import SEKDConfig
+    from sekd.trainer import SEKDTrainer
+
+
+@dataclass
+class Run:
+    """The three records that a recipe and the command line fill in.
+
+    ``script`` is TRL's ScriptArguments (the data), ``args`` the :class:`SEKDConfig`, ``model`` TRL's ModelConfig (the
+    student). Every method raises ValueError for an invalid recipe or invalid data, and loads models last.
+    """
+
+    script: Any
+    args: "SEKDConfig"
+    model: Any
+
+    @classmethod
+    def parse(cls, recipe: str, overrides: Sequence[str] = ()) -> "Run":
+        """The run that a recipe (a file, or the name of a shipped recipe) and the command line describe.
+
+        Raises:
+            ValueError: as :func:`parse_recipe`; no student, or no training data.
+        """
+        run = cls(*parse_recipe(recipe, overrides))
+        if run.model.model_name_or_path is None:
+            raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
+        if run.script.dataset_name is None and run.args.rollouts is None:
+            raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
+        if run.script.dataset_streaming and run.args.rollouts is None:
+            run.args.check_stream()
+        return run
+
+    @property
+    def resume(self) -> str | None:
+        """The checkpoint that ``resume_from_checkpoint`` asks for: a folder, or for true the last one in output_dir.
+
+        Raises:
+            ValueError: true, and output_dir has no checkpoint.
+        """
+        from transformers.trainer_utils import get_last_checkpoint
+
+        name, folder = self.args.resume_from_checkpoint, str(self.args.output_dir)
+        if name not in ("true", "True", True):
+            return name
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in output_dir {folder!r}")
+        return checkpoint
+
+    def rows(self) -> "Dataset | IterableDataset":
+        """The training rows: ``dataset_name``, or the rollouts that ``rollouts`` replays instead."""
+        from sekd.data.encode import ROLLOUT_COLUMNS
+        from sekd.data.load import load_rows
+
+        script, rollouts = self.script, self.args.rollouts
+        if rollouts is None:
+            config, split = script.dataset_config, script.dataset_train_split
+            return load_rows(script.dataset_name, config, split, script.dataset_streaming)
+        path = os.path.abspath(os.path.expanduser(rollouts))  # a path, though it may look like a hub id
+        rows = load_rows(path, field="rollouts")
+        if missing := [column for column in ROLLOUT_COLUMNS if column not in rows.column_names]:
+            raise ValueError(
+                f"rollouts {rollouts!r} lacks the columns {' and '.join(missing)}: write it with save_rollouts, or "
+                "name other data in dataset_name"
+            )
+        return rows
+
+    def held_out_rows(self) -> "Dataset | IterableDataset | None":
+        """The rows to evaluate on; None without evaluation.
+
+        Raises:
+            ValueError: evaluation without held-out data.
+        """
+        from sekd.data.load import is_local, load_rows
+
+        script, args = self.script, self.args
+        if not args.eval_on_start and args.eval_strategy == "no":
+            return None
+        name = args.eval_dataset_name or script.dataset_name
+        is_slice = "[" in script.dataset_test_split
+        if name is None or (args.eval_dataset_name is None and is_local(name) and not is_slice):
+            raise ValueError(
+                "evaluation needs data of its own: set eval_dataset_name, or slice the file, for example "
+                "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
+            )
+        return load_rows(name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
+
+    def trainer(self) -> "SEKDTrainer":
+        """The trainer, with its data prepared and its models loaded."""
+        from trl import get_peft_config
+
+        from sekd.trainer import SEKDTrainer
+
+        return SEKDTrainer(
+            model=self.model.model_name_or_path,
+            args=self.args,
+            train_dataset=self.rows(),
+            eval_dataset=self.held_out_rows(),
+            peft_config=get_peft_config(self.model),
+            model_init_kwargs=self._model_init_kwargs(),
+            recipe_records=(self.script, self.args, self.model),
+        )
+
+    def choose_samples(self) -> dict[str, Any]:
+        """The choice of samples: made, or read if it was made before. The teacher is loaded only for a score of it."""
+        if self.args.sample_fraction == 1:
+            raise ValueError(
+                "sample_fraction is 1, which keeps every sample; set it, for example --sample_fraction 0.2"
+            )
+        self._check_sample_score()
+        return self._choose(*self._prepare())
+
+    def build_cache(self, engine: str = "local", workers: int | None = None) -> "Store":
+        """Build the cache of the kept samples in ``teacher_cache`` (``--output``), or resume an unfinished build.
+
+        Only one model is in memory at a time: the student while it scores samples, then the teacher, here or in the
+        ``workers`` of ``engine`` "ray".
+
+        Raises:
+            ValueError: an invalid recipe, invalid data, or a folder with another cache.
+        """
+        args = self.args
+        if args.teacher_cache is None:
+            raise ValueError("there is no folder for the cache: add --output DIR")
+        if args.teacher_model_name_or_path is None:
+            raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
+        from transformers import AutoConfig, AutoTokenizer
+
+        from sekd.cache.build import build_cache, check_build
+        from sekd.cache.readers import RayReaders, load_reader
+        from sekd.data.prepare import check_same_tokenizer, is_packed
+
+        check_build(args.teacher_cache, args, engine, workers)
+        tokenizer, dataset = self._prepare()
+        if args.sample_fraction < 1:
+            dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])
+        name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
+        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=revision))
+        config = AutoConfig.from_pretrained(self.model.model_name_or_path, revision=self.model.model_revision or "main")
+        load = partial(
+            load_reader,
+            args,
+            self.model.attn_implementation,
+            config.get_text_config().vocab_size,
+            is_packed(dataset),
+        )
+        if engine == "local":
+            return build_cache(dataset, load(args.device), tokenizer, args, args.teacher_cache)
+        with closing(RayReaders(workers or 1, load)) as readers:
+            return build_cache(dataset, readers, tokenizer, args, args.teacher_cache)
+
+    def plan(self, known: Collection[str] = ()) -> dict[str, Any]:
+        """What the recipe says about its cache's size: draws, fraction, and unless they are ``known``, positions
+        (``sample_pool`` full samples) and the common vocabulary."""
+        args, model = self.args, self.model
+        plan: dict[str, Any] = {"draws": args.class_samples, "fraction": args.sample_fraction}
+        if "positions" not in known and args.sample_pool is not None:
+            plan["positions"] = args.sample_pool * args.max_length
+        if "vocab" not in known:
+            from transformers import AutoConfig
+
+            names = {model.model_name_or_path: model.model_revision}
+            if args.teacher_model_name_or_path is not None:
+                names[args.teacher_model_name_or_path] = args.teacher_model_revision
+            configs = [AutoConfig.from_pretrained(name, revision=revision) for name, revision in names.items()]
+            plan["vocab"] = min(config.get_text_config().vocab_size for config in configs)
+        return plan
+
+    def _prepare(self) -> "tuple[PreTrainedTokenizerBase, Dataset]":
+        """The student's tokenizer and the samples to choose from."""
+        from datasets import IterableDataset
+        from transformers import AutoTokenizer
+
+        from sekd.samples import prepare_samples
+
+        rows = self.rows()
+        if isinstance(rows, IterableDataset) and self.args.sample_pool is None:
+            raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
+        name, revision = self.model.model_name_or_path, self.model.model_revision or "main"
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return tokenizer, prepare_samples(rows, tokenizer, self.args)
+
+    def _choose(self, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> dict[str, Any]:
+        from sekd.models import load_model, load_teacher
+        from sekd.samples import choose_samples
+
+        args, teacher = self.args, None
+        student = load_model(self.model.model_name_or_path, **self._model_init_kwargs())
+        if self._check_sample_score():
+            teacher = load_teacher(str(args.teacher_model_name_or_path), args, self.model.attn_implementation)
+        return choose_samples(dataset, student, teacher, tokenizer, args)
+
+    def _check_sample_score(self) -> bool:
+        """Whether the sample score reads the teacher; ValueError if it does and there is no teacher."""
+        from sekd.scores import needs_teacher
+
+        score = self.args.sample_score
+        if needs_teacher(score) and self.args.teacher_model_name_or_path is None:
+            raise ValueError(f"sample_score {score!r} needs a teacher: set teacher_model_name_or_path")
+        return needs_teacher(score)
+
+    def _model_init_kwargs(self) -> dict[str, Any]:
+        from trl import get_quantization_config
+
+        return {
+            "revision": self.model.model_revision,
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+            "quantization_config": get_quantization_config(self.model),
+        }
+
+
+def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
+    """A recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
+
+    Raises:
+        ValueError: no such file, no mapping in it, an unknown key (names the nearest known one), or a bad value.
+    """
+    recipe = find_recipe(recipe)
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from sekd.config import SEKDConfig
+
+    try:
+        with open(recipe) as file:
+            keys = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"recipe {recipe!r} is not a mapping of keys to values")
+    records = (ScriptArguments, SEKDConfig, ModelConfig)
+    known = {f.name for record in records for f in fields(record) if f.init}
+    flags = [flag[2:].split("=")[0].replace("-", "_") for flag in overrides if flag.startswith("--")]
+    for key in [*keys, *flags]:
+        if key not in known and key != "env" and not (key.startswith("no_") and key[3:] in known):
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"unknown key {key!r} in {'the recipe' if key in keys else 'the command line'}; "
+                f"the nearest known one is {nearest!r}"
+            )
+    if "import_modules" in [*keys, *flags]:
+        _let_import_from(os.path.dirname(os.path.abspath(recipe)), os.getcwd())
+    parser = TrlParser(records)
+    parser.error = _raise_error
+    return parser.parse_args_and_config(["--config", recipe, *overrides])
+
+
+def find_recipe(name: str) -> str:
+    """The path of a recipe: a file, or a shipped recipe by its name (``x``, ``x.yaml`` or ``recipes/x.yaml``).
+
+    Raises:
+        ValueError: there is no such file and no such shipped recipe.
+    """
+    if os.path.isfile(name):
+        return name
+    shipped = list_recipes()
+    folder, base = os.path.split(name)
+    base = base.removesuffix(".yaml")
+    if folder in ("", "recipes") and base in shipped:
+        return shipped[base]
+    if os.path.isdir(name):
+        raise ValueError(f"recipe {name!r} is a folder; a recipe is a YAML file")
+    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships ({', '.join(shipped)})")
+
+
+def list_recipes() -> dict[str, str]:
+    """The shipped recipes: name -> path."""
+    folder = recipe_folder()
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".yaml"))
+    return {name.removesuffix(".yaml"): os.path.join(folder, name) for name in names}
+
+
+def recipe_folder() -> str:
+    """The folder of the shipped recipes: beside the package in a checkout, inside it in a wheel."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "recipes")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "recipes")
+
+
+def _let_import_from(*folders: str) -> None:
+    """At the end of the path, so that nothing installed is hidden; it stays, as worker processes import them too."""
+    sys.path.extend(folder for folder in folders if folder not in sys.path)
+
+
+def _raise_error(message: str) -> NoReturn:
+    raise ValueError(message)

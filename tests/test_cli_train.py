@@ -1,0 +1,130 @@
+"""`sekd train`, from a recipe to a student."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import EOS, make_model, make_vllm_model
+from transformers import AutoModelForCausalLM
+
+from sekd.cli import main
+
+
+@pytest.mark.parametrize("lmbda", ["0", "1"])
+def test_train_end_to_end(recipe, tmp_path, lmbda, capsys):
+    assert main(["train", recipe, "--lmbda", lmbda]) == 0
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["lmbda"] == float(lmbda)
+    for name in ("tokenizer.json", "versions.json", "model.safetensors", "checkpoint-2", "checkpoint-4"):
+        assert (run / name).exists()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [2, 4, 4]
+    student = AutoModelForCausalLM.from_pretrained(run)
+    assert not torch.equal(student.lm_head.weight, make_model("untied").lm_head.weight)
+    assert str(run) in capsys.readouterr().out
+
+
+def test_train_evaluates_on_a_slice(recipe, tmp_path):
+    flags = ["--eval_on_start", "true", "--eval_strategy", "steps", "--eval_steps", "4"]
+    flags += ["--dataset_train_split", "train[8:]", "--dataset_test_split", "train[:8]"]
+    assert main(["train", recipe, *flags]) == 0
+    logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    before, after = [log["eval_forward_kl"] for log in logs if "eval_forward_kl" in log]
+    assert after < before
+
+
+@pytest.fixture
+def rollouts(tmp_path):
+    """A file as save_rollouts writes it."""
+    rows = [{"prompt_ids": [i, i + 1], "completion_ids": [i + 2, EOS], "sample_id": i, "step": 0} for i in range(8)]
+    words = [{"completion": f"w{i + 2} <eos>"} for i in range(8)]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(json.dumps(row | word) + "\n" for row, word in zip(rows, words, strict=True)))
+    return str(path)
+
+
+def test_rollouts_are_replayed_in_the_place_of_the_data(recipe, rollouts, tmp_path):
+    flags = ["--lmbda", "1", "--dataset_config", "main", "--dataset_train_split", "x", "--dataset_streaming", "true"]
+    keys = yaml.safe_load(Path(recipe).read_text())
+    del keys["dataset_name"]
+    Path(recipe).write_text(yaml.safe_dump(keys))
+    assert main(["train", recipe, *flags]) == 2
+    assert main(["train", recipe, *flags, "--rollouts", rollouts]) == 0
+    written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (written["lmbda"], written["divergence"], written["rollouts"]) == (0, "reverse_kl", rollouts)
+    assert main(["samples", recipe, *flags, "--rollouts", rollouts, "--sample_fraction", "0.5"]) == 0
+    assert len(json.loads((tmp_path / "run" / "samples.json").read_text())["kept"]) == 4
+
+
+def test_replayed_rollouts_are_evaluated_on_data_of_their_own(recipe, rollouts, tmp_path, capsys):
+    flags = ["--rollouts", rollouts, "--eval_on_start", "true", "--max_steps", "2"]
+    assert main(["train", recipe, *flags, "--dataset_test_split", "train[:8]"]) == 0
+    logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()][:8]
+    rows = sum(len(row["completion"].split()) + 1 for row in pairs)
+    assert [log["eval_rows"] for log in logs if "eval_rows" in log] == [rows]
+    keys = yaml.safe_load(Path(recipe).read_text())
+    del keys["dataset_name"]
+    Path(recipe).write_text(yaml.safe_dump(keys))
+    assert main(["train", recipe, *flags]) == 2
+    assert "evaluation needs data of its own: set eval_dataset_name" in capsys.readouterr().err
+
+
+def test_files_that_are_no_rollouts(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("nowhere", "nowhere': no such file"),
+        ("empty.jsonl", "empty.jsonl is empty"),
+        ("pairs.jsonl", "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: write it with save_"),
+        ("", "rollouts is empty; name a path, or leave it out"),
+    ):
+        (tmp_path / "empty.jsonl").write_text("")
+        assert main(["train", recipe, "--rollouts", name]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_resume_from_the_last_checkpoint(recipe, tmp_path):
+    assert main(["train", recipe, "--max_steps", "2", "--lr_scheduler_type", "constant"]) == 0
+    assert main(["train", recipe, "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "true"]) == 0
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "run").lm_head.weight
+    whole_run = ["--lr_scheduler_type", "constant", "--output_dir", str(tmp_path / "whole")]
+    assert main(["train", recipe, *whole_run]) == 0
+    assert torch.equal(resumed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_everything(recipe, tmp_path):
+    """SIGINT in the middle of an on-policy run through vLLM: status 130, and no process of its group is left."""
+    make_vllm_model(0).save_pretrained(tmp_path / "student")
+    make_vllm_model(1).save_pretrained(tmp_path / "teacher")
+    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    command = [sys.executable, "-m", "sekd.cli", "train", recipe, "--lmbda", "1", "--rollout_engine", engine]
+    command += ["--vllm_enforce_eager", "true"]
+    process = subprocess.Popen(
+        [*command, "--max_steps", "100000", "--save_strategy", "no"],
+        start_new_session=True,
+        # A job in the background inherits an ignored SIGINT, which Python would leave ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        for _ in range(1200):
+            if metrics.exists() and metrics.stat().st_size > 0:
+                break
+            assert process.poll() is None, "it ended before it trained"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

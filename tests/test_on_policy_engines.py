@@ -1,0 +1,157 @@
+"""Engines are started by their names, a user's own too; a run asks each for what it can do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EOS, add_lora, make_model, make_tokenizer, make_trainer
+from rollout_helpers import model_logps
+
+from rollouts import ENGINES, BaseEngine, HFEngine, Rollout, RolloutEngine, VLLMEngine, add_defaults
+from sekd import SEKDConfig
+from sekd.on_policy.engines import make_engine, send_weights
+
+
+class Mine(BaseEngine):
+    """A user's engine: it keeps the weights, and says the same everywhere."""
+
+    def __init__(self, setup):
+        self.setup, self.steps, self.weights, self.is_closed = setup, [], {}, False
+
+    @classmethod
+    def start(cls, setup):
+        return cls(setup)
+
+    def generate(self, prompts):
+        return [Rollout(prompt, [1, 2, EOS], self.steps[-1], "stop") for prompt in prompts]
+
+    def sync_weights(self, model, step):
+        self.weights = {name: tensor.clone() for name, tensor in model}
+        self.steps.append(step)
+
+    def close(self):
+        self.is_closed = True
+
+
+class Checked(Mine):
+    """Mine, with log-probabilities of another model, or of its weights."""
+
+    served = "its own"
+
+    def logprobs(self, token_ids):
+        model = make_model("untied", 3)
+        if self.served == "its own":
+            model.load_state_dict(self.weights)
+        return {"a replica": model_logps(model, token_ids).tolist()}
+
+
+@pytest.fixture
+def make_run(tmp_path, tokenizer, pairs, monkeypatch):
+    """A function that makes a trainer whose recipe names an engine of the user."""
+
+    def make(engine):
+        monkeypatch.setitem(ENGINES, "mine", engine)
+        return make_trainer(tmp_path, tokenizer, pairs, lmbda=1.0, rollout_engine="mine", temperature=0.7, seed=5)
+
+    return make
+
+
+def test_a_users_engine_trains_by_its_name(make_run, tmp_path):
+    trainer = make_run(Mine)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    engine = trainer.engine
+    assert engine.steps == [0, 1]
+    assert any(not torch.equal(engine.weights[name], tensor) for name, tensor in before.items()), "those after a step"
+    assert [log["completion_length"] for log in trainer.state.log_history if "loss" in log] == [3, 3]
+    setup = engine.setup
+    assert setup.model is trainer.model
+    assert setup.output_dir == str(tmp_path)
+    assert (setup.sampling.temperature, setup.sampling.seed, setup.sampling.stop_token_ids) == (0.7, 5, [EOS])
+    assert setup.options["rollout_timeout"] == trainer.args.rollout_timeout
+    assert setup.dtype == torch.float32
+    assert setup.get_adapter() is None
+    trainer.close()
+    assert engine.is_closed
+    assert trainer.engine is None
+
+
+def test_an_engine_that_samples_from_another_model_is_refused(make_run):
+    make_run(Checked).train()
+    with pytest.raises(ValueError, match="a replica computes other probabilities than the student"):
+        make_run(type("Other", (Checked,), {"served": "another"})).train()
+
+
+def test_an_unknown_engine_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="rollout_engine 'mine' is unknown; choose one of vllm, vllm_server, hf"):
+        SEKDConfig(str(tmp_path), rollout_engine="mine")
+
+
+def test_each_engine_says_how_it_can_be_used():
+    """Callers read these before an engine is started."""
+    facts = ("single_process", "per_process", "uses_servers", "generates_in_background", "shares_model")
+    true = {name: {fact for fact in facts if getattr(engine, fact)} for name, engine in ENGINES.items()}
+    assert true == {
+        "vllm": {"single_process"},
+        "vllm_server": {"uses_servers", "generates_in_background"},
+        "hf": {"per_process", "shares_model"},
+    }
+    assert [engine.requires for engine in ENGINES.values()] == ["vllm", None, None]
+
+
+def test_three_methods_are_an_engine():
+    class Plain:
+        lora_rank = 8
+
+        def generate(self, prompts):
+            return [Rollout(prompt, [EOS], 0, "stop") for prompt in prompts]
+
+        def sync_weights(self, model, step):
+            self.synced = model, step
+
+        def close(self):
+            pass
+
+    plain = Plain()
+    assert isinstance(plain, RolloutEngine)
+    engine = add_defaults(plain)
+    assert engine.lora_rank == 8, "its own attribute"
+    assert engine.model is None
+    assert engine.logprobs([1, 2]) == {}
+    assert engine.generate([[3]])[0].prompt_ids == [3]
+    student = make_model("untied")
+    plain.model = student
+    send_weights(plain, student, 4)
+    assert engine.synced == (student, 4), "an engine that samples from the student itself gets it as it is"
+    complete = HFEngine(student)
+    assert add_defaults(complete) is complete
+
+
+def test_an_engine_without_start_says_so(make_run):
+    with pytest.raises(NotImplementedError, match=r"BaseEngine has no start\(setup\)"):
+        make_run(BaseEngine).train()
+
+
+@pytest.mark.parametrize("supports_lora", [True, False])
+def test_vllm_starts_from_a_copy_of_the_students_configuration(tmp_path, monkeypatch, supports_lora):
+    """With the base weights for an adapter, which are removed again; without, if vLLM has no LoRA for this student."""
+    starts = []
+
+    def start(self, model, *, lora_rank, load_format, **options):
+        starts.append((lora_rank, load_format, sorted(path.name for path in Path(model).iterdir())))
+        if lora_rank and not supports_lora:
+            raise ValueError("LlamaForCausalLM does not support LoRA yet")
+
+    monkeypatch.setattr(VLLMEngine, "__init__", start)
+    student = add_lora(make_model("untied"))
+    before = student.get_base_model().config.to_dict()
+    make_engine(student, make_tokenizer(), SEKDConfig(str(tmp_path), rollout_engine="vllm", stop_strings=["w1"]))
+    assert student.get_base_model().config.to_dict() == before
+    folder = tmp_path / "rollout_config"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    files = {path.name for path in folder.iterdir()}
+    assert "tokenizer.json" in files, "for the stop strings"
+    assert not any("safetensors" in name for name in files)
+    assert starts[0] == (4, "auto", sorted(files | {"model.safetensors"}))
+    assert starts[1:] == ([] if supports_lora else [(0, "dummy", sorted(files))])
