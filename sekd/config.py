@@ -1,6 +1,5 @@
 """SEKDConfig: every choice of a run beyond the models and the data, checked before anything is loaded."""
 
-import importlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,7 +19,9 @@ from sekd.validation import (
     check_rollouts,
     check_sampling,
     check_selection,
+    import_module,
     is_installed,
+    list_of_texts,
     parse_score,
     within,
 )
@@ -283,10 +284,9 @@ class SEKDConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata=_help("Unused: a non-finite loss stops the run."))
 
     def __post_init__(self) -> None:
-        if isinstance(self.import_modules, str):
-            self.import_modules = [self.import_modules]
-        for module in self.import_modules:
-            importlib.import_module(module)
+        self.import_modules = list_of_texts("import_modules", self.import_modules)
+        for name in self.import_modules:
+            import_module(name)
         check_names(self)
         is_dense = CLASS_SELECTIONS[self.class_selection].select is None
         if self.teacher_cache is not None and is_dense:

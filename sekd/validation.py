@@ -3,6 +3,7 @@
 The functions raise ValueError with the field, the value and how to fix it.
 """
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Collection, Sequence
@@ -248,13 +249,13 @@ def check_sampling(args: "SEKDConfig") -> None:
     within("min_p", args.min_p, 0, 1, "0 samples from all tokens")
     if args.repetition_penalty <= 0:
         raise ValueError(f"repetition_penalty {args.repetition_penalty} must be above 0; 1 disables it")
-    args.stop_strings = _list_of_texts("stop_strings", args.stop_strings)
+    args.stop_strings = list_of_texts("stop_strings", args.stop_strings)
 
 
 def check_rollouts(args: "SEKDConfig") -> None:
     """Check engines, rounds and reuse."""
     engine = ENGINES[args.rollout_engine]
-    args.rollout_server_urls = _list_of_texts("rollout_server_urls", args.rollout_server_urls)
+    args.rollout_server_urls = list_of_texts("rollout_server_urls", args.rollout_server_urls)
     for name in ("rollouts_per_prompt", "rollout_batches"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
@@ -316,7 +317,7 @@ def _check_urls(urls: Sequence[str], needed: bool) -> None:
         raise ValueError(f"rollout_server_urls {urls} names a server twice; leave one out")
 
 
-def _list_of_texts(name: str, value: Any) -> list[str]:
+def list_of_texts(name: str, value: Any) -> list[str]:
     """A list of texts; a single text becomes a list of one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
@@ -357,6 +358,19 @@ def check_inputs(
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
+
+
+def import_module(name: str) -> None:
+    """Import a user's module; ValueError if there is none of this name."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module exists, and one of its own imports is missing
+        raise ValueError(
+            f"import_modules: there is no module {name!r}; put it beside the recipe or into the current folder, or "
+            "install it"
+        ) from error
 
 
 def is_installed(package: str) -> bool:

@@ -38,7 +38,7 @@ def test_samples_of_a_stream_without_a_pool_stop_at_parse(recipe, capsys, comman
     flags = ["--sample_fraction", "0.25", "--dataset_streaming", "true", "--dataset_name", "no/such-dataset"]
     assert main([command, recipe, *flags]) == 2
     assert (
-        "sample_fraction 0.25 of a stream is unknown, since it has no length; set sample_pool"
+        "sample_fraction 0.25 needs the number of samples, and a stream has no length; set sample_pool"
         in capsys.readouterr().err
     )
 

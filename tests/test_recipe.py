@@ -2,13 +2,11 @@
 
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sekd import SEKDConfig
 from sekd.callbacks import as_recipe
 from sekd.cli import main
 from sekd.recipe import Run, find_recipe, list_recipes, parse_recipe
@@ -114,9 +112,6 @@ def test_resume_names_a_checkpoint(recipe, tmp_path):
     assert resume == str(tmp_path / "run" / "checkpoint-10")
 
 
-@pytest.mark.skipif(
-    "import_modules" not in {f.name for f in fields(SEKDConfig)}, reason="SEKDConfig has no import_modules"
-)
 @pytest.mark.parametrize("folder", ["beside the recipe", "here"])
 def test_modules_are_imported_from_the_recipes_folder_and_from_here(recipe, tmp_path, monkeypatch, folder):
     name = f"my_scores_{folder.split()[0]}"

@@ -68,6 +68,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "skew_alpha",
         "decoupled_alpha",
         "decoupled_beta",
+        "import_modules",
     ),
     "classes": ("class_selection", "class_samples", "sampled_softmax"),
     "samples": ("sample_fraction", "sample_score", "sample_pool", "samples_file"),
