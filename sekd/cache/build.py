@@ -9,10 +9,11 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sekd.cache.codec import FORM, MAX_DRAWS
+from sekd.cache.codec import MAX_DRAWS
 from sekd.cache.readers import Reader
 from sekd.cache.store import (
     FINGERPRINT,
+    FORM,
     Store,
     hash_file,
     is_cache,
@@ -166,7 +167,11 @@ def _describe_shard(path: str) -> dict[str, Any]:
 
 
 def check_build(folder: str, args: SEKDConfig, engine: str, workers: int | None) -> None:
-    """Raise ValueError for what cannot be built, as far as it is known before data and models are loaded."""
+    """Check the folder, the settings and the engine of a build, before data and models are loaded.
+
+    Raises:
+        ValueError: a folder with another cache, or an engine that cannot work.
+    """
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError('--engine ray needs Ray, which is not installed: run `pip install "sekd[ray]"`')
     if workers is not None and (engine != "ray" or workers < 1):

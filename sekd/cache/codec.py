@@ -32,9 +32,6 @@ MAX_DRAWS = 64
 LEVEL = 15
 """zstd's level. 7 % smaller than level 3; level 19 takes twice the time for 0.2 % more. All decode equally fast."""
 
-FORM = "compressed"
-"""The only form of the bytes; a manifest names it."""
-
 
 class Decoded(NamedTuple):
     """Classes of N positions, sorted by id; unused slots come last and hold id 0 and count 0."""

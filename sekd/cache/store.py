@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sekd.cache.codec import FORM, Decoded, decode
+from sekd.cache.codec import Decoded, decode
 from sekd.files import write_atomically
 
 FORMAT = 2
+FORM = "compressed"
+"""The form of the encoded samples. There is one form, and the manifest names it."""
+
 MANIFEST = "manifest.json"
 
 FINGERPRINT: dict[str, tuple[Any, str]] = {
@@ -166,7 +169,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
 
 
 def _find_problem(manifest: dict[str, Any]) -> str | None:
-    """The first entry of a manifest that :func:`write_manifest` would not have written; None if there is no such."""
+    """The first entry of a manifest that :func:`write_manifest` would not have written, or None."""
     fingerprint, shards, complete = (manifest.get(name) for name in ("fingerprint", "shards", "complete"))
     if not isinstance(complete, bool) or not isinstance(fingerprint, dict) or not isinstance(shards, list):
         return "complete, fingerprint or shards are missing"
