@@ -3,11 +3,11 @@
 
     python scripts/bench_cache.py STUDENT TEACHER 'text/*.jsonl' [--sequences 64] [--rounds 5]
 
-`bare forward` is the teacher's own forward with logits, a sample at a time as the build reads them; `build` is all that
-`sekd cache build` does with them. They take turns within a round; medians over rounds are printed. `train` is a step
-from the cache, forward and backward, on 20 % of the positions. The floor is the order-0 entropy of what is stored: the
-number of classes of a row, its ids as a set, and their counts, each under its own frequencies in this very cache, whose
-tables are not counted.
+`bare forward` is the teacher's own forward with logits, one sample at a time as in the build. `build` is all of
+`sekd cache build`. They take turns within a round, and the table has medians over rounds. `train` is a step from the
+cache, forward and backward, on 20 % of the positions. The floor is the order-0 entropy of the stored numbers: the
+number of classes of a position, its ids as a set, and their counts, each under its own frequencies in this cache. The
+tables of frequencies are not counted.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def bench(options: argparse.Namespace, folder: str) -> None:
         "write, synced": lambda: write_shard(os.path.join(folder, "shard.arrow"), encoded),
         "open": lambda: Store(store.folder),
         "read and decode": lambda: [store.read(key) for key in keys],
-        "to tensors": lambda: [source.rows(batch) for batch in batches],
+        "to tensors": lambda: [source.read(batch) for batch in batches],
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(options.rounds + 1):  # the first round warms up
@@ -124,21 +124,21 @@ def bench(options: argparse.Namespace, folder: str) -> None:
 
 
 def show(store: Store, decoded: list[Decoded], seconds: dict[str, float]) -> None:
-    """Print rows a second, the ratios that matter, and sizes beside the floor."""
-    rows = sum(len(d.ids) for d in decoded)
-    speed = Table("", "rows a second", title=f"{rows:,} rows, medians", title_justify="left")
+    """Print positions a second, the ratios that matter, and sizes beside the floor."""
+    positions = sum(len(d.ids) for d in decoded)
+    speed = Table("", "positions a second", title=f"{positions:,} positions, medians", title_justify="left")
     for name, second in seconds.items():
-        speed.add_row(name, f"{rows / second:,.0f}")
+        speed.add_row(name, f"{positions / second:,.0f}")
     overhead = seconds["build"] / seconds["bare forward"] - 1
     speed.add_section()
     speed.add_row("build over the bare forward", f"{100 * overhead:+.0f} %")
     faster = seconds["train"] / seconds["to tensors"]
     speed.add_row("to tensors, of training's speed", f"{faster:,.0f}x")
-    size = Table("", "bytes a row", title="size", title_justify="left")
-    stored = store.total("bytes") / rows
+    size = Table("", "bytes a position", title="size", title_justify="left")
+    stored = store.total("bytes") / positions
     for name, bits in (parts := floor(decoded)).items():
-        size.add_row(f"{name}, order-0 entropy", f"{bits / 8 / rows:.1f}")
-    total = sum(parts.values()) / 8 / rows
+        size.add_row(f"{name}, order-0 entropy", f"{bits / 8 / positions:.1f}")
+    total = sum(parts.values()) / 8 / positions
     size.add_row("floor: their sum", f"{total:.1f}")
     size.add_row("on disk, everything counted", f"{stored:.1f} ({stored / total:.2f} of the floor)")
     draws, vocab = store.fingerprint["class_samples"], store.fingerprint["vocab"]
@@ -151,12 +151,12 @@ def show(store: Store, decoded: list[Decoded], seconds: dict[str, float]) -> Non
 
 
 def floor(decoded: list[Decoded]) -> dict[str, float]:
-    """Bits of all rows under an ideal order-0 coder of each kind of number."""
+    """Bits of all positions under an ideal order-0 coder of each kind of number."""
     used = [d.counts > 0 for d in decoded]
     lengths = np.concatenate([u.sum(1) for u in used])
     ids = np.concatenate([d.ids[u] for d, u in zip(decoded, used, strict=True)])
     counts = np.concatenate([d.counts[u] for d, u in zip(decoded, used, strict=True)])
-    # The order of a row's classes says nothing: log2 k! bits less.
+    # The order of a position's classes has no meaning: log2 k! bits less.
     orders = np.cumsum(np.log2(np.arange(1, lengths.max() + 1)))[lengths - 1].sum()
     return {
         "number of classes": entropy_bits(lengths),
@@ -166,8 +166,8 @@ def floor(decoded: list[Decoded]) -> dict[str, float]:
 
 
 def entropy_bits(values: np.ndarray) -> float:
-    _, found = np.unique(values, return_counts=True)
-    return float(-(found * np.log2(found / found.sum())).sum())
+    _, counts = np.unique(values, return_counts=True)
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 
     python scripts/bench_step.py STUDENT TEACHER [--batch 2] [--tokens 512] [--rounds 7]
 
-`backbones` runs both models up to their last hidden states, forward and (student) backward: what no choice of rows can
-save. The others add the distillation: SE-KD on 20 % of the rows, Full KD in chunks, and Full KD the usual way, with
-both models' whole logits. Methods take turns within a round, so that a noisy machine disturbs all alike; the medians
-over rounds are printed, and ratios to the dense step. Memory is the peak above what the models and their gradients
-hold: on a GPU the allocator's, on a CPU the largest sum of live tensor storage that the profiler saw.
+`backbones` runs both models up to their last hidden states, forward and (student) backward: the part that no selection
+can save. The others add the distillation: SE-KD on 20 % of the positions, Full KD in chunks, and Full KD the usual way,
+with both models' whole logits. The methods take turns within a round, so that a noisy machine disturbs all of them. The
+table has medians over rounds and ratios to the dense step. Memory is the peak above the models and their gradients: on
+a GPU by the allocator, on a CPU the largest sum of live tensor storage in a profile.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sekd.distill import Method, distill
-from sekd.losses import forward_kl
+from sekd.losses import DIVERGENCES
 from sekd.models import freeze, hidden_states
 from sekd.policies import make_policy
 from sekd.scores import Scoring, make_scoring
@@ -46,7 +46,8 @@ def main() -> None:
     batch = random_batch(options.batch, options.tokens, student.config.vocab_size, device)
 
     def selective(name: str, fraction: float, scoring: Scoring | None) -> Callable[[], torch.Tensor]:
-        method = Method(scoring, make_policy(name, fraction), forward_kl, chunk_rows=options.chunk_rows)
+        policy, divergence = make_policy(name, fraction), DIVERGENCES["forward_kl"]
+        method = Method(scoring, policy, divergence, chunk_rows=options.chunk_rows)
         return lambda: distill(student, LiveTeacher(teacher), batch, method)[0]
 
     steps: dict[str, Callable[[], torch.Tensor]] = {
@@ -89,8 +90,8 @@ def dense(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> t
         p = teacher(input_ids=batch.input_ids, use_cache=False).logits
     q = student(input_ids=batch.input_ids, use_cache=False).logits
     p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-    rows = (p.exp() * (p - q)).sum(-1)
-    return (rows * batch.valid).sum() / batch.valid.sum(1)[0]
+    losses = (p.exp() * (p - q)).sum(-1)
+    return (losses * batch.valid).sum() / batch.valid.sum(1)[0]
 
 
 def peak_bytes(step: Callable[[], torch.Tensor], student: PreTrainedModel, device: torch.device) -> int:
