@@ -2,14 +2,33 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from helpers import make_pairs, make_tokenizer, save_pair, words
 from transformers import PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+@pytest.fixture
+def float64(monkeypatch) -> Iterator[None]:
+    """Models and steps in float64, where the order of a sum changes 1e-16 of it: for tests that claim equality.
+
+    Llama's own norm computes in float32, whatever its input is.
+    """
+
+    def forward(norm: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

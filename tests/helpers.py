@@ -249,7 +249,7 @@ def run_two_processes(*arguments):
     """distributed_worker.py under torchrun."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(here / "distributed_worker.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

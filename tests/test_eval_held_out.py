@@ -68,3 +68,31 @@ def test_an_on_policy_run_evaluates_fresh_rollouts_and_repeats_them(tmp_path, to
     assert first["eval_loss"] == first["eval_reverse_kl"] > 0
     trainer.train()
     assert trainer.evaluate()["eval_rows"] > 0
+
+
+def test_compute_metrics_gets_the_likeliest_tokens_and_the_targets(tmp_path, tokenizer, pairs):
+    """In the order of the data, whatever the batches, and -100 where nothing is supervised."""
+    student, seen = make_model("untied"), []
+
+    def accuracy(prediction):
+        seen.append(prediction)
+        valid = prediction.label_ids != -100
+        return {"accuracy": (prediction.predictions == prediction.label_ids)[valid].mean().item()}
+
+    options = dict(eval_dataset=pairs.select(range(10)), compute_metrics=accuracy)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, None, options, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    (prediction,) = seen
+    hits = []
+    samples = prepare(pairs.select(range(10)), tokenizer, trainer.args)
+    for row, guesses, targets in zip(samples, prediction.predictions, prediction.label_ids, strict=True):
+        ids = row["input_ids"]
+        with torch.no_grad():
+            likeliest = student(input_ids=torch.tensor([ids])).logits[0].argmax(-1)
+        for t, (guess, target) in enumerate(zip(guesses, targets, strict=True)):
+            is_valid = t + 1 < len(ids) and row["supervised"][t + 1]
+            assert target == (ids[t + 1] if is_valid else -100)
+            assert guess == (likeliest[t] if is_valid else -100)
+            if is_valid:
+                hits.append(guess == target)
+    assert metrics["eval_accuracy"] == pytest.approx(sum(hits) / len(hits))
