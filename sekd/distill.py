@@ -86,7 +86,7 @@ def distill(
     generator: Generators = None,
     inspect: Inspect | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The loss of a batch, *summed* over its sequences, and sums for the metrics (:func:`count`).
+    """The loss of a batch, *summed* over its sequences, and sums for the metrics (:func:`sum_metrics`).
 
     Divide by the number of sequences in the whole optimizer step. Call it inside the student's wrappers
     (:func:`sekd.models.run_inside`).
@@ -108,7 +108,7 @@ def distill(
     targets = teacher.targets(positions, method.classes, method.temperature, draw, method.chunk_rows)
     losses, divergences, *extra = position_losses(head, positions, targets, method, step, entropies is None)
 
-    sums = count(batch, chosen, divergences, entropies, extra)
+    sums = sum_metrics(batch, chosen, divergences, entropies, extra)
     return reduce(losses, weights[weights > 0]), sums | checks
 
 
@@ -144,8 +144,8 @@ def score_positions(
 
     def score_chunk(positions: Positions) -> tuple[Tensor, Tensor]:
         q = head(positions.hidden).log_softmax(-1)
-        known = teacher.scored(positions.teacher) if teacher and scoring.needs_teacher else {}
-        rows = Rows(q, positions.targets, **known)
+        teacher_columns = teacher.score_inputs(positions.teacher) if teacher and scoring.needs_teacher else {}
+        rows = Rows(q, positions.targets, **teacher_columns)
         scores = scoring.score(rows)
         return scores, scoring.student_entropy(scores, rows)
 
@@ -214,7 +214,7 @@ def batch_factors(
     return (method.divergence.factors(*in_chunks(teacher_ce, [positions, targets], method.chunk_rows)),)
 
 
-def count(
+def sum_metrics(
     batch: Batch,
     chosen: Bool[Tensor, " N"],
     divergences: Float[Tensor, " K"],

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sekd.distributions import entropy
 from sekd.types import PerPosition
 
-CACHED_ROWS = 64
+CPU_CHUNK_ROWS = 64
 """Positions whose logits about fit a CPU's caches: such chunks take about 0.6 of the time of 256 positions."""
 
 
@@ -98,11 +98,11 @@ class _LowPrecisionLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (rows, low), (rows_type, weight_type) = gradients, ctx.saved_tensors, ctx.types
-        of_rows, of_weight, of_bias, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         return (
-            (gradient @ low).to(rows_type) if of_rows else None,
-            (gradient.T @ rows).to(weight_type) if of_weight else None,
-            gradient.sum(0).to(weight_type) if of_bias else None,
+            (gradient @ low).to(rows_type) if needs_hidden else None,
+            (gradient.T @ rows).to(weight_type) if needs_weight else None,
+            gradient.sum(0).to(weight_type) if needs_bias else None,
             None,
         )
 
@@ -122,7 +122,7 @@ def in_chunks(
     if torch.is_grad_enabled() and not keep:
         function = partial(checkpoint, function, use_reentrant=False)
     if device == "cpu" and not keep:
-        chunk_rows = min(chunk_rows, CACHED_ROWS)
+        chunk_rows = min(chunk_rows, CPU_CHUNK_ROWS)
     with _autocast_without_cache(device):
         chunks = [function(*chunk) for chunk in zip(*(part.split(chunk_rows) for part in parts), strict=True)]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))

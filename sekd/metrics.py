@@ -19,7 +19,7 @@ SHOWN = {
 }
 
 
-def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+def compute_means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
     """The logged numbers, from sums over the steps since the last log, ``seconds`` ago."""
     selected = max(sums["selected"], 1)
     metrics = {

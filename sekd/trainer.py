@@ -35,9 +35,9 @@ from sekd.data.batch import Sample, collate, from_rollout
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
-from sekd.eval.held_out import compute_metrics, held_out_sums, join_predictions
+from sekd.eval.held_out import compute_metrics, join_predictions, sum_held_out
 from sekd.losses import DIVERGENCES
-from sekd.metrics import means
+from sekd.metrics import compute_means
 from sekd.models import check_head, check_head_columns, load_model, run_inside
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -127,7 +127,7 @@ class SEKDTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=_samples,
+            data_collator=_make_samples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -189,7 +189,7 @@ class SEKDTrainer(Trainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = [_generator(self.args.seed, step, name) for name in self._names(batch)]
+        generators = [_generator(self.args.seed, step, name) for name in self._name_sequences(batch)]
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
@@ -204,11 +204,11 @@ class SEKDTrainer(Trainer):
                 f"before this changes the weights. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
                 "max_grad_norm may help, or bf16: false"
             )
-        _add(self._sums, sums)
+        _add_sums(self._sums, sums)
         # Wrappers average gradients over processes; the sum is wanted.
         return total / num_items_in_batch * self.accelerator.num_processes
 
-    def _names(self, batch: Batch) -> list[str]:
+    def _name_sequences(self, batch: Batch) -> list[str]:
         """What the draws for a sequence depend on: its sample, and its tokens if a prompt has several rollouts."""
         names = [str(i) for i in batch.sample_ids.tolist()]
         if self.args.rollouts_per_prompt == 1:
@@ -286,7 +286,7 @@ class SEKDTrainer(Trainer):
 
     def count(self, **sums: float) -> None:
         """Add to the sums whose means are logged next."""
-        _add(self._sums, sums)
+        _add_sums(self._sums, sums)
 
     @torch.no_grad()
     def evaluate(
@@ -299,7 +299,7 @@ class SEKDTrainer(Trainer):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if "input_ids" not in next(iter(data)):
             data = prepare(data, self.processing_class, self.args)
-        samples = self._share(_samples(list(data)))
+        samples = self._take_share(_make_samples(list(data)))
         if self.args.lmbda == 1:
             samples = [*map(from_rollout, samples, self.rounds.generate(samples))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
@@ -311,13 +311,13 @@ class SEKDTrainer(Trainer):
         for start in range(0, len(samples), size):
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
-                part, guesses = run_inside(model, lambda b: held_out_sums(model, teacher, b, self.method), batch)
-            _add(sums, part)
+                part, guesses = run_inside(model, lambda b: sum_held_out(model, teacher, b, self.method), batch)
+            _add_sums(sums, part)
             if self.compute_metrics is not None:
                 real = batch.sample_ids >= 0
                 predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
         model.train(was_training)
-        metrics: dict[str, float] = compute_metrics(self._over_processes(sums))
+        metrics: dict[str, float] = compute_metrics(self._sum_all(sums))
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -330,7 +330,7 @@ class SEKDTrainer(Trainer):
         """The metric that stands for the held-out loss: cross-entropy if the teacher lacks its whole distribution."""
         return DIVERGENCES[str(self.args.divergence)].held_out if self.teacher.has_logits else "student_ce"
 
-    def _share(self, samples: list[Sample]) -> list[Sample]:
+    def _take_share(self, samples: list[Sample]) -> list[Sample]:
         """This process's samples: equally many in each process, padded with copies (id -1) that do not count."""
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
@@ -339,12 +339,12 @@ class SEKDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the sums since the last log."""
         if "loss" in logs and self._sums:
-            logs |= means(self._over_processes(self._sums), time.monotonic() - self._last_log)
+            logs |= compute_means(self._sum_all(self._sums), time.monotonic() - self._last_log)
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)
 
-    def _over_processes(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
+    def _sum_all(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
         """Numbers, and nested lists for tensors of several."""
         device = self.args.device
         tensors = {name: torch.as_tensor(sums[name], dtype=torch.float32, device=device) for name in sorted(sums)}
@@ -373,12 +373,12 @@ class _EndOfStep(TrainerCallback):
         self.trainer.end_step()
 
 
-def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
+def _make_samples(rows: list[dict[str, Any]]) -> list[Sample]:
     """The loader's collator: samples are batched later, when their optimizer step is known to be on-policy or not."""
     return [Sample(**row) for row in rows]
 
 
-def _add(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
+def _add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
     for name, value in more.items():
         sums[name] += value
 

@@ -60,7 +60,7 @@ class CachedTeacher:
     def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
         raise ValueError("a cache holds sampled classes only; leave teacher_cache out to use the teacher itself")
 
-    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+    def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         return {"teacher_entropy": state["entropy"]}
 
     def targets(self, positions: Positions, *_: Any) -> SparseTargets:

@@ -22,7 +22,7 @@ BINS = 15
 
 
 @torch.no_grad()
-def held_out_sums(
+def sum_held_out(
     student: nn.Module, teacher: Teacher, batch: Batch, method: Method
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sums over all valid positions in nats, and the student's likeliest token at each of them [B T].

@@ -23,7 +23,7 @@ class Teacher(Protocol):
     def read(self, batch: Batch) -> TeacherState:
         """What the teacher keeps of the batch's N valid positions. It reads the tokens of ``batch.for_teacher``."""
 
-    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+    def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         """What scores may read of a chunk of positions, as the teacher's fields of :class:`sekd.scores.Rows`."""
 
     def logits(self, state: TeacherState) -> Tensor:

@@ -38,7 +38,7 @@ class LiveTeacher:
     def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
         return self.head(state["hidden"])
 
-    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+    def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         return {"teacher_logp": self.logits(state).log_softmax(-1)}
 
     @torch.no_grad()
