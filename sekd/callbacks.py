@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what it leaves in its folder."""
+"""Callbacks: the progress line, and the files in a run's folder."""
 
 import importlib.metadata
 import json
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 class ProgressLine(ProgressCallback):
-    """The progress bar, with one short line a log instead of a dictionary."""
+    """The progress bar. Each log is one short line instead of a dictionary."""
 
     def on_log(
         self,
@@ -66,7 +66,7 @@ class RunFiles(TrainerCallback):
         if not state.is_world_process_zero:
             return
         versions = {"python": platform.python_version(), **installed_versions()}
-        # What a killed run logged after its last checkpoint will be logged again.
+        # metrics.jsonl is written again from the checkpoint, since a resumed run logs the steps after it again.
         lines = [json.dumps(entry) + "\n" for entry in state.log_history]
         for name, text in (
             ("recipe.yaml", as_recipe(*self.records)),
@@ -82,7 +82,7 @@ class RunFiles(TrainerCallback):
 
 
 def as_recipe(*records: Any) -> str:
-    """Flat YAML with every field of the records spelled out; ``sekd train`` reads it again."""
+    """All fields of the records as flat YAML, which ``sekd train`` can read."""
     keys: dict[str, Any] = {}
     for record in records:
         values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
@@ -92,7 +92,7 @@ def as_recipe(*records: Any) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Version of each package that shapes a result."""
+    """Versions of the installed packages that can change a result."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""Which classes? A few classes of the teacher's distribution at each position stand for all of them.
+"""Which classes? At each position a few classes of the teacher's distribution replace the whole of it.
 
-RS-KD (Anshumann et al., 2025; arXiv 2602.01395, table 1) draws U classes with replacement from p. Its target is the
-frequencies of the draws, so its loss has the gradient of forward KL in expectation.
+RS-KD (Anshumann et al., 2025; arXiv 2602.01395, table 1) draws U classes with replacement from p. Its target
+is the relative frequency of each class among the draws. Its loss has the gradient of forward KL in expectation.
 """
 
 import math
@@ -20,7 +20,10 @@ from sekd.types import SparseTargets
 def sample_classes(
     teacher_probs: Float[Tensor, "N V"], num_samples: int, generator: torch.Generator | None = None
 ) -> SparseTargets:
-    """The unique classes among ``num_samples`` draws with replacement at each position, with count / draws (RS-KD)."""
+    """RS-KD targets: draw ``num_samples`` classes with replacement at each position.
+
+    The targets are the unique classes. The probability of a class is its count / ``num_samples``.
+    """
     draws = torch.rand(len(teacher_probs), num_samples, generator=generator, dtype=torch.float64)
     return trim(classes_at(teacher_probs, draws.to(teacher_probs.device)))
 
@@ -42,14 +45,15 @@ def classes_at(teacher_probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"])
 def _inverse_transform(
     probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]
 ) -> tuple[Int[Tensor, "N U"], Bool[Tensor, " N"]]:
-    """The class of each draw, and which positions have a sum of probabilities that is finite and above 0.
+    """The class of each draw, and whether the probabilities of each position have a finite sum above 0.
 
-    A draw's class is the first one whose running sum passes the draw times the whole sum. Two steps find it: the block
-    of classes, then the class in the block. A running sum over all classes would take longer than the softmax, since
-    it needs float64: float32 loses the tail of a large vocabulary.
+    A draw's class is the first one whose running sum exceeds the draw times the whole sum. It is found in two steps:
+    the block of classes, then the class in the block. A running sum over all classes would take longer than the
+    softmax. It would need float64, because float32 loses the tail of a large vocabulary.
     """
     vocab = probs.shape[1]
-    # Near the size that adds up the fewest values, V / size + U * size; a power of 2 often divides the vocabulary.
+    # The number of added values is V / size + U * size. This power of 2 is near the size with the fewest, and powers
+    # of 2 often divide V.
     size = 1 << max(math.isqrt(vocab // draws.shape[1]).bit_length() - 1, 0)
     blocks = (nn.functional.pad(probs, (0, -vocab % size)) if vocab % size else probs).unflatten(1, (-1, size))
     sums = blocks.sum(-1, dtype=torch.float32)
@@ -60,23 +64,26 @@ def _inverse_transform(
 
 
 def _first_over(values: Float[Tensor, "*R C"], draws: Float[Tensor, "*R U"]) -> tuple[Tensor, Tensor]:
-    """The index where the running sum passes each draw times the whole sum, and how far into that value, in [0, 1)."""
+    """Two tensors: the index that each draw falls on, and where within that index's value it falls, in [0, 1).
+
+    A draw falls on the first index at which the running sum exceeds the draw times the whole sum.
+    """
     ends = values.cumsum(-1, dtype=torch.float64)
     aim = (draws * ends[..., -1:]).minimum(ends[..., -1:].nextafter(torch.zeros_like(ends[..., -1:])))
-    # Never an index whose value is 0, nor one past the end, unless the values are not a distribution.
+    # An index past the end, or one whose value is 0, is possible only if the values are not a distribution.
     place = torch.searchsorted(ends, aim, right=True).clamp(max=values.shape[-1] - 1)
     begin = torch.where(place > 0, ends.gather(-1, (place - 1).clamp(min=0)), 0)
     return place, (aim - begin) / (ends.gather(-1, place) - begin)
 
 
 def trim(target: SparseTargets) -> SparseTargets:
-    """The targets without the slots that no position uses; used slots come first."""
+    """Drop the slots that no position uses. Used slots come first."""
     width = int((target.probs != 0).sum(1).max()) if len(target.probs) else 1
     return SparseTargets(target.ids[:, :width], target.probs[:, :width])
 
 
 def top_k_classes(teacher_probs: Float[Tensor, "N V"], num_classes: int) -> SparseTargets:
-    """The likeliest classes, their probabilities scaled to sum to 1: a *biased* baseline (Raman et al., 2023)."""
+    """The likeliest classes, with probabilities scaled to sum to 1 (Raman et al., 2023). A *biased* baseline."""
     probs, ids = teacher_probs.topk(min(num_classes, teacher_probs.shape[1]), dim=-1)
     return SparseTargets(ids, (probs / probs.sum(-1, keepdim=True)).float())
 
@@ -95,9 +102,10 @@ def negative_classes(vocab: int, count: int, seed: int) -> Int[Tensor, " M"]:
 class SampledHead:
     """log q of a few classes without logits of the whole vocabulary (sampled softmax, Bengio & Senecal, 2008).
 
-    Z is estimated as the sum over the kept classes C of the position plus the sum over the uniform ``negatives``
-    outside C, times (V - |C|) / their number. That is unbiased for Z, consistent for log Z, and exact if the negatives
-    are the whole vocabulary. Only the head's columns of these classes are read. The head must be a plain linear layer.
+    The estimate of Z has two parts: the sum over the position's kept classes C, and the sum over the uniform
+    ``negatives`` outside C times (V - |C|) / their number. It is unbiased for Z, consistent for log Z, and exact if
+    the negatives are the whole vocabulary. Only the head's columns of these classes are read. The head must be a plain
+    linear layer.
     """
 
     def __init__(self, head: Head, target: SparseTargets, negatives: Int[Tensor, " M"]) -> None:
@@ -105,7 +113,7 @@ class SampledHead:
         self.head, self.negatives = head, negatives.to(target.ids.device)
         self.vocab = head.classes
         columns, place = torch.cat([target.ids[target.probs > 0], self.negatives]).unique(return_inverse=True)
-        # Gathered once, outside of the chunks: the gradient of each gather is as large as the whole head.
+        # Gathered once and not in each chunk, because the gradient of each gather is as large as the whole head.
         self.weight = linear.weight[columns]
         self.bias = None if linear.bias is None else linear.bias[columns]
         self.places = torch.zeros(self.vocab, dtype=torch.long, device=columns.device).scatter_(
@@ -116,7 +124,7 @@ class SampledHead:
     def log_probs(
         self, hidden: Float[Tensor, "N D"], ids: Int[Tensor, "N K"], kept: Bool[Tensor, "N K"], temperature: float = 1.0
     ) -> Float[Tensor, "N K"]:
-        """log q at ``ids``; slots that are not ``kept`` are padding and count for nothing."""
+        """log q at ``ids``. Slots that are not ``kept`` are padding and do not count."""
         logits = self.head.finish(torch.nn.functional.linear(hidden, self.weight, self.bias)) / temperature
         own = logits.gather(1, self.places[ids]).masked_fill(~kept, -1e30)
         hit = torch.zeros_like(logits).scatter_add_(1, self.places[ids], kept.to(logits.dtype)) > 0

@@ -1,4 +1,4 @@
-"""SEKDConfig: every choice of a run beyond the models and the data, checked before anything is loaded."""
+"""SEKDConfig: every choice of a run except the student and the data. It is checked before anything is loaded."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -32,24 +32,24 @@ def _help(text: str) -> dict:
 
 
 def _option(name: str) -> Any:
-    """The field of an option of a policy or divergence: default and help stand in its record."""
+    """The field of a policy's or divergence's option, with the default and help of its record."""
     option = all_options()[name]
     return field(default=option.default, metadata=_help(option.help))
 
 
 @dataclass
 class SEKDConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` and the fields of selective distillation; each field has its help.
+    """``transformers.TrainingArguments`` and the fields of selective distillation. Each field has its help.
 
     Raises:
-        ValueError: an invalid value, with the field, the value and how to fix it.
+        ValueError: an invalid value. The error names the field, the value and how to fix it.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "position_score"]  # noqa: RUF012
 
     import_modules: list[str] = field(
         default_factory=list,
-        metadata=_help("Modules to import first, which add your own scores, policies, divergences or engines."),
+        metadata=_help("Modules that sekd imports first. They add your own scores, policies, divergences or engines."),
     )
 
     # The teacher
@@ -62,13 +62,16 @@ class SEKDConfig(TrainingArguments):
 
     teacher_cache: str | None = field(
         default=None,
-        metadata=_help("Folder of `sekd cache build`: its rs_kd targets replace the teacher, which is not loaded."),
+        metadata=_help(
+            "Folder that `sekd cache build` wrote. Its rs_kd targets replace the teacher, which is then not loaded."
+        ),
     )
 
     cache_teacher_entropy: bool = field(
         default=False,
         metadata=_help(
-            "`sekd cache build` keeps the teacher's entropy too, a byte a position, for position_score teacher_entropy."
+            "Let `sekd cache build` also store the teacher's entropy (a byte a position), which position_score "
+            "teacher_entropy needs."
         ),
     )
 
@@ -76,7 +79,7 @@ class SEKDConfig(TrainingArguments):
     lmbda: float = field(
         default=0.0,
         metadata=_help(
-            "Share of on-policy optimizer steps: 0 learns from the data, 1 from rollouts, between draws for each step."
+            "Probability that an optimizer step is on-policy: 0 learns from the data only, 1 from rollouts only."
         ),
     )
     divergence: str | None = field(
@@ -91,24 +94,26 @@ class SEKDConfig(TrainingArguments):
     decoupled_alpha: float = _option("decoupled_alpha")
     decoupled_beta: float = _option("decoupled_beta")
     kd_weight: float = field(
-        default=1.0, metadata=_help("Weight of the divergence in the loss; the rest is cross-entropy.")
+        default=1.0, metadata=_help("Weight of the divergence in the loss, in [0, 1]; cross-entropy has 1 - kd_weight.")
     )
     kd_temperature: float = field(default=1.0, metadata=_help("Temperature of both distributions in the divergence."))
     position_score: dict | str | None = field(
         default="student_entropy",
         metadata=_help(
-            f"How important a position is: {', '.join(SCORES)}; or weights of several scores, such as "
+            f"Score of a position's importance: {', '.join(SCORES)}; or a mapping of scores to weights, such as "
             '{"student_entropy": 1.0, "kl": 0.5}.'
         ),
     )
     score_source: str = field(
         default="exact",
         metadata=_help(
-            "Where student_entropy comes from: exact runs the head over all positions; rollout uses the sampler's "
-            "score_logprobs largest log-probabilities in on-policy steps."
+            "Source of student_entropy. exact: the student's logits at all positions. rollout: in on-policy steps, the "
+            "score_logprobs largest log-probabilities of the sampler."
         ),
     )
-    score_logprobs: int = field(default=20, metadata=_help("Number of log-probabilities of score_source rollout."))
+    score_logprobs: int = field(
+        default=20, metadata=_help("Number of log-probabilities a position for score_source rollout.")
+    )
     score_normalization: str = field(
         default="none",
         metadata=_help(
@@ -119,9 +124,16 @@ class SEKDConfig(TrainingArguments):
         default="top_k", metadata=_help(f"Which positions are distilled: {', '.join(POLICIES)}.")
     )
     position_fraction: float = field(
-        default=0.2, metadata=_help("Share k of a sequence's positions, in (0, 1]; all and weighted ignore it.")
+        default=0.2,
+        metadata=_help(
+            "Share of a sequence's positions to select, in (0, 1]. For gls it is a share of the recent scores. all and "
+            "weighted do not use it."
+        ),
     )
-    position_skip: int = field(default=0, metadata=_help("Number of first positions of each document to leave out."))
+    position_skip: int = field(
+        default=0,
+        metadata=_help("Do not select the first N positions of a document, unless the sequence has no others."),
+    )
     curriculum_steps: int = _option("curriculum_steps")
     gls_queue_size: int = _option("gls_queue_size")
     pos_rs_exponent: float = _option("pos_rs_exponent")
@@ -137,15 +149,17 @@ class SEKDConfig(TrainingArguments):
             "(unbiased); top_k_classes keeps the likeliest class_samples (biased)."
         ),
     )
-    class_samples: int = field(default=64, metadata=_help("U: draws of rs_kd, or classes of top_k_classes."))
+    class_samples: int = field(
+        default=64, metadata=_help("Draws a position of rs_kd, or classes a position of top_k_classes.")
+    )
     sampled_softmax: int = field(
         default=0,
-        metadata=_help("Normalise the student over the kept classes and this number of random ones; 0 is all classes."),
+        metadata=_help("Normalise the student over the kept classes and N random ones. 0: over all classes."),
     )
 
     # Samples
     sample_fraction: float = field(
-        default=1.0, metadata=_help("Share l of the samples to train on, chosen once by the initial models.")
+        default=1.0, metadata=_help("Share of the samples to train on, chosen by sample_score once before training.")
     )
     sample_score: str = field(
         default="student_entropy",
@@ -154,10 +168,11 @@ class SEKDConfig(TrainingArguments):
         ),
     )
     samples_file: str | None = field(
-        default=None, metadata=_help("File of the scores and the choice. Default: samples.json in output_dir.")
+        default=None,
+        metadata=_help("JSON file of scores and choice, used again if it exists. Default: samples.json in output_dir."),
     )
     sample_pool: int | None = field(
-        default=None, metadata=_help("Number of first samples to take; a stream needs it for sample_fraction.")
+        default=None, metadata=_help("Use only the first N samples of the data. A stream needs it for sample_fraction.")
     )
 
     # Data
@@ -166,10 +181,10 @@ class SEKDConfig(TrainingArguments):
     messages_column: str = field(default="messages", metadata=_help("Column of whole conversations."))
     text_column: str = field(default="text", metadata=_help("Column of plain text."))
     prompt_template: str = field(
-        default="{prompt}", metadata=_help("Text around a text prompt; {prompt} is the prompt.")
+        default="{prompt}", metadata=_help("Template of text prompts; {prompt} is replaced by the prompt.")
     )
     use_chat_template: bool = field(
-        default=False, metadata=_help("Text prompts become a user turn, and completions the assistant's turn.")
+        default=False, metadata=_help("Make a text prompt a user turn, and its completion the assistant's turn.")
     )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata=_help("Variables of the chat template, such as {enable_thinking: false}.")
@@ -177,12 +192,12 @@ class SEKDConfig(TrainingArguments):
     system_prompt: str | None = field(default=None, metadata=_help("System turn before each chat prompt."))
     teacher_system_prompt: str | None = field(
         default=None,
-        metadata=_help("System turn that the teacher sees instead of the student's, in chat prompts."),
+        metadata=_help("System turn that the teacher reads in chat prompts, instead of the student's."),
     )
     teacher_prompt_prefix: str | None = field(
         default=None,
         metadata=_help(
-            "Text before the prompt (or before the last user turn of a chat) that only the teacher sees. {column} "
+            "Text before the prompt (in a chat, before the last user turn) that only the teacher reads. {column} "
             "becomes the row's value of that column, as in 'The answer is {answer}. '; other braces stay as they are."
         ),
     )
@@ -190,21 +205,28 @@ class SEKDConfig(TrainingArguments):
         default=None,
         metadata=_help(
             "On-policy from plain text: the first N tokens of a document are the prompt, and the student continues "
-            "it. Documents of at most N tokens are dropped and counted."
+            "it. Documents of at most N tokens are left out; the log says how many."
         ),
     )
-    supervise_prompt: bool = field(default=False, metadata=_help("Distil the prompt's tokens too (off-policy)."))
-    packing: bool = field(default=True, metadata=_help("Pack text into max_length; documents never see each other."))
+    supervise_prompt: bool = field(
+        default=False, metadata=_help("Distil at the prompt's tokens too (off-policy steps only).")
+    )
+    packing: bool = field(
+        default=True,
+        metadata=_help(
+            "Pack documents of plain text into sequences of max_length; attention stays within each document."
+        ),
+    )
     max_length: int = field(default=1024, metadata=_help("Longest training sequence, in tokens."))
     max_prompt_length: int = field(default=512, metadata=_help("Longest prompt, in tokens."))
     overlong_prompts: str = field(
         default="error",
-        metadata=_help("Prompts over max_prompt_length: error stops the run; drop drops and counts them."),
+        metadata=_help("Prompts over max_prompt_length: error stops the run; drop leaves them out and logs how many."),
     )
 
     rollouts: str | None = field(
         default=None,
-        metadata=_help("File of save_rollouts to learn from, off-policy, instead of dataset_name."),
+        metadata=_help("Train off-policy on this file of rollouts (made by save_rollouts) instead of dataset_name."),
     )
     eval_dataset_name: str | None = field(
         default=None,
@@ -225,7 +247,9 @@ class SEKDConfig(TrainingArguments):
     )
     rollout_transfer: str = field(
         default="file",
-        metadata=_help("How whole weights reach rollout servers: file, or nccl from GPU to GPU (experimental)."),
+        metadata=_help(
+            "How full weights (not LoRA adapters) reach rollout servers: file, or nccl (GPU to GPU, experimental)."
+        ),
     )
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 0 is greedy."))
     top_p: float = field(
@@ -256,28 +280,36 @@ class SEKDConfig(TrainingArguments):
     )
     rollout_batches: int = field(
         default=1,
-        metadata=_help("Optimizer steps whose rollouts are generated in one round, with the weights before it."),
+        metadata=_help(
+            "Optimizer steps per round of generation. All rollouts of a round come from the weights at its start."
+        ),
     )
     rollout_staleness: int = field(
         default=0,
-        metadata=_help("1 generates the next round while this one is trained on (rollout_engine vllm_server)."),
+        metadata=_help(
+            "1: generate the next round while training on this one, with the weights at this round's start "
+            "(rollout_engine vllm_server)."
+        ),
     )
     save_rollouts: bool = field(
         default=False,
         metadata=_help(
-            "Keep rollouts in output_dir/rollouts.jsonl (other processes: rollouts_1.jsonl, ...) for --rollouts."
+            "Write all rollouts to output_dir/rollouts.jsonl (other processes: rollouts_1.jsonl, ...), to train on "
+            "them again with --rollouts."
         ),
     )
     log_completions_steps: int = field(default=50, metadata=_help("Print a few rollouts every N steps; 0 is never."))
 
     # Memory
-    head_chunk_rows: int = field(default=256, metadata=_help("Positions that pass an LM head at once."))
+    head_chunk_rows: int = field(
+        default=256, metadata=_help("Positions that an LM head computes at once; fewer need less memory.")
+    )
 
-    # Defaults of TrainingArguments that distillation wants otherwise
+    # Other defaults than those of TrainingArguments
     learning_rate: float = field(default=1e-5, metadata=_help("Initial learning rate."))
     bf16: bool | None = field(
         default=None,
-        metadata=_help("bf16 autocast over float32 weights. Default: true if the hardware computes in bf16."),
+        metadata=_help("bf16 autocast over float32 weights. Default: true if the hardware computes in bf16 natively."),
     )
     logging_steps: float = field(default=10, metadata=_help("Log every N steps."))
     remove_unused_columns: bool = field(default=False, metadata=_help("Unused: sekd reads its own columns."))
@@ -294,7 +326,7 @@ class SEKDConfig(TrainingArguments):
         if self.divergence is None:
             self.divergence = "reverse_kl" if self.lmbda > 0 and is_dense else "forward_kl"
         if self.rollouts is not None:
-            # After the divergence: a replay of an on-policy recipe keeps its divergence, and generates nothing.
+            # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
         self.position_score = parse_score(self.position_score)
         self._check()
@@ -303,7 +335,7 @@ class SEKDConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _bf16_is_native(self.use_cpu)
         super().__post_init__()
-        # The loader gives samples, not tensors, so each process reads its own share of a stream.
+        # The loader gives samples and not tensors, so each process must read its own share of a stream.
         self.accelerator_config.dispatch_batches = False
 
     def _check(self) -> None:
@@ -316,12 +348,12 @@ class SEKDConfig(TrainingArguments):
         within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
         within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
         if self.kd_temperature <= 0:
-            raise ValueError(f"kd_temperature {self.kd_temperature} must be above 0; 1 leaves the distributions alone")
+            raise ValueError(f"kd_temperature {self.kd_temperature} must be above 0; 1 changes nothing")
         for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.torch_compile:
-            raise ValueError("torch_compile: true is not supported: the student's forward is called in parts")
+            raise ValueError("torch_compile: true is not supported: sekd calls the student in parts; set it to false")
         if any(name in str(self.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
             raise ValueError(f"optim {self.optim} needs bitsandbytes: run `pip install bitsandbytes`")
 
@@ -360,7 +392,7 @@ class SEKDConfig(TrainingArguments):
 
 
 def _bf16_is_native(on_cpu: bool) -> bool:
-    """Whether bf16 is faster than float32 here, not merely emulated."""
+    """Whether this hardware computes in bf16 natively. If it only emulates bf16, float32 is faster."""
     if on_cpu:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8

@@ -1,9 +1,10 @@
 """The method on one screen: hidden states -> scores -> weights -> targets -> losses -> their weighted sum.
 
 Selective knowledge distillation (arXiv 2602.01395, equations 3 to 5). The student's backbone runs once, with a graph.
-Its head runs over every valid position without a graph where positions are scored, and with a graph over the chosen
-positions only. The teacher's head runs over the chosen positions, and over all of them if a score needs it. Nothing of
-size B*T*V exists at any time. :func:`distill` is the whole method; what follows it are its steps.
+Its head runs twice: over all valid positions, without a graph, to score them; then over the chosen positions, with a
+graph. Without a score the first pass is left out. The teacher's head runs over the chosen positions, and over all valid
+positions only if a score needs it. Nothing of size B*T*V exists at any time. :func:`distill` is the whole method; the
+functions below it are its steps.
 """
 
 from collections.abc import Callable
@@ -27,17 +28,17 @@ from sekd.teachers import Teacher
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState, at_temperature
 
 Inspect = Callable[[Head, Positions, Batch], dict[str, Tensor]]
-"""Looks at the student's head and all valid positions of a batch, and returns sums for the metrics."""
+"""``inspect(head, positions, batch)`` measures something on all valid positions. Its sums join the metrics."""
 
 
 @dataclass(frozen=True)
 class Method:
     """The choices of one distillation: which positions and classes, and what is minimised there.
 
-    ``scoring`` is None where the policy reads no score. The loss of a position is
+    ``scoring`` is None if the policy reads no score. The loss of a position is
     ``kd_weight * temperature^2 * D(p_T, q_T) + (1 - kd_weight) * CE``. ``class_samples`` is the number of draws
     (``rs_kd``) or classes (``top_k_classes``). ``sampled_softmax`` is the number of negatives, 0 for all classes.
-    ``vocab`` is the number of classes that both models have.
+    ``vocab`` is the number of classes that teacher and student share.
     """
 
     scoring: Scoring | None
@@ -55,7 +56,7 @@ class Method:
 
     @classmethod
     def from_config(cls, args: SEKDConfig, vocab: int | None = None) -> "Method":
-        """The method of a configuration; the caller ends the policy's steps (``whole_steps``)."""
+        """The method of a configuration. The caller must call ``policy.end_step`` after each optimizer step."""
         return cls(
             scoring=args.scoring,
             policy=make_policy(args.position_policy, args.position_fraction, True, **args.policy_options),
@@ -73,7 +74,7 @@ class Method:
 
     @property
     def mean_over(self) -> str:
-        """Over what the loss is a mean: the wider choice of policy and divergence."""
+        """What the loss is a mean over, a key of :data:`MEANS`: the wider one of the policy's and the divergence's."""
         return max(self.policy.mean_over, self.divergence.mean_over, key=[*MEANS].index)
 
 
@@ -86,7 +87,7 @@ def distill(
     generator: Generators = None,
     inspect: Inspect | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The loss of a batch, *summed* over its sequences, and sums for the metrics (:func:`count`).
+    """The loss of a batch, *summed* over its sequences, and the sums of :func:`sum_metrics`.
 
     Divide by the number of sequences in the whole optimizer step. Call it inside the student's wrappers
     (:func:`sekd.models.run_inside`).
@@ -108,14 +109,16 @@ def distill(
     targets = teacher.targets(positions, method.classes, method.temperature, draw, method.chunk_rows)
     losses, divergences, *extra = position_losses(head, positions, targets, method, step, entropies is None)
 
-    sums = count(batch, chosen, divergences, entropies, extra)
+    sums = sum_metrics(batch, chosen, divergences, entropies, extra)
     return reduce(losses, weights[weights > 0]), sums | checks
 
 
 def score_batch(
     head: Head, teacher: Teacher, positions: Positions, batch: Batch, allowed: Valid, method: Method, step: int
 ) -> tuple[Float[Tensor, "B T *C"], Float[Tensor, " N"] | None]:
-    """What the policy reads, and the student's entropy at each valid position (None if the policy reads no score).
+    """The scores that the policy reads, and the student's entropy at each valid position.
+
+    If the policy reads no score, the scores are 0 and the entropy is None.
 
     Raises:
         FloatingPointError: a score that is not finite; it names the samples.
@@ -127,7 +130,7 @@ def score_batch(
         scores = entropies[:, None]
     else:
         scores, entropies = score_positions(head, teacher, positions, method.scoring, method.chunk_rows)
-    if not scores.isfinite().all():  # a policy might choose nothing, and the loss would be 0
+    if not scores.isfinite().all():  # otherwise a policy might choose nothing, and a loss of 0 would hide it
         raise FloatingPointError(
             f"a position score is not finite at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
             "before this changes the weights. A lower learning_rate or max_grad_norm may help, or bf16: false"
@@ -144,8 +147,8 @@ def score_positions(
 
     def score_chunk(positions: Positions) -> tuple[Tensor, Tensor]:
         q = head(positions.hidden).log_softmax(-1)
-        known = teacher.scored(positions.teacher) if teacher and scoring.needs_teacher else {}
-        rows = Rows(q, positions.targets, **known)
+        teacher_columns = teacher.score_inputs(positions.teacher) if teacher and scoring.needs_teacher else {}
+        rows = Rows(q, positions.targets, **teacher_columns)
         scores = scoring.score(rows)
         return scores, scoring.student_entropy(scores, rows)
 
@@ -166,7 +169,7 @@ def position_losses(
     step: int,
     with_entropy: bool,
 ) -> tuple[Tensor, ...]:
-    """Loss (with graph) and divergence of each position [N]; the student's entropy too, ``with_entropy``."""
+    """Tensors [N]: the loss (with graph), the divergence, and, if ``with_entropy``, the student's entropy."""
     if method.sampled_softmax:
         assert isinstance(targets, SparseTargets)
         return sampled_losses(head, positions, targets, method, step)
@@ -187,7 +190,7 @@ def position_losses(
 def sampled_losses(
     head: Head, positions: Positions, targets: SparseTargets, method: Method, step: int
 ) -> tuple[Tensor, ...]:
-    """As :func:`position_losses`, with a sampled softmax: the student's entropy and cross-entropy stay unknown."""
+    """As :func:`position_losses`, with a sampled softmax, which cannot give the student's entropy or cross-entropy."""
     T = method.temperature
     negatives = negative_classes(head.classes, method.sampled_softmax, method.seed * 2**32 + step)
     sampled = SampledHead(head, targets, negatives)
@@ -204,7 +207,7 @@ def sampled_losses(
 def batch_factors(
     positions: Positions, targets: DenseTargets | SparseTargets, method: Method
 ) -> tuple[Float[Tensor, "N F"], ...]:
-    """What the divergence must know of all chosen positions of the batch before it sees a chunk of them."""
+    """The divergence's factors, computed on all chosen positions of the batch. Empty if it has none."""
     if method.divergence.factors is None:
         return ()
 
@@ -214,7 +217,7 @@ def batch_factors(
     return (method.divergence.factors(*in_chunks(teacher_ce, [positions, targets], method.chunk_rows)),)
 
 
-def count(
+def sum_metrics(
     batch: Batch,
     chosen: Bool[Tensor, " N"],
     divergences: Float[Tensor, " K"],
@@ -223,9 +226,9 @@ def count(
 ) -> dict[str, Tensor]:
     """Sums for the metrics.
 
-    ``tokens`` (padding included); ``positions`` (valid); ``selected``; over ``selected`` the ``divergence`` and
-    ``selected_entropy``; ``entropy`` over ``entropy_positions`` (all valid positions, or the chosen ones where no
-    score was needed).
+    Numbers: ``tokens`` (padding included), ``positions`` (valid) and ``selected``. Sums over the ``selected``
+    positions: ``divergence`` and ``selected_entropy``. ``entropy`` is a sum over ``entropy_positions``: all valid
+    positions, or the chosen ones if the policy reads no score. A sampled softmax without scores has no entropy.
     """
     sums = {
         "tokens": torch.tensor(batch.input_ids.numel(), device=chosen.device),
@@ -238,7 +241,7 @@ def count(
     elif chosen_entropies:
         selected = whole = chosen_entropies[0].sum()
         number = sums["selected"]
-    else:  # a sampled softmax without scores: never computed
+    else:  # a sampled softmax without scores does not compute it
         return sums
     return sums | {"selected_entropy": selected, "entropy": whole, "entropy_positions": number}
 
@@ -247,7 +250,7 @@ def count(
 def kl_after_step(
     student: nn.Module, teacher: Teacher, batch: Batch, chosen: Bool[Tensor, " N"], state: TeacherState, method: Method
 ) -> Float[Tensor, " K"]:
-    """KL(p || q) of the K positions that a step chose, with the student after it: the bandit's reward."""
+    """KL(p || q) of the K positions that a step chose, with the student after the step. The bandit learns from it."""
     head = get_head(student, method.vocab).in_autocast_dtype()
 
     def kl_chunk(positions: Positions) -> tuple[Tensor]:

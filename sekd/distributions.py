@@ -14,10 +14,10 @@ def entropy_from_top(logprobs: Float[Tensor, "N K"], classes: int) -> Float[Tens
     """H from the K largest log-probabilities of a position, with the remaining probability spread evenly.
 
     An even spread is the most uncertain one, so the result is never below H. No remaining class is likelier than the
-    K-th. So the result exceeds H by at most m log((V - K) p_K / m), where m is the remaining probability and p_K the
-    K-th largest one.
+    K-th, so the result exceeds H by at most m log((V - K) p_K / m). Here m is the remaining probability, and p_K is
+    the K-th largest one.
     """
-    rest = (1 - logprobs.double().exp().sum(-1)).clamp(min=0)  # in float32, rounding would be all that is left
+    rest = (1 - logprobs.double().exp().sum(-1)).clamp(min=0)  # in float32, a small rest would be rounding error only
     tail = torch.special.xlogy(rest, rest / max(classes - logprobs.shape[1], 1))
     return (entropy(logprobs.double()) - tail).float()
 

@@ -1,10 +1,10 @@
-"""Files that are whole or not there."""
+"""Write files whole: a reader sees the old or the new content, never a part."""
 
 import os
 
 
 def write_atomically(path: str, text: str) -> None:
-    """The whole file or the one before it, whenever the process dies."""
+    """Write a text file. If the process dies meanwhile, the previous file stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w") as file:
         file.write(text)

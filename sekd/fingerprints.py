@@ -1,4 +1,4 @@
-"""What tells samples, data, tokenizers and models apart."""
+"""Fingerprints: hashes that tell samples, data, tokenizers and models apart."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from sekd.models import causal_lm
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A quick hash of a model: every weight's name, shape and up to 1,024 of its values in float32."""
+    """A quick hash of a model: the name and shape of every weight, and about 1,024 of its values in float32."""
     digest = hashlib.sha256()
     for name, tensor in causal_lm(model).state_dict().items():
         flat = tensor.detach().flatten()
@@ -31,9 +31,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def sample_key(row: Mapping[str, Any]) -> bytes:
-    """16 bytes that name a prepared sample, whatever its place or batch.
+    """A name of 16 bytes for a prepared sample: a hash of its content, wherever the sample is in the data.
 
-    They hash its tokens, targets, packed documents and the teacher's own prompt.
+    The content is its tokens, targets, packed documents and the teacher's own prompt.
     """
     digest = hashlib.blake2b(digest_size=16)
     lengths = row.get("seq_lengths") or [len(row["input_ids"])]
@@ -44,5 +44,5 @@ def sample_key(row: Mapping[str, Any]) -> bytes:
 
 
 def data_fingerprint(dataset: Dataset) -> str:
-    """A hash of every sample's tokens, targets, documents and teacher's prompts, in their order."""
+    """A hash of the content of all samples (:func:`sample_key`), in their order."""
     return hashlib.blake2b(b"".join(map(sample_key, dataset)), digest_size=16).hexdigest()

@@ -1,4 +1,7 @@
-"""Positions through an LM head in bounded memory: [N D] becomes [N V] a chunk at a time, in both directions."""
+"""Run an LM head over positions in bounded memory.
+
+The forward and the backward pass each hold the logits [N V] of one chunk only.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from sekd.distributions import entropy
 from sekd.types import PerPosition
 
-CACHED_ROWS = 64
-"""Positions whose logits about fit a CPU's caches: such chunks take about 0.6 of the time of 256 positions."""
+CPU_CHUNK_ROWS = 64
+"""Chunk size on a CPU. The logits roughly fit its caches: a pass takes about 0.6 of the time of chunks of 256."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Head:
     """The step of a causal language model from its last hidden states to its logits, as a function of positions.
 
     ``projection`` is called as a module, never by its weight, so that the hooks of LoRA and FSDP run.
-    ``scale`` multiplies (Cohere; Granite divides), ``softcap`` bounds by cap * tanh(z / cap) (Gemma 2), and ``vocab``
-    is the number of classes that teacher and student share.
+    ``scale`` multiplies the logits (Cohere; the inverse of Granite's divisor). ``softcap`` replaces a logit z by
+    cap * tanh(z / cap) (Gemma 2). ``vocab`` is the number of classes that teacher and student share.
     """
 
     projection: nn.Module
@@ -58,7 +61,7 @@ class Head:
         return self if linear.weight.dtype == dtype else replace(self, projection=_Converted(linear, dtype))
 
     def finish(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        """The part after the projection, the same for each class: at least float32, scale and soft cap."""
+        """What follows the projection, class by class: conversion to float32 (float64 stays), scale, soft cap."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -81,28 +84,28 @@ class _Converted(nn.Module):
         self.__dict__.update(weight=linear.weight, bias=linear.bias, out_features=linear.out_features)
         self.__dict__["low"] = linear.weight.detach().to(dtype)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return _LowPrecisionLinear.apply(rows, self.weight, self.bias, self.low)
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _LowPrecisionLinear.apply(hidden, self.weight, self.bias, self.low)
 
 
 class _LowPrecisionLinear(torch.autograd.Function):
     """Autocast's linear, forward and backward, on a weight that is already converted."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
-        rows_low = rows.to(low.dtype)
-        ctx.save_for_backward(rows_low, low)
-        ctx.types = rows.dtype, weight.dtype
-        return nn.functional.linear(rows_low, low, None if bias is None else bias.to(low.dtype))
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        hidden_low = hidden.to(low.dtype)
+        ctx.save_for_backward(hidden_low, low)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return nn.functional.linear(hidden_low, low, None if bias is None else bias.to(low.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (rows, low), (rows_type, weight_type) = gradients, ctx.saved_tensors, ctx.types
-        of_rows, of_weight, of_bias, _ = ctx.needs_input_grad
+        (gradient,), (hidden_low, low), (hidden_dtype, weight_dtype) = gradients, ctx.saved_tensors, ctx.dtypes
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         return (
-            (gradient @ low).to(rows_type) if of_rows else None,
-            (gradient.T @ rows).to(weight_type) if of_weight else None,
-            gradient.sum(0).to(weight_type) if of_bias else None,
+            (gradient @ low).to(hidden_dtype) if needs_hidden else None,
+            (gradient.T @ hidden_low).to(weight_dtype) if needs_weight else None,
+            gradient.sum(0).to(weight_dtype) if needs_bias else None,
             None,
         )
 
@@ -110,19 +113,19 @@ class _LowPrecisionLinear(torch.autograd.Function):
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], parts: Sequence[Tensor | PerPosition], chunk_rows: int
 ) -> tuple[Tensor, ...]:
-    """``function`` of N positions, ``chunk_rows`` at a time: at most one chunk's logits are in memory.
+    """Apply ``function`` to N positions, ``chunk_rows`` at a time. At most one chunk's logits are in memory.
 
-    ``parts`` are tensors or records of N positions; ``function`` maps a chunk of each to tensors of equally many
-    entries, which are joined. With gradients, the backward pass computes the logits of each chunk again. A single
-    chunk is not recomputed: memory is bounded anyway. With zero positions, one empty chunk still runs so that every
-    parameter is in the graph (DDP waits for all of them).
+    ``parts`` are tensors or records of N positions. ``function`` maps a chunk of each to tensors with one entry a
+    position, and these are joined. With gradients, the backward pass computes the logits of each chunk again. Logits
+    that fit one chunk are kept, since memory is bounded anyway. With zero positions one empty chunk still runs: every
+    parameter must be in the graph, because DDP waits for all of them.
     """
     device = parts[0].device.type
     keep = torch.is_grad_enabled() and len(parts[0]) <= chunk_rows
     if torch.is_grad_enabled() and not keep:
         function = partial(checkpoint, function, use_reentrant=False)
     if device == "cpu" and not keep:
-        chunk_rows = min(chunk_rows, CACHED_ROWS)
+        chunk_rows = min(chunk_rows, CPU_CHUNK_ROWS)
     with _autocast_without_cache(device):
         chunks = [function(*chunk) for chunk in zip(*(part.split(chunk_rows) for part in parts), strict=True)]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
@@ -132,7 +135,7 @@ def in_chunks(
 def chunked_entropy(
     hidden: Float[Tensor, "N D"], head: Callable[[Tensor], Tensor], chunk_rows: int = 256
 ) -> Float[Tensor, " N"]:
-    """H of the next-token distribution at each position, in nats, without graph and [N V] (arXiv 2602.01395, §4)."""
+    """H of the next-token distribution at each position, in nats, without a graph (arXiv 2602.01395, section 4)."""
     return in_chunks(lambda h: (entropy(head(h).float().log_softmax(-1)),), (hidden,), chunk_rows)[0]
 
 

@@ -1,4 +1,7 @@
-"""How do two distributions differ? Each divergence maps positions to one number each; one function reduces them."""
+"""How do two distributions differ? A divergence gives one number a position.
+
+:func:`reduce` sums them with the policy's weights.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -35,7 +38,7 @@ def jsd(
 ) -> Float[Tensor, " N"]:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al., 2024, section 3).
 
-    ``beta`` lies inside (0, 1); towards 0 it behaves like forward KL, towards 1 like reverse KL.
+    ``beta`` is inside (0, 1). Near 0 the divergence behaves like forward KL, near 1 like reverse KL.
     """
     mixture = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     return beta * kl_divergence(teacher_logp, mixture) + (1 - beta) * kl_divergence(student_logp, mixture)
@@ -95,8 +98,9 @@ def at_kd(
     """Adaptive teaching (Zhong et al., 2024, AT-KD): the easier half of a batch learns the non-target KL only.
 
     The mean over the positions of a batch is 0.2 times the mean NCKD of its easier half plus 0.8 times the mean
-    TCKD + NCKD of its harder half. ``factors`` are :func:`at_kd_factors` of the whole batch, of which these positions
-    are a chunk. A batch is what one process computes at once, so ``per_device_train_batch_size`` matters here.
+    TCKD + NCKD of its harder half. These positions may be a chunk of the batch. ``factors`` then are their rows of
+    :func:`at_kd_factors` of the whole batch. A batch is one process's micro-batch, so the result depends on
+    ``per_device_train_batch_size``.
     """
     if factors is None:
         factors = at_kd_factors(cross_entropy(teacher_logp, targets))
@@ -105,7 +109,9 @@ def at_kd(
 
 
 def at_kd_factors(teacher_ce: Float[Tensor, " N"], easy_weight: float = 0.2) -> Float[Tensor, "N 2"]:
-    """Factors of each position's TCKD and NCKD in AT-KD; a mean over all positions then weighs the means of the halves.
+    """Factors of TCKD and NCKD at each position in AT-KD.
+
+    With them, the mean over all positions is the weighted sum of the means of both halves.
 
     The harder half is the ceil(N / 2) positions of highest 1 - p(y), ties to the lower index.
     """
@@ -119,14 +125,15 @@ def at_kd_factors(teacher_ce: Float[Tensor, " N"], easy_weight: float = 0.2) -> 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence, and what the rest of the code must know of it.
+    """A divergence and its properties, which the rest of the code reads.
 
-    ``on_logp(student_logp, teacher_logp, targets, *factors, **options) -> [N]`` reads all classes.
-    ``sparse(student_logp [N K], SparseTargets) -> [N]`` estimates it from sampled classes; None if it has no such form.
-    ``factors`` maps the teacher's cross-entropy at all chosen positions of a batch to a tensor of equally many entries,
-    which ``on_logp`` gets chunk by chunk. ``mean_over``: the loss is a mean over the chosen positions of a ``sequence``
-    or of the ``batch`` (then the policy's weights do not count). ``held_out`` names the evaluation metric that stands
-    for it. ``check(**options)`` raises ValueError for options that are invalid together.
+    ``on_logp(student_logp, teacher_logp, targets, *factors, **options) -> [N]`` reads all classes, in the dtype of its
+    inputs. ``sparse(student_logp [N K], SparseTargets) -> [N]`` estimates the divergence from sampled classes. It is
+    None if the divergence cannot be estimated so. ``factors`` maps the teacher's cross-entropy at all chosen positions
+    of a batch to a tensor with one row a position. ``on_logp`` gets the rows of its chunk. ``mean_over`` is what the
+    loss is a mean over. ``sequence``: the policy's weights apply. ``batch``: all chosen positions of the batch weigh
+    the same, whatever the policy's weights. ``held_out`` names the metric that becomes ``eval_loss``.
+    ``check(**options)`` raises ValueError for options that are invalid together.
     """
 
     on_logp: Callable[..., Float[Tensor, " N"]]
@@ -144,12 +151,12 @@ class Divergence:
         targets: Targets = None,
         **options: float,
     ) -> Float[Tensor, " N"]:
-        """The divergence of logits, in float32."""
+        """The divergence of logits, computed in float32."""
         student, teacher = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
         return self.on_logp(student, teacher, targets, **options)
 
     def with_options(self, **options: float) -> "Divergence":
-        """The same divergence with other options than the defaults."""
+        """The same divergence with these options."""
         return replace(self, on_logp=partial(self.on_logp, **options)) if options else self
 
 
@@ -180,7 +187,7 @@ DIVERGENCES: dict[str, Divergence] = {
                 field="skew_alpha",
                 default=0.1,
                 is_valid=lambda v: 0 < v < 1,
-                hint="is outside (0, 1); 0 would be forward_kl, 1 no loss at all",
+                hint="is outside (0, 1); 0 is forward_kl, and 1 has no loss",
                 help="alpha of divergence skew_kl, inside (0, 1).",
             )
         },
@@ -208,11 +215,11 @@ DIVERGENCES: dict[str, Divergence] = {
     ),
     "at_kd": Divergence(at_kd, factors=at_kd_factors, mean_over="batch"),
 }
-"""``DIVERGENCES[name](student_logits, teacher_logits, targets) -> [N]``, in float32."""
+"""``DIVERGENCES[name](student_logits, teacher_logits, targets) -> [N]``."""
 
 
 def mean_over_batch(weights: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Equal weights on the chosen positions, so that the mean over sequences is the mean over those of the batch."""
+    """Equal weights of the chosen positions. The mean over sequences then is the mean over these positions."""
     chosen = weights > 0
     return chosen * valid.any(1).sum() / chosen.sum().clamp(min=1)
 
@@ -220,11 +227,11 @@ def mean_over_batch(weights: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -
 MEANS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
     "sequence": lambda weights, valid: weights,
     "batch": mean_over_batch,
-    "step": lambda weights, valid: weights,  # the policy's weights are for it already
+    "step": lambda weights, valid: weights,  # the policy has computed the weights of such a mean
 }
-"""Over what a loss is a mean, from the narrowest to the widest: weights of the policy -> weights of the loss."""
+"""What the loss is a mean over, from narrow to wide, and how the loss's weights follow from the policy's."""
 
 
 def reduce(losses: Float[Tensor, " N"], weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-    """The sum over sequences of sum_t w_t * l_t. Divide by the sequences of the *whole* optimizer step for the loss."""
+    """The sum of w_t * l_t. Dividing it by the number of sequences of the *whole* optimizer step gives the loss."""
     return (weights * losses).sum()

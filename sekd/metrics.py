@@ -19,15 +19,15 @@ SHOWN = {
 }
 
 
-def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """The logged numbers, from sums over the steps since the last log, ``seconds`` ago."""
+def compute_means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """The logged numbers, from sums over the steps since the last log, which was ``seconds`` ago."""
     selected = max(sums["selected"], 1)
     metrics = {
         "divergence": sums["divergence"] / selected,
         "selected_fraction": sums["selected"] / max(sums["positions"], 1),
         "tokens_per_second": sums["tokens"] / seconds,
     }
-    if "entropy" in sums:  # a sampled softmax without scores never computes it
+    if "entropy" in sums:  # a sampled softmax without scores does not compute it
         metrics["entropy"] = sums["entropy"] / max(sums["entropy_positions"], 1)
         metrics["entropy_selected"] = sums["selected_entropy"] / selected
     if trained := sums.get("trained_rollouts"):
@@ -37,7 +37,7 @@ def means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
             "rollout_age": sums["stale_steps"] / trained,
             "rollout_share": sums["rollout_wait"] / seconds,
         }
-    if rollouts := sums.get("rollouts"):  # in the steps that begin a round
+    if rollouts := sums.get("rollouts"):  # only steps that begin a round have these
         metrics |= {
             "completion_length": sums["rollout_tokens"] / rollouts,
             "rollout_tokens_per_second": sums["rollout_tokens"] / sums["rollout_seconds"],

@@ -1,4 +1,4 @@
-"""Loading models and reaching into them: the one place that knows about wrappers, adapters and heads."""
+"""Load models and reach inside them. Only this module handles wrappers, adapters and heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> An
     """Call ``function(*args)`` as if it were the forward of the wrapped ``model``.
 
     DDP and FSDP gather weights and run hooks in the wrapper's own forward, so everything that touches parameters must
-    happen there. ``function`` may return only tensors (in tuples and dicts); FSDP misses other gradients.
+    happen there. ``function`` may return tensors, and tuples and dicts of them. FSDP finds gradients in nothing else.
     """
     inner = unwrap(model)
     was_wrapped = "forward" in vars(inner)  # accelerate's autocast wrapper is an instance attribute
@@ -65,7 +65,7 @@ def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> An
 
 def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "B T D"]:
     """The last hidden states, after the final norm: what the LM head reads. ``model`` may be wrapped by PEFT."""
-    # A cache, or a mask beside restarting positions, would let packed documents see each other.
+    # With a key-value cache, or a mask in addition to restarting positions, packed documents would see each other.
     return (
         causal_lm(model)
         .base_model(
@@ -89,13 +89,15 @@ def get_head(model: nn.Module, vocab: int | None = None) -> Head:
 
 
 def count_classes(model: nn.Module) -> int:
-    """The number of the head's classes, padding included."""
+    """The number of classes of the head, padding included."""
     return causal_lm(model).config.get_text_config().vocab_size
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, packed: bool) -> None:
-    """Compare head and packing with the model's own forward on a few tokens, before anything trains.
+    """Check :func:`get_head` and packing on a few tokens, before anything trains.
+
+    The head must give the model's own logits. Packed documents must not see each other.
 
     Raises:
         ValueError: the architecture changes its logits in a way that :func:`get_head` does not support, or
@@ -110,7 +112,8 @@ def check_head(model: nn.Module, packed: bool) -> None:
     logits = get_head(lm)(hidden[0])
     model_logits = lm(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
     difference = float((logits - model_logits).abs().max())
-    # In half precision the model scales rounded logits and sekd exact ones: far less than 3 % of the largest.
+    # In half precision the model scales logits that are already rounded, and sekd scales exact ones. The difference
+    # is far below 3 % of the largest logit.
     if not difference <= 0.03 * model_logits.abs().max():
         raise ValueError(
             f"sekd does not support {name}: its logits differ by {difference:.3g} from its LM head with logit_scale, "
@@ -141,10 +144,13 @@ def _probe(ids: Tensor, positions: Tensor) -> Batch:
 
 
 def common_vocab(student: nn.Module, teacher: nn.Module) -> int:
-    """The number of classes in both heads: equal tokenizers may be padded differently (Qwen2.5: 151,936, 152,064)."""
+    """The number of classes that both heads have.
+
+    Models with the same tokenizer may be padded differently (Qwen2.5: 151,936 and 152,064 classes).
+    """
     return min(count_classes(student), count_classes(teacher))
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as a teacher: no gradients, no dropout."""
+    """Freeze a model: no gradients, no dropout."""
     return model.eval().requires_grad_(False)

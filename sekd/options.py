@@ -9,7 +9,7 @@ from typing import Any
 class Option:
     """An option of a policy or divergence, and the field of :class:`sekd.config.SEKDConfig` that sets it.
 
-    ``is_valid`` tells whether a value can work. ``hint`` follows the field and the value in the error.
+    ``is_valid`` says whether a value is valid. The error is the field, the value and ``hint``.
     """
 
     field: str
@@ -19,6 +19,6 @@ class Option:
     help: str
 
     def check(self, value: Any, label: str | None = None) -> None:
-        """Raise ValueError for an invalid value; ``label`` stands for the field in the message."""
+        """Raise ValueError for an invalid value. ``label`` replaces the field's name in the message."""
         if not self.is_valid(value):
             raise ValueError(f"{label or self.field} {value} {self.hint}")

@@ -1,4 +1,4 @@
-"""A recipe becomes rows, samples, a cache and a trainer. Each method imports what it needs when it is called."""
+"""Turn a recipe into rows, samples, a cache and a trainer. Each method imports what it needs when it is called."""
 
 import difflib
 import os
@@ -25,7 +25,7 @@ class Run:
     """The three records that a recipe and the command line fill in.
 
     ``script`` is TRL's ScriptArguments (the data), ``args`` the :class:`SEKDConfig`, ``model`` TRL's ModelConfig (the
-    student). Every method raises ValueError for an invalid recipe or invalid data, and loads models last.
+    student). Every method raises ValueError for an invalid recipe or invalid data. Models are loaded last.
     """
 
     script: Any
@@ -37,7 +37,7 @@ class Run:
         """The run that a recipe (a file, or the name of a shipped recipe) and the command line describe.
 
         Raises:
-            ValueError: as :func:`parse_recipe`; no student, or no training data.
+            ValueError: as :func:`parse_recipe`; or the recipe names no student, or no training data.
         """
         run = cls(*parse_recipe(recipe, overrides))
         if run.model.model_name_or_path is None:
@@ -53,7 +53,7 @@ class Run:
         """The checkpoint that ``resume_from_checkpoint`` asks for: a folder, or for true the last one in output_dir.
 
         Raises:
-            ValueError: true, and output_dir has no checkpoint.
+            ValueError: it is true, and output_dir has no checkpoint.
         """
         from transformers.trainer_utils import get_last_checkpoint
 
@@ -66,7 +66,7 @@ class Run:
         return checkpoint
 
     def rows(self) -> "Dataset | IterableDataset":
-        """The training rows: ``dataset_name``, or the rollouts that ``rollouts`` replays instead."""
+        """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""
         from sekd.data.encode import ROLLOUT_COLUMNS
         from sekd.data.load import load_rows
 
@@ -78,7 +78,7 @@ class Run:
         rows = load_rows(path, field="rollouts")
         if missing := [column for column in ROLLOUT_COLUMNS if column not in rows.column_names]:
             raise ValueError(
-                f"rollouts {rollouts!r} lacks the columns {' and '.join(missing)}: write it with save_rollouts, or "
+                f"rollouts {rollouts!r} lacks the columns {' and '.join(missing)}: generate it with save_rollouts, or "
                 "name other data in dataset_name"
             )
         return rows
@@ -120,7 +120,7 @@ class Run:
         )
 
     def choose_samples(self) -> dict[str, Any]:
-        """The choice of samples: made, or read if it was made before. The teacher is loaded only for a score of it."""
+        """Choose samples, or read an earlier choice. The teacher is loaded only if the score reads it."""
         if self.args.sample_fraction == 1:
             raise ValueError(
                 "sample_fraction is 1, which keeps every sample; set it, for example --sample_fraction 0.2"
@@ -168,8 +168,10 @@ class Run:
             return build_cache(dataset, readers, tokenizer, args, args.teacher_cache)
 
     def plan(self, known: Collection[str] = ()) -> dict[str, Any]:
-        """What the recipe says about its cache's size: draws, fraction, and unless they are ``known``, positions
-        (``sample_pool`` full samples) and the common vocabulary."""
+        """The recipe's numbers for the size of its cache: the draws and the fraction of the samples.
+
+        Also the positions (``sample_pool`` samples of full length) and the common vocabulary, unless ``known``.
+        """
         args, model = self.args, self.model
         plan: dict[str, Any] = {"draws": args.class_samples, "fraction": args.sample_fraction}
         if "positions" not in known and args.sample_pool is not None:
@@ -193,7 +195,7 @@ class Run:
 
         rows = self.rows()
         if isinstance(rows, IterableDataset) and self.args.sample_pool is None:
-            raise ValueError("a stream has no length: set sample_pool to the number of its first samples to take")
+            raise ValueError("a stream has no length: set sample_pool to the number of first samples to choose from")
         name, revision = self.model.model_name_or_path, self.model.model_revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         return tokenizer, prepare_samples(rows, tokenizer, self.args)
@@ -229,10 +231,11 @@ class Run:
 
 
 def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
-    """A recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
+    """Read a recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
 
     Raises:
-        ValueError: no such file, no mapping in it, an unknown key (names the nearest known one), or a bad value.
+        ValueError: a missing file, a file that is not a mapping, an unknown key (the error names the nearest one), or
+            an invalid value.
     """
     recipe = find_recipe(recipe)
     from trl import ModelConfig, ScriptArguments, TrlParser
@@ -254,7 +257,7 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, 
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise ValueError(
                 f"unknown key {key!r} in {'the recipe' if key in keys else 'the command line'}; "
-                f"the nearest known one is {nearest!r}"
+                f"the nearest key is {nearest!r}"
             )
     if "import_modules" in [*keys, *flags]:
         _let_import_from(os.path.dirname(os.path.abspath(recipe)), os.getcwd())
@@ -264,7 +267,7 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, 
 
 
 def find_recipe(name: str) -> str:
-    """The path of a recipe: a file, or a shipped recipe by its name (``x``, ``x.yaml`` or ``recipes/x.yaml``).
+    """The path of a recipe. ``name`` is a file, or a shipped recipe (``x``, ``x.yaml`` or ``recipes/x.yaml``).
 
     Raises:
         ValueError: there is no such file and no such shipped recipe.
@@ -296,7 +299,10 @@ def recipe_folder() -> str:
 
 
 def _let_import_from(*folders: str) -> None:
-    """At the end of the path, so that nothing installed is hidden; it stays, as worker processes import them too."""
+    """Append folders to sys.path: at the end, so that they hide no installed package.
+
+    They stay there, since worker processes import from them too.
+    """
     sys.path.extend(folder for folder in folders if folder not in sys.path)
 
 

@@ -1,7 +1,7 @@
-"""Which samples? Scores under the frozen initial models, made once and kept in a file.
+"""Which samples? The frozen initial models score them once, and a file keeps the scores.
 
 A sample's score is the mean of a position score over its valid positions (TopSmp, arXiv 2602.01395, section 4; Xu et
-al., 2023). The kept samples are a real subset of the data, so batches are as large as without selection.
+al., 2023). Only the kept samples are loaded, so batches have their full size.
 """
 
 import json
@@ -43,7 +43,9 @@ FIELDS = {
 
 
 def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[int]:
-    """The ceil(fraction * n) highest scores as sorted indices; ties to the lower index, the ceiling exact.
+    """Sorted indices of the ceil(fraction * n) highest scores. The ceiling is that of the exact decimal.
+
+    Ties go to the lower index.
 
     Raises:
         ValueError: a fraction outside (0, 1].
@@ -52,14 +54,14 @@ def select_samples(scores: Iterable[float] | Tensor, fraction: float) -> list[in
         raise ValueError(f"sample_fraction {fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
     values = torch.as_tensor(scores if isinstance(scores, Tensor) else list(scores), dtype=torch.float64)
     if values.isnan().any():
-        raise ValueError("a sample's score is not a number, so it has no rank")
+        raise ValueError("a sample's score is nan, so samples cannot be ranked; score them again")
     exact = Fraction(str(fraction)) * len(values)
     count = -(-exact.numerator // exact.denominator)
     return sorted(values.argsort(descending=True, stable=True)[:count].tolist())
 
 
 def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
-    """The first ``size`` samples of prepared data; a stream's samples are read into memory."""
+    """The first ``size`` samples of prepared data. The samples of a stream are read into memory."""
     if isinstance(dataset, Dataset):
         return dataset.take(min(size, len(dataset)))
     parts, bar = [], tqdm(total=size, desc="Reading the sample pool")
@@ -73,14 +75,14 @@ def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
 def prepare_samples(
     rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
 ) -> Dataset | IterableDataset:
-    """Rows as samples: tokenized, packed or cut, and only the first ``sample_pool`` of them if it is set."""
+    """Turn rows into samples: tokenize, pack or cut them, and take the first ``sample_pool`` if it is set."""
     dataset = prepare(rows, tokenizer, args)
     is_packed(dataset)  # raises ValueError for a stream without samples
     return dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
 
 
 def samples_path(args: SEKDConfig) -> str:
-    """Where the scores are kept."""
+    """The path of the samples file."""
     return args.samples_file or os.path.join(str(args.output_dir), "samples.json")
 
 
@@ -91,13 +93,13 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerBase,
     args: SEKDConfig,
 ) -> dict[str, Any]:
-    """Choose samples: the content of ``samples_file``, with ``kept`` (sorted ids), ``scores`` and ``fingerprint``.
+    """Choose samples, and return the content of the samples file: ``kept`` (sorted ids), ``scores`` and more.
 
-    The file is written if it does not exist. Its scores serve any ``sample_fraction``. ``teacher`` may be None if the
-    score does not need it.
+    If the file exists, its scores are used again, for any ``sample_fraction``. ``teacher`` may be None if the score
+    does not need it.
 
     Raises:
-        ValueError: an existing file of other data, models or settings; it says which.
+        ValueError: the file belongs to other data, models or settings; the error says which.
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
@@ -124,11 +126,11 @@ def score_samples(
 ) -> Float[Tensor, " n"]:
     """The mean of ``args.sample_score`` over the valid positions of each sample, in one pass of the frozen models.
 
-    A prompt without completion is scored on its own tokens, and both models read the student's prompt then. A sample
-    without any position scores 0. Processes share the work.
+    A prompt without a completion is scored at its own tokens; both models then read the student's prompt. A sample
+    without valid positions scores 0. Processes share the work.
 
     Raises:
-        FloatingPointError: a score that is not finite, with the sample.
+        FloatingPointError: a score is not finite. The error names the samples.
     """
     if args.sample_score == RANDOM:
         return torch.rand(len(dataset), generator=torch.Generator().manual_seed(args.seed))
@@ -197,7 +199,7 @@ def _fingerprint(
 
 
 def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:
-    """The scores in a samples file, after all checks."""
+    """Check a samples file, and return its scores."""
     hint = "delete it to score again, or name another samples_file"
     try:
         with open(path) as file:

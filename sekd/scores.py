@@ -17,7 +17,7 @@ from sekd.distributions import cross_entropy, entropy, kl_divergence
 
 @dataclass(frozen=True)
 class Rows:
-    """What a score may read of N positions: log-probabilities and next tokens; from a cache, the teacher's entropy."""
+    """What a score may read of N positions: log-probabilities and next tokens. A cache gives the teacher's entropy."""
 
     student_logp: Float[Tensor, "N V"]
     targets: Int[Tensor, " N"]
@@ -34,10 +34,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Score:
-    """A score, and what the rest of the code must know of it.
+    """A score and its properties, which the rest of the code reads.
 
     ``needs_teacher``: it reads the teacher's distribution, which costs the teacher's LM head on every valid position.
-    ``in_cache``: a teacher cache can hold it. ``in_rollouts``: the sampler's log-probabilities can give it.
+    ``in_cache``: a teacher cache can hold this score. ``in_rollouts``: it can be computed from the sampler's
+    log-probabilities.
     """
 
     function: Callable[[Rows], Float[Tensor, " N"]]
@@ -75,7 +76,7 @@ def kl(rows: Rows) -> Float[Tensor, " N"]:
 
 
 def reverse_kl(rows: Rows) -> Float[Tensor, " N"]:
-    """KL(q || p): how much the student says that the teacher would not."""
+    """KL(q || p): how much probability the student gives to classes that the teacher finds unlikely."""
     return kl_divergence(rows.student_logp, rows.teacher)
 
 
@@ -109,7 +110,7 @@ SCORES: dict[str, Score] = {
 
 
 RANDOM = "random"
-"""The ``sample_score`` that draws samples instead of scoring them."""
+"""The ``sample_score`` of a random choice. No model scores the samples then."""
 
 
 def needs_teacher(sample_score: str) -> bool:
@@ -143,8 +144,8 @@ NORMALIZATIONS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
 class Scoring:
     """The scores that a policy reads.
 
-    With ``weights`` they become one score: their weighted sum, each normalised within its sequence first (SampledKD).
-    Without, the policy gets all of them as [B T C].
+    With ``weights``, the policy reads one score [B T]: each score is normalised within its sequence, then the weighted
+    sum is taken (SampledKD). Without weights, the policy reads all C scores [B T C].
     """
 
     names: tuple[str, ...]
@@ -158,7 +159,7 @@ class Scoring:
 
     @property
     def in_rollouts(self) -> bool:
-        """Whether the sampler's log-probabilities are enough."""
+        """Whether all of the scores can be computed from the sampler's log-probabilities."""
         return all(SCORES[name].in_rollouts for name in self.names)
 
     def score(self, rows: Rows) -> Float[Tensor, "N C"]:
@@ -171,7 +172,7 @@ class Scoring:
         return scores[:, self.names.index(names[0])] if names else student_entropy(rows)
 
     def combine(self, scores: Float[Tensor, "B T C"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T *C"]:
-        """What the policy gets."""
+        """The scores as the policy reads them: [B T] with weights, else [B T C]."""
         if self.weights is None:
             return scores
         normalize = NORMALIZATIONS[self.normalization]
@@ -179,10 +180,10 @@ class Scoring:
 
 
 def make_scoring(score: Any, normalization: str = "none") -> Scoring:
-    """One score by its name, or a weighted combination of several by a mapping of names to weights.
+    """The scoring of a recipe. ``score`` is one name, or a mapping of several names to weights.
 
     Raises:
-        ValueError: unknown names, weights that are not finite numbers or all zero.
+        ValueError: an unknown name, a weight that is not a finite number, or only weights of 0.
     """
     if not isinstance(score, str | Mapping):
         raise ValueError(f"position_score {score!r} must be a name such as kl, or weights such as {{kl: 1.0}}")

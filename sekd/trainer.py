@@ -35,9 +35,9 @@ from sekd.data.batch import Sample, collate, from_rollout
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
-from sekd.eval.held_out import compute_metrics, held_out_sums, join_predictions
+from sekd.eval.held_out import compute_metrics, join_predictions, sum_held_out
 from sekd.losses import DIVERGENCES
-from sekd.metrics import means
+from sekd.metrics import compute_means
 from sekd.models import check_head, check_head_columns, load_model, run_inside
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -51,26 +51,26 @@ from sekd.validation import check_inputs
 
 
 class SEKDTrainer(Trainer):
-    """Distils a teacher into a student at the positions that carry signal.
+    """Distils a teacher into a student at selected positions.
 
-    Data and tokenizers are checked first and models are loaded last. Models may be given by name.
+    Data and tokenizers are checked before any model is loaded. Models may be given by name.
 
     Args:
         model: the student.
         teacher_model: the teacher. Default: ``args.teacher_model_name_or_path``; none with ``args.teacher_cache``.
         train_dataset: rows as :mod:`sekd.data` reads them.
-        eval_dataset: rows of the same kind; ``evaluate`` reports divergences a token on them.
+        eval_dataset: rows of the same kind; ``evaluate`` measures the student on them.
         processing_class: the tokenizer. Default: the student's own.
         peft_config: trains an adapter instead of the whole student.
         rollout_engine: generates in on-policy steps. Default: ``args.rollout_engine``, started when it is needed.
         model_init_kwargs: for the student's ``from_pretrained``. Default: float32 weights.
-        compute_metrics: more numbers for ``evaluate``, from an ``EvalPrediction`` of the student's likeliest token and
-            the target at each position [samples T], both -100 where a position is invalid.
+        compute_metrics: gives ``evaluate`` more metrics. It gets an ``EvalPrediction``: the student's likeliest tokens
+            and the targets, both [samples T], with -100 at invalid positions.
         recipe_records: the dataclasses whose fields ``recipe.yaml`` keeps. Default: ``args``.
 
     Raises:
         ValueError: data, tokenizers or options that cannot work, and how to fix it.
-        FloatingPointError: a loss that is not finite, in training; it names the samples.
+        FloatingPointError: a loss is not finite in training. The error names the samples.
     """
 
     args: SEKDConfig
@@ -123,11 +123,11 @@ class SEKDTrainer(Trainer):
                 model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
             model = get_peft_model(model, peft_config)
 
-        args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`; DataParallel would split the loss
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the loss; `accelerate launch` uses more GPUs
         super().__init__(
             model,
             args,
-            data_collator=_samples,
+            data_collator=_make_samples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -135,7 +135,7 @@ class SEKDTrainer(Trainer):
             callbacks=[RunFiles(*(recipe_records or [args])), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = True  # by the sequences of the whole optimizer step
+        self.loss_is_scaled_for_ga = True  # the loss is divided by the step's sequences already
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressLine())
@@ -148,8 +148,8 @@ class SEKDTrainer(Trainer):
         check_head_columns(self.model, args)
         if self.method.policy.mean_over == "step" and self.is_deepspeed_enabled:
             raise ValueError(
-                f"position_policy {args.position_policy!r} divides each step's gradient by its selected positions, and "
-                "DeepSpeed keeps the gradient to itself; use DDP or FSDP2, or position_policy: top_k"
+                f"position_policy {args.position_policy!r} divides each step's gradient by its selected positions, but "
+                "DeepSpeed does not keep it in the parameters; use DDP or FSDP2, or position_policy: top_k"
             )
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
@@ -170,7 +170,7 @@ class SEKDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimizer step, and the number of sequences that their loss is a mean over."""
-        whole = self.args.gradient_accumulation_steps  # what is drawn ahead; an epoch's last step has what is left
+        whole = self.args.gradient_accumulation_steps  # to draw; an epoch's last step gets the remaining ones
 
         def pull() -> list[list[Sample]]:
             return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
@@ -189,7 +189,7 @@ class SEKDTrainer(Trainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = [_generator(self.args.seed, step, name) for name in self._names(batch)]
+        generators = [_generator(self.args.seed, step, name) for name in self._name_sequences(batch)]
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
@@ -204,21 +204,26 @@ class SEKDTrainer(Trainer):
                 f"before this changes the weights. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
                 "max_grad_norm may help, or bf16: false"
             )
-        _add(self._sums, sums)
-        # Wrappers average gradients over processes; the sum is wanted.
+        _add_sums(self._sums, sums)
+        # Wrappers average gradients over processes. Multiplying by their number gives the sum.
         return total / num_items_in_batch * self.accelerator.num_processes
 
-    def _names(self, batch: Batch) -> list[str]:
-        """What the draws for a sequence depend on: its sample, and its tokens if a prompt has several rollouts."""
+    def _name_sequences(self, batch: Batch) -> list[str]:
+        """The names that seed the draws of each sequence.
+
+        A name is the sample's id. If a prompt has several rollouts, a hash of the sequence's targets follows.
+        """
         names = [str(i) for i in batch.sample_ids.tolist()]
         if self.args.rollouts_per_prompt == 1:
             return names
-        written = [zlib.crc32(ids[valid].cpu().numpy()) for ids, valid in zip(batch.targets, batch.valid, strict=True)]
-        return [f"{name}/{tokens}" for name, tokens in zip(names, written, strict=True)]
+        hashes = [zlib.crc32(ids[valid].cpu().numpy()) for ids, valid in zip(batch.targets, batch.valid, strict=True)]
+        return [f"{name}/{code}" for name, code in zip(names, hashes, strict=True)]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer's. If the loss is a mean over the step's chosen positions (``selected``), the accumulated gradient
-        is rescaled after the last micro-batch."""
+        """As ``Trainer.training_step``; with gls, also rescale the accumulated gradient after the last micro-batch.
+
+        The loss then is the mean over the chosen positions of the whole step.
+        """
         loss, selected = super().training_step(model, inputs, num_items_in_batch), self.method.policy.selected
         if selected is None:
             return loss
@@ -231,10 +236,10 @@ class SEKDTrainer(Trainer):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         total, self._step_loss = self._step_loss, 0.0
-        return total * factor - (total - loss)  # the Trainer adds up what its micro-batches returned
+        return total * factor - (total - loss)  # the Trainer adds up the micro-batches' losses
 
     def end_step(self) -> None:
-        """After the optimizer: policies with state learn from the step."""
+        """Called after each optimizer step: a policy with state learns from it."""
         self.method.policy.end_step(FinishedStep(gather_object, self._sum_over_processes, self._kl_after))
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
@@ -249,10 +254,10 @@ class SEKDTrainer(Trainer):
     # Around the steps
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; an error ends the rollout engine's processes too.
+        """As ``Trainer.train``. An error also ends the rollout engine's processes.
 
         Raises:
-            ValueError: a checkpoint without the state of a policy that has one.
+            ValueError: the checkpoint lacks the state of the position policy.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
@@ -268,7 +273,7 @@ class SEKDTrainer(Trainer):
             raise
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First, since a checkpoint counts as whole once the Trainer has written its own state.
+        # First: once the Trainer has written its own state, a checkpoint counts as complete.
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             save_state(self.method.policy, self.args.position_policy, folder)
@@ -285,21 +290,21 @@ class SEKDTrainer(Trainer):
         return self.rounds.engine
 
     def count(self, **sums: float) -> None:
-        """Add to the sums whose means are logged next."""
-        _add(self._sums, sums)
+        """Add to the sums of the next log."""
+        _add_sums(self._sums, sums)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Forward KL, reverse KL, cross-entropy and entropy a token, over all valid positions of the held-out data.
+        """The means of forward KL, reverse KL, cross-entropy and entropy over all valid positions of the held-out data.
 
         An on-policy run (``lmbda`` 1) evaluates fresh rollouts of the held-out prompts.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if "input_ids" not in next(iter(data)):
             data = prepare(data, self.processing_class, self.args)
-        samples = self._share(_samples(list(data)))
+        samples = self._take_share(_make_samples(list(data)))
         if self.args.lmbda == 1:
             samples = [*map(from_rollout, samples, self.rounds.generate(samples))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
@@ -311,13 +316,13 @@ class SEKDTrainer(Trainer):
         for start in range(0, len(samples), size):
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
-                part, guesses = run_inside(model, lambda b: held_out_sums(model, teacher, b, self.method), batch)
-            _add(sums, part)
+                part, guesses = run_inside(model, lambda b: sum_held_out(model, teacher, b, self.method), batch)
+            _add_sums(sums, part)
             if self.compute_metrics is not None:
                 real = batch.sample_ids >= 0
                 predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
         model.train(was_training)
-        metrics: dict[str, float] = compute_metrics(self._over_processes(sums))
+        metrics: dict[str, float] = compute_metrics(self._sum_all(sums))
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -327,25 +332,25 @@ class SEKDTrainer(Trainer):
         return metrics
 
     def _evaluated(self) -> str:
-        """The metric that stands for the held-out loss: cross-entropy if the teacher lacks its whole distribution."""
+        """The metric that becomes ``eval_loss``: cross-entropy if the teacher lacks its whole distribution."""
         return DIVERGENCES[str(self.args.divergence)].held_out if self.teacher.has_logits else "student_ce"
 
-    def _share(self, samples: list[Sample]) -> list[Sample]:
-        """This process's samples: equally many in each process, padded with copies (id -1) that do not count."""
+    def _take_share(self, samples: list[Sample]) -> list[Sample]:
+        """This process's share of the samples. Copies with id -1, which do not count, make all shares equally large."""
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
         return [*samples, *padding][index::processes]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the sums since the last log."""
+        """As ``Trainer.log``; the log gets the means of the steps since the last one."""
         if "loss" in logs and self._sums:
-            logs |= means(self._over_processes(self._sums), time.monotonic() - self._last_log)
+            logs |= compute_means(self._sum_all(self._sums), time.monotonic() - self._last_log)
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)
 
-    def _over_processes(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
-        """Numbers, and nested lists for tensors of several."""
+    def _sum_all(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
+        """Each sum over all processes: a number, or a nested list for a tensor with several entries."""
         device = self.args.device
         tensors = {name: torch.as_tensor(sums[name], dtype=torch.float32, device=device) for name in sorted(sums)}
         return {name: self.accelerator.reduce(tensor, "sum").tolist() for name, tensor in tensors.items()}
@@ -356,7 +361,7 @@ class SEKDTrainer(Trainer):
 
 
 def make_teacher_source(teacher_model: str | PreTrainedModel | None, args: SEKDConfig) -> TeacherSource:
-    """Where the teacher of a run comes from: the cache, the given model, or the model that ``args`` name."""
+    """The source of a run's teacher: the cache, else the given model, else the model that ``args`` name."""
     if args.teacher_cache is not None:
         return CacheSource(args)
     teacher_model = teacher_model or args.teacher_model_name_or_path
@@ -373,16 +378,16 @@ class _EndOfStep(TrainerCallback):
         self.trainer.end_step()
 
 
-def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
-    """The loader's collator: samples are batched later, when their optimizer step is known to be on-policy or not."""
+def _make_samples(rows: list[dict[str, Any]]) -> list[Sample]:
+    """The loader's collator. Samples are batched later, once it is known whether their step is on-policy."""
     return [Sample(**row) for row in rows]
 
 
-def _add(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
+def _add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
     for name, value in more.items():
         sums[name] += value
 
 
 def _generator(seed: int, step: int, name: str) -> torch.Generator:
-    """Randomness of one sequence at one step: the same however sequences are batched and distributed."""
+    """The generator of one sequence at one step. It is the same however sequences are batched and distributed."""
     return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{name}").getrandbits(63))

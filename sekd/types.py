@@ -24,10 +24,10 @@ TeacherState = dict[str, Tensor]
 class Batch:
     """Token sequences whose targets are already shifted (by :mod:`sekd.data.batch` and nowhere else).
 
-    ``attention_mask`` is needed for left padding only. Without it, attention is causal within each run of consecutive
-    ``position_ids``: positions that restart separate packed documents, and padding on the right is never seen.
-    ``student_entropy`` holds the sampler's entropy at each valid position of a rollout, if it was asked for. The
-    ``teacher_`` fields are what the teacher reads, if its prompts differ from the student's.
+    ``attention_mask`` is needed for left padding only. Without it, attention is causal within each document. A document
+    begins where ``position_ids`` restart. Padding on the right comes after everything, so it is never seen.
+    ``student_entropy`` is the entropy of the sampler's distribution at each valid position of a rollout
+    (``score_source: rollout``). The ``teacher_`` fields are set if the teacher's prompts differ from the student's.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -42,9 +42,9 @@ class Batch:
 
     @property
     def for_teacher(self) -> "Batch":
-        """What the teacher reads: the same completions after its own prompts, or this batch if it has none.
+        """The teacher's batch: the same completions after the teacher's own prompts. Without such prompts, this batch.
 
-        Each sequence has equally many valid positions in both, in the same order.
+        Each sequence has equally many valid positions in both batches, in the same order.
         """
         if self.teacher_input_ids is None:
             return self
@@ -59,7 +59,7 @@ class Batch:
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> "Batch":
-        """The batch in a Trainer's ``inputs``, which must be a dict to be moved between devices."""
+        """The batch in a Trainer's ``inputs``: a dict, which a Trainer can move between devices."""
         return cls(**{f.name: inputs[f.name] for f in fields(cls) if f.name in inputs})
 
 
@@ -67,7 +67,7 @@ Record = TypeVar("Record", bound="PerPosition")
 
 
 class PerPosition:
-    """Base of records whose tensors have N entries each: a mask or a split applies to all of them."""
+    """Base class of records of N positions. A mask or a split applies to every tensor of the record."""
 
     def __len__(self) -> int:
         return max(len(tensor) for value in vars(self).values() for tensor in _tensors(value))
@@ -81,7 +81,7 @@ class PerPosition:
         return self._map(lambda tensor: tensor[mask])
 
     def split(self: Record, size: int) -> list[Record]:
-        """Consecutive parts of at most ``size`` positions; no positions make one empty part."""
+        """Consecutive parts of at most ``size`` positions. A record without positions gives one empty part."""
         parts = {id(t): iter(t.split(size)) for value in vars(self).values() for t in _tensors(value)}
         return [self._map(lambda t: next(parts[id(t)])) for _ in range(max(1, -(-len(self) // size)))]
 
@@ -111,19 +111,19 @@ class Positions(PerPosition):
 
 @dataclass(frozen=True)
 class DenseTargets(PerPosition):
-    """The teacher's whole distribution at N positions; its log-probabilities [N V] exist a chunk at a time only."""
+    """The teacher's whole distribution at N positions. Log-probabilities [N V] are computed one chunk at a time."""
 
     state: TeacherState
     logits: Callable[[TeacherState], Float[Tensor, "N V"]]
 
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "N V"]:
-        """log p of every class."""
+        """log p of every class, at ``temperature``."""
         return at_temperature(self.logits(self.state).log_softmax(-1), temperature)
 
     def compare(
         self, divergence: Any, student_logp: Float[Tensor, "N V"], targets: Tensor, temperature: float, *factors: Tensor
     ) -> Float[Tensor, " N"]:
-        """The :class:`sekd.losses.Divergence` of the student, whose ``student_logp`` is at ``temperature``."""
+        """The :class:`sekd.losses.Divergence` at each position. ``student_logp`` is at ``temperature`` already."""
         return divergence.on_logp(student_logp, self.log_probs(temperature), targets, *factors)
 
 
@@ -131,7 +131,7 @@ class DenseTargets(PerPosition):
 class SparseTargets(PerPosition):
     """A teacher distribution on K of the V classes at N positions; unused slots have probability 0 (and any id).
 
-    The temperature is already in ``probs``.
+    ``probs`` are at the temperature of the distillation.
     """
 
     ids: Int[Tensor, "N K"]
@@ -145,5 +145,5 @@ class SparseTargets(PerPosition):
 
 
 def at_temperature(logp: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
-    """Log-probabilities at another temperature than 1."""
+    """Log-probabilities at ``temperature``, from those at temperature 1."""
     return logp if temperature == 1 else (logp / temperature).log_softmax(-1)

@@ -1,6 +1,6 @@
-"""Which values and combinations work: what a user can get wrong is refused here, before any model loads.
+"""Check values and combinations of options before any model loads.
 
-The functions raise ValueError with the field, the value and how to fix it.
+The functions raise ValueError. The message names the field, the value and how to fix it.
 """
 
 import importlib
@@ -37,7 +37,7 @@ def all_options() -> dict[str, Option]:
 
 
 def parse_score(value: Any) -> Any:
-    """``position_score`` as a name or a mapping; the command line gives a mapping as text."""
+    """``position_score`` as a name or a mapping. The command line gives a mapping as text."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
@@ -49,10 +49,11 @@ def parse_score(value: Any) -> Any:
 
 
 def check_numbers(args: "SEKDConfig", names: Sequence[str]) -> None:
-    """Check that fields of numbers hold finite ones."""
+    """Check that the numeric fields are finite numbers."""
     for name in names:
         value = getattr(args, name)
-        if value is None and _default(args, name) is None:  # argparse makes `int | None` an int, in place
+        # argparse changes the type of an `int | None` field to int.
+        if value is None and _default(args, name) is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name} {value!r} must be a finite number")
@@ -62,7 +63,7 @@ def check_numbers(args: "SEKDConfig", names: Sequence[str]) -> None:
 
 
 def check_names(args: "SEKDConfig") -> None:
-    """Check that every strategy is known, before anything asks its record."""
+    """Check the names of strategies. It runs first, because other checks read their records."""
     if args.divergence is not None:
         one_of("divergence", args.divergence, DIVERGENCES)
     one_of("position_policy", args.position_policy, POLICIES)
@@ -80,7 +81,7 @@ def check_selection(args: "SEKDConfig") -> None:
     make_policy(args.position_policy, args.position_fraction)
     for name, option in all_options().items():
         if not hasattr(args, name):
-            raise ValueError(f"option {name!r} has no field in SEKDConfig; bind its value with functools.partial")
+            raise ValueError(f"option {name!r} has no field in SEKDConfig; set its value with functools.partial")
         option.check(getattr(args, name))
     if args.position_skip < 0:
         raise ValueError(f"position_skip {args.position_skip} must not be negative; 0 skips no position")
@@ -115,13 +116,13 @@ def _check_score(args: "SEKDConfig") -> None:
         return
     if args.score_normalization == "zscore":
         raise ValueError(
-            f"score_normalization 'zscore' gives negative scores, and position_policy {name!r} needs proportions; use "
-            "minmax or none"
+            f"score_normalization 'zscore' gives negative scores, but position_policy {name!r} needs scores of at "
+            "least 0; use minmax or none"
         )
     if min(scoring.weights or (0,)) < 0:
         raise ValueError(
-            f"position_score has a negative weight, and position_policy {name!r} needs proportions; use weights of 0 "
-            "or more, or position_policy: top_k"
+            f"position_score has a negative weight, but position_policy {name!r} needs scores of at least 0; use "
+            "weights of 0 or more, or position_policy: top_k"
         )
 
 
@@ -135,7 +136,7 @@ def _check_score_source(args: "SEKDConfig") -> None:
     if args.scoring is None or not args.scoring.in_rollouts:
         names = args.scoring.names if args.scoring is not None else ()
         raise ValueError(
-            f"score_source 'rollout' gives student_entropy only, and position_policy {args.position_policy!r} reads "
+            f"score_source 'rollout' gives student_entropy only, but position_policy {args.position_policy!r} reads "
             f"{', '.join(names) or 'no score'}; use score_source: exact"
         )
 
@@ -160,8 +161,8 @@ def _check_classes(args: "SEKDConfig") -> None:
     if CLASS_SELECTIONS[args.class_selection].select is None:
         if args.sampled_softmax:
             raise ValueError(
-                f"sampled_softmax {args.sampled_softmax} compares the student on kept classes only; set "
-                "class_selection: rs_kd, or sampled_softmax: 0"
+                f"sampled_softmax {args.sampled_softmax} needs a selection of classes, but class_selection is full; "
+                "set class_selection: rs_kd, or sampled_softmax: 0"
             )
         return
     if DIVERGENCES[str(args.divergence)].sparse is None:
@@ -171,7 +172,7 @@ def _check_classes(args: "SEKDConfig") -> None:
         )
     if args.sampled_softmax and args.kd_weight < 1:
         raise ValueError(
-            f"kd_weight {args.kd_weight} adds a cross-entropy, which needs the student's whole softmax; set "
+            f"kd_weight {args.kd_weight} adds cross-entropy, which sampled_softmax cannot compute; set "
             "kd_weight: 1 or sampled_softmax: 0"
         )
     if args.sampled_softmax and args.sampled_softmax <= args.class_samples:
@@ -184,24 +185,27 @@ def _check_classes(args: "SEKDConfig") -> None:
 def _check_cache(args: "SEKDConfig") -> None:
     if args.lmbda > 0:
         raise ValueError(
-            f"lmbda {args.lmbda} with teacher_cache: a cache holds positions of the data, and rollouts are new text; "
+            f"lmbda {args.lmbda} with teacher_cache: a cache holds positions of the data, but rollouts are new text; "
             "set lmbda: 0, or leave teacher_cache out"
         )
     if not CLASS_SELECTIONS[args.class_selection].in_cache:
         raise ValueError(f"teacher_cache holds rs_kd targets; class_selection {args.class_selection!r} needs a teacher")
     if args.class_samples > 64:
-        raise ValueError(f"class_samples {args.class_samples} with teacher_cache: counts have 6 bits; use at most 64")
+        raise ValueError(
+            f"class_samples {args.class_samples} with teacher_cache: a cache holds at most 64 draws a position; lower "
+            "class_samples"
+        )
     names = args.scoring.names if args.scoring is not None else ()
-    # Whether this cache holds what a cache can hold shows when it is opened.
+    # A cache may hold such a score. Whether this one does is checked when it is opened.
     if missing := [name for name in names if SCORES[name].needs_teacher and not SCORES[name].in_cache]:
         raise ValueError(
             f"position_policy {args.position_policy!r} reads {', '.join(missing)}, which needs the teacher's whole "
-            "distribution, and teacher_cache lacks it; use position_score: student_entropy or student_ce, or leave "
+            "distribution, but teacher_cache lacks it; use position_score: student_entropy or student_ce, or leave "
             "teacher_cache out"
         )
     if args.sample_fraction < 1 and needs_teacher(args.sample_score):
         raise ValueError(
-            f"sample_score {args.sample_score!r} needs a teacher, and teacher_cache stands in for it; choose "
+            f"sample_score {args.sample_score!r} needs a teacher model, but with teacher_cache none is loaded; choose "
             "student_entropy, student_ce or random"
         )
 
@@ -228,8 +232,8 @@ def check_prompts(args: "SEKDConfig") -> None:
     fields = " and ".join(args.teacher_context)
     if fields and args.teacher_cache is not None:
         raise ValueError(
-            f"{fields} with teacher_cache {args.teacher_cache!r}: a cache holds the teacher's positions after the "
-            "student's prompts; leave teacher_cache out, or the teacher's context"
+            f"{fields} with teacher_cache {args.teacher_cache!r}: a cache holds the teacher's distributions after "
+            "the student's prompts; remove teacher_cache, or the teacher's context"
         )
     if fields and args.supervise_prompt:
         raise ValueError(
@@ -270,7 +274,7 @@ def check_rollouts(args: "SEKDConfig") -> None:
             f"{args.top_k} generates the same completion again; raise the temperature, or set top_k: 0"
         )
     if args.rollout_staleness not in (0, 1):
-        raise ValueError(f"rollout_staleness {args.rollout_staleness} must be 0 or 1, a round ahead at most")
+        raise ValueError(f"rollout_staleness {args.rollout_staleness} must be 0 or 1: at most one round is ahead")
     if args.rollout_staleness and not engine.generates_in_background:
         raise ValueError(
             f"rollout_staleness 1 with rollout_engine {args.rollout_engine!r}, which generates on the trainer's own "
@@ -318,7 +322,7 @@ def _check_urls(urls: Sequence[str], needed: bool) -> None:
 
 
 def list_of_texts(name: str, value: Any) -> list[str]:
-    """A list of texts; a single text becomes a list of one."""
+    """A list of texts. A single text becomes a list of one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{name} {value!r} must be a list of texts that are not empty, such as [one, two]")
@@ -333,7 +337,7 @@ def check_inputs(
     is_quantized: bool,
     rollout_engine: "RolloutEngine | None",
 ) -> None:
-    """Check that data, student and engine of a trainer go together."""
+    """Check that a trainer's data, student and engine work together."""
     from datasets import IterableDataset
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -361,7 +365,7 @@ def check_inputs(
 
 
 def import_module(name: str) -> None:
-    """Import a user's module; ValueError if there is none of this name."""
+    """Import a user's module. Raise ValueError if there is no module of this name."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -374,7 +378,7 @@ def import_module(name: str) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not imported."""
+    """Whether a package can be imported. It is not imported here."""
     return importlib.util.find_spec(package) is not None
 
 

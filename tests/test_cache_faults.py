@@ -206,7 +206,7 @@ def test_a_cache_of_another_recipe_is_refused(tmp_path, tokenizer, pairs, choice
 
 def test_samples_that_are_not_in_the_cache(tmp_path, tokenizer, pairs):
     make_cache(tmp_path / "cache", tokenizer, pairs.select(range(10)))
-    with pytest.raises(ValueError, match=r"lacks 54 of the 64 samples, the first is sample 10; build it with"):
+    with pytest.raises(ValueError, match=r"lacks 54 of the 64 samples, for example sample 10; build it with"):
         make_trainer(tmp_path, tokenizer, pairs, teacher_cache=str(tmp_path / "cache"), **SETTINGS)
 
 
@@ -218,7 +218,7 @@ def test_another_tokenizer_and_a_smaller_head_are_refused(tmp_path, tokenizer, p
         make_trainer(tmp_path, other, pairs, teacher_cache=str(tmp_path / "cache"), **SETTINGS)
     small = make_model("untied")
     small.resize_token_embeddings(126)
-    with pytest.raises(ValueError, match="has 128 classes, and the student's head only 126"):
+    with pytest.raises(ValueError, match="has 128 classes, but the student's head only 126"):
         make_trainer(tmp_path, tokenizer, pairs, small, teacher_cache=str(tmp_path / "cache"), **SETTINGS)
 
 

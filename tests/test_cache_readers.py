@@ -61,7 +61,7 @@ def test_positions_by_the_teachers_entropy_from_a_cache(tmp_path, tokenizer, pai
 
     args = config(tmp_path)
     build_cache(dataset, LocalReader(model, VOCAB, args), tokenizer, args, str(tmp_path / "without"))
-    with pytest.raises(ValueError, match="was built without it; build one with --cache_teacher_entropy true"):
+    with pytest.raises(ValueError, match="holds no teacher entropy; build a cache with --cache_teacher_entropy true"):
         make_trainer(tmp_path, tokenizer, pairs, teacher_cache=str(tmp_path / "without"), **choices)
 
 

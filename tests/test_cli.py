@@ -12,7 +12,7 @@ from sekd.cli.cache import ACTIONS
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max_stepz", "3"], "unknown key 'max_stepz' in the command line; the nearest known one is 'max_steps'"),
+        (["--max_stepz", "3"], "unknown key 'max_stepz' in the command line; the nearest key is 'max_steps'"),
         (["--dataset_name", "nowhere.jsonl"], "dataset_name 'nowhere.jsonl': no such file"),
         (["--prompt_column", "question"], "its columns are 'prompt', 'completion'"),
         (["--max_prompt_length", "3"], "prompts are longer than max_prompt_length 3; raise it to 8"),

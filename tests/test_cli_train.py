@@ -83,7 +83,10 @@ def test_files_that_are_no_rollouts(recipe, tmp_path, capsys, monkeypatch):
     for name, message in (
         ("nowhere", "nowhere': no such file"),
         ("empty.jsonl", "empty.jsonl is empty"),
-        ("pairs.jsonl", "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: write it with save_"),
+        (
+            "pairs.jsonl",
+            "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: generate it with save_",
+        ),
         ("", "rollouts is empty; name a path, or leave it out"),
     ):
         (tmp_path / "empty.jsonl").write_text("")

@@ -44,5 +44,5 @@ def test_draws_of_a_prompts_rollouts_differ(tmp_path, tokenizer, pairs):
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     from sekd.types import Batch
 
-    names = trainer._names(Batch.from_inputs(batches[0]))
+    names = trainer._name_sequences(Batch.from_inputs(batches[0]))
     assert len(names) == len(set(names)) == 4

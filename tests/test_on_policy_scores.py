@@ -74,7 +74,7 @@ def test_a_smaller_common_vocabulary(tmp_path, tokenizer, pairs):
     ("options", "message"),
     [
         (dict(lmbda=0.0), "score_source 'rollout' with lmbda 0: there are no rollouts"),
-        (dict(position_score="kl"), "gives student_entropy only, and position_policy 'top_k' reads kl"),
+        (dict(position_score="kl"), "gives student_entropy only, but position_policy 'top_k' reads kl"),
         (dict(position_score={"kl": 1, "student_entropy": 1}), "reads kl, student_entropy; use score_source: exact"),
         (dict(position_policy="tip", position_score="student_entropy"), "'tip' reads student_entropy, reverse_kl"),
         (dict(position_policy="random"), "'random' reads no score; use score_source: exact"),

@@ -83,7 +83,7 @@ def test_the_frozen_student_has_no_dropout(tmp_path, tokenizer, pairs):
 
 
 def test_a_score_that_is_no_number_has_no_rank():
-    with pytest.raises(ValueError, match="not a number, so it has no rank"):
+    with pytest.raises(ValueError, match="score is nan, so samples cannot be ranked"):
         select_samples([1.0, float("nan")], 0.5)
 
 

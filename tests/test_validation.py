@@ -58,7 +58,10 @@ from sekd.scores import SCORES, Scoring
         (dict(text_prompt_length=1.5), "text_prompt_length 1.5 must be a whole number"),
         (dict(teacher_cache="c", lmbda=0.5), "lmbda 0.5 with teacher_cache: a cache holds positions of the data"),
         (dict(teacher_cache="c", class_selection="top_k_classes"), "teacher_cache holds rs_kd targets"),
-        (dict(teacher_cache="c", class_samples=65), "class_samples 65 with teacher_cache: counts have 6 bits"),
+        (
+            dict(teacher_cache="c", class_samples=65),
+            "class_samples 65 with teacher_cache: a cache holds at most 64 draws",
+        ),
         (
             dict(teacher_cache="c", position_score="kl"),
             "position_policy 'top_k' reads kl, which needs",
@@ -69,16 +72,16 @@ from sekd.scores import SCORES, Scoring
         ),
         (
             dict(teacher_cache="c", sample_fraction=0.5, sample_score="kl"),
-            "sample_score 'kl' needs a teacher, and teacher_cache stands in for it",
+            "sample_score 'kl' needs a teacher model, but with teacher_cache none is loaded",
         ),
         (dict(score_normalization="log"), r"score_normalization 'log' is unknown; choose one of none, zscore, minmax"),
         (
             dict(position_policy="pos_rs", score_normalization="zscore"),
-            "gives negative scores, and position_policy 'pos_rs' needs proportions; use minmax or none",
+            "gives negative scores, but position_policy 'pos_rs' needs scores of at least 0; use minmax or none",
         ),
         (
             dict(position_policy="weighted", position_score={"kl": 1.0, "student_ce": -1.0}),
-            "position_score has a negative weight, and position_policy 'weighted' needs proportions",
+            "position_score has a negative weight, but position_policy 'weighted' needs scores of at least 0",
         ),
         (dict(position_skip=-1), "position_skip -1 must not be negative; 0 skips no position"),
         (dict(curriculum_steps=0), "curriculum_steps 0 must be at least 1"),
@@ -92,14 +95,17 @@ from sekd.scores import SCORES, Scoring
         (dict(class_selection="rskd"), "class_selection 'rskd' is unknown; choose one of full, rs_kd, top_k_classes"),
         (dict(class_samples=0), "class_samples 0 must be at least 1"),
         (dict(sampled_softmax=-1), "sampled_softmax -1 must not be negative; 0 uses all classes"),
-        (dict(sampled_softmax=4096), "compares the student on kept classes only; set class_selection: rs_kd"),
+        (
+            dict(sampled_softmax=4096),
+            "needs a selection of classes, but class_selection is full; set class_selection: rs_kd",
+        ),
         (
             dict(class_selection="rs_kd", divergence="reverse_kl"),
             "class_selection 'rs_kd' estimates forward KL only; set divergence: forward_kl",
         ),
         (
             dict(class_selection="rs_kd", sampled_softmax=4096, kd_weight=0.5),
-            "kd_weight 0.5 adds a cross-entropy, which needs the student's whole softmax",
+            "kd_weight 0.5 adds cross-entropy, which sampled_softmax cannot compute",
         ),
         (dict(class_selection="rs_kd", sampled_softmax=64), "sampled_softmax 64 must be above class_samples 64"),
         (dict(sample_fraction=0.0), r"sample_fraction 0.0 is outside \(0, 1\]; 0.2 keeps 20 %"),
@@ -154,7 +160,7 @@ def test_options_that_nothing_reads_are_named(caplog, monkeypatch):
 
 @pytest.mark.parametrize("field", ["teacher_system_prompt", "teacher_prompt_prefix"])
 def test_fields_that_exclude_each_other(field):
-    with pytest.raises(ValueError, match=f"{field} with teacher_cache 'c': a cache holds .* leave teacher_cache out"):
+    with pytest.raises(ValueError, match=f"{field} with teacher_cache 'c': a cache holds .* remove teacher_cache"):
         config(**{field: "w9", "teacher_cache": "c"})
     with pytest.raises(ValueError, match=f"supervise_prompt true with {field}: .* set supervise_prompt: false"):
         config(**{field: "w9", "supervise_prompt": True})

@@ -1,4 +1,4 @@
-"""A cache in the place of a teacher model."""
+"""A cache as the teacher, instead of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,10 +21,12 @@ from sekd.types import Batch, Positions, SparseTargets, TeacherState
 
 
 class CachedTeacher:
-    """RS-KD targets from an offline cache as :class:`sekd.teachers.Teacher`; ``keys[sample_id]`` name the samples.
+    """RS-KD targets from an offline cache, as :class:`sekd.teachers.Teacher`.
+
+    ``keys[sample_id]`` names a sample in the cache.
 
     Raises:
-        ValueError: samples that the cache does not hold.
+        ValueError: the cache lacks samples.
     """
 
     has_logits = False
@@ -33,8 +35,8 @@ class CachedTeacher:
         missing = [i for i, key in keys.items() if key not in store]
         if missing:
             raise ValueError(
-                f"teacher_cache {store.folder!r} lacks {len(missing)} of the {len(keys)} samples, the first is sample "
-                f"{missing[0]}; build it with this recipe, the same data, max_length and sample_fraction"
+                f"teacher_cache {store.folder!r} lacks {len(missing)} of the {len(keys)} samples, for example "
+                f"sample {missing[0]}; build it with this recipe's data, max_length and sample_fraction"
             )
         self.store, self.keys = store, keys
 
@@ -44,7 +46,7 @@ class CachedTeacher:
         parts = [self.store.read(self.keys[i]) for i in sample_ids]
         for part, valid, sample_id in zip(parts, batch.valid.sum(1).tolist(), sample_ids, strict=True):
             if len(part.ids) != valid:
-                raise ValueError(f"sample {sample_id} has {valid} positions, and {len(part.ids)} in the cache")
+                raise ValueError(f"sample {sample_id} has {valid} positions, but {len(part.ids)} in the cache")
         width = max(part.ids.shape[1] for part in parts)
         ids, counts = (
             np.concatenate([np.pad(grid, ((0, 0), (0, width - grid.shape[1]))) for grid in grids])
@@ -60,7 +62,7 @@ class CachedTeacher:
     def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
         raise ValueError("a cache holds sampled classes only; leave teacher_cache out to use the teacher itself")
 
-    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+    def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         return {"teacher_entropy": state["entropy"]}
 
     def targets(self, positions: Positions, *_: Any) -> SparseTargets:
@@ -72,7 +74,7 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
     """The cache of a recipe.
 
     Raises:
-        ValueError: an incomplete or damaged cache, or a cache of another tokenizer, teacher or setting; it says which.
+        ValueError: the cache is incomplete, damaged, or of another tokenizer, teacher or setting. The error says which.
     """
     store = Store(str(args.teacher_cache))
     built_with = store.fingerprint
@@ -92,8 +94,8 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
     cached_scores = [name for name in (args.scoring.names if args.scoring else ()) if SCORES[name].in_cache]
     if cached_scores and not built_with["teacher_entropy"]:
         raise ValueError(
-            f"position_score {cached_scores[0]}: teacher_cache {store.folder!r} was built without it; build one with "
-            "--cache_teacher_entropy true, or choose student_entropy"
+            f"position_score {cached_scores[0]}: teacher_cache {store.folder!r} holds no teacher entropy; build a "
+            "cache with --cache_teacher_entropy true, or choose student_entropy"
         )
     teacher = (args.teacher_model_name_or_path, args.teacher_model_revision)
     cached = (built_with["teacher"]["name"], built_with["teacher"]["revision"])
@@ -111,7 +113,7 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
 
 
 class CacheSource:
-    """The cache that a recipe names as :class:`sekd.teachers.TeacherSource`."""
+    """The cache of a recipe, as :class:`sekd.teachers.TeacherSource`."""
 
     model: PreTrainedModel | None = None
 
@@ -123,14 +125,14 @@ class CacheSource:
         self.store = open_cache(tokenizer, self.args)
 
     def load(self, attention: str | None) -> None:
-        """Nothing: samples are read when they are needed."""
+        """Load nothing: samples are read when they are needed."""
 
     def connect(self, student: nn.Module, dataset: Dataset, packed: bool) -> tuple[CachedTeacher, int]:
         assert self.store is not None
         vocab, classes = self.store.fingerprint["vocab"], count_classes(student)
         if classes < vocab:
             raise ValueError(
-                f"teacher_cache {self.store.folder!r} has {vocab} classes, and the student's head only {classes}; "
+                f"teacher_cache {self.store.folder!r} has {vocab} classes, but the student's head only {classes}; "
                 "build it with this student as model_name_or_path"
             )
         return CachedTeacher(self.store, {row["sample_id"]: sample_key(row) for row in dataset}), vocab

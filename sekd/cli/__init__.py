@@ -1,4 +1,4 @@
-"""The ``sekd`` command. Only the module of the chosen command is imported, and what it needs when it runs."""
+"""The ``sekd`` command. Only the module of the chosen command is imported. It imports what it needs when it runs."""
 
 import argparse
 import importlib
@@ -27,7 +27,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 (training stopped), 2 (an invalid input) or 130 (Ctrl-C)."""
+    """Run a command. The exit status is 0, 1 (training stopped), 2 (an invalid input) or 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else [*argv]
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(

@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 
 class WrongInput(Exception):
-    """The user's input cannot work; the message says why."""
+    """The user's input is invalid. The message says why."""
 
 
 class Stopped(Exception):
-    """Training stopped for a reason outside of it; the message says why."""
+    """Something outside the training stopped it. The message says why."""
 
 
 @contextmanager
 def reading_input() -> Iterator[None]:
-    """Errors in here are about the user's input; outside, in training, they keep their traceback."""
+    """Turn errors in the block into WrongInput. Training runs outside of it, so its errors keep their traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -23,7 +23,7 @@ def reading_input() -> Iterator[None]:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Take a recipe, and every other ``--key value`` as ``options.overrides``."""
+    """Add the argument for a recipe. Every other ``--key value`` becomes part of ``options.overrides``."""
     parser.usage = f"{parser.prog} RECIPE [--key value ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `sekd recipes` lists")
     parser.set_defaults(overrides=[])

@@ -1,6 +1,6 @@
 """The keys of a recipe, by group, as ``sekd train --help`` shows them.
 
-``python -m sekd.cli.fields`` writes them to train_help.txt, so that showing them imports nothing.
+``python -m sekd.cli.fields`` writes them to train_help.txt. Showing that file needs no import of the fields.
 """
 
 import textwrap
@@ -221,7 +221,7 @@ FOREIGN = {
 
 
 def list_fields() -> dict[str, Field]:
-    """Every key of a recipe -> its dataclass field; SEKDConfig's own beat those it inherits."""
+    """Every key of a recipe and its dataclass field. SEKDConfig comes last, so its own fields win."""
     from trl import ModelConfig, ScriptArguments
 
     from sekd.config import SEKDConfig

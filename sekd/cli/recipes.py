@@ -42,7 +42,7 @@ def show_recipes() -> None:
 
 
 def read_summary(path: str) -> str:
-    """The first sentence of the comment that a recipe begins with; its commands, which are indented, end it too."""
+    """The first sentence of the comment at the top of a recipe. The comment ends before its indented commands."""
     with open(path, encoding="utf-8") as file:
         comment = [line[2:].strip() for line in itertools.takewhile(re.compile(r"# \S").match, file)]
     return re.split(r"(?<=\.)\s", " ".join(comment), maxsplit=1)[0]

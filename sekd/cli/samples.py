@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show_samples(choice: dict[str, Any], score: str) -> None:
-    """Print how many samples were kept, and where their scores lie."""
+    """Print how many samples were kept, and the range of their scores."""
     scores: list[float] = choice["scores"]
     kept = {*choice["kept"]}
     table = Table(title=f"samples by {score.replace('_', ' ')}", title_justify="left")

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from sekd.cli.common import WrongInput
 
 DESCRIPTION = """\
-Serve a student for rollouts with vLLM's own server, in a terminal of its own; on a CPU too.
+Serve a student for rollouts with vLLM's own server. Run it in a separate terminal. It works on a CPU too.
 
 Further options go to vLLM's server. For a LoRA student add --enable-lora --max-lora-rank 32: then only its adapter is
-sent, else merged weights. The server listens on this machine only, because whoever reaches it can replace its weights;
---host 0.0.0.0 opens it to a network that you trust. The trainer sends weights as files, so both must see the run's
-output_dir.
+sent, otherwise merged weights. The trainer sends weights as files, so both must see the run's output_dir.
+
+The server listens on this machine only, because whoever reaches it can replace its weights. --host 0.0.0.0 opens it to
+a network that you trust.
 
 examples:
   sekd serve Qwen/Qwen3-1.7B --max-model-len 768
@@ -63,12 +64,12 @@ def run(options: argparse.Namespace) -> int:
         f"  rollout_server_urls: [http://127.0.0.1:{read_port(options.options)}]",
         flush=True,
     )
-    # The server takes the place of this process, so that signals reach it.
+    # The server replaces this process, so signals reach it.
     os.execve(command[0], command, build_environment(os.environ, on_cpu))
 
 
 def build_command(student: str, options: Sequence[str], on_cpu: bool) -> list[str]:
-    """The command line of vLLM's server; options of the user come last and beat ours."""
+    """The command line of vLLM's server. The user's options come last, so they replace ours."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", student, "--host", "127.0.0.1"]
     if on_cpu:
         # Where vLLM splits a prompt it rewinds the request's generator, which works on a GPU only.
@@ -79,7 +80,7 @@ def build_command(student: str, options: Sequence[str], on_cpu: bool) -> list[st
 
 
 def build_environment(environment: Mapping[str, str], on_cpu: bool) -> dict[str, str]:
-    """The server's environment: the user's values beat the defaults, unless they are empty."""
+    """The server's environment. The user's values replace the defaults, unless they are empty."""
     defaults = DEFAULTS | (CPU_DEFAULTS if on_cpu else {})
     return {**environment, **{name: environment.get(name) or value for name, value in defaults.items()}, **ALWAYS}
 

@@ -20,7 +20,7 @@ The output folder gets the student, its tokenizer, recipe.yaml (as run), version
 --resume_from_checkpoint true resumes from the last checkpoint in it.
 """
 HELP_FILE = os.path.join(os.path.dirname(__file__), "train_help.txt")
-"""The keys, by group. ``python -m sekd.cli.fields`` writes it, so that no field is imported to show it."""
+"""The keys, by group. ``python -m sekd.cli.fields`` writes the file. Showing it needs no import of the fields."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,8 @@ def measure_agreement(
 ) -> dict[str, Tensor]:
     """Overlap of the top positions under exact and under sampler entropy, on the batch's first sequence.
 
-    ``agreement`` counts the positions that both choose, ``agreement_positions`` those that exact entropy chooses.
+    ``agreement`` is the number of positions that both choose. ``agreement_positions`` is the number that exact entropy
+    chooses.
     """
     assert batch.student_entropy is not None
     valid = batch.valid[:1]

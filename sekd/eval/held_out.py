@@ -22,15 +22,16 @@ BINS = 15
 
 
 @torch.no_grad()
-def held_out_sums(
+def sum_held_out(
     student: nn.Module, teacher: Teacher, batch: Batch, method: Method
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sums over all valid positions in nats, and the student's likeliest token at each of them [B T].
 
-    The sums: ``student_ce``, ``student_entropy``, and ``forward_kl`` and ``reverse_kl`` if the teacher has its whole
-    distribution; ``positions``, their number; and ``calibration`` [BINS 3], the number of positions, the sum of
-    confidences and the number of hits of the likeliest token in each bin of confidence. Divide by ``positions`` for the
-    mean a token. Temperature 1, whatever the training uses. The likeliest token of an invalid position is -100.
+    The sums are ``student_ce`` and ``student_entropy``, and ``forward_kl`` and ``reverse_kl`` if the teacher has its
+    whole distribution. ``positions`` is the number of positions: divide by it for the mean a position. ``calibration``
+    [BINS 3] has, for each bin of confidence, the number of positions, the sum of confidences, and how often the
+    likeliest token is the target. The temperature is 1, whatever the training uses. The likeliest token at an invalid
+    position is -100.
     """
     head = get_head(student, method.vocab).in_autocast_dtype()
 
@@ -56,9 +57,10 @@ def held_out_sums(
 
 
 def compute_metrics(sums: dict[str, Any]) -> dict[str, float]:
-    """Means a position, ``perplexity`` = exp(student_ce), ``ece`` and ``rows``, the number of positions.
+    """The mean of each sum over the positions, ``perplexity`` = exp(student_ce), ``ece``, and ``rows``.
 
     ``ece`` is the expected calibration error (Guo et al., 2017): the sum over bins of |hits - confidence| / positions.
+    ``rows`` is the number of positions. The name is an old one, kept for existing logs.
     """
     number = max(sums["positions"], 1)
     metrics = {name: sums[name] / number for name in (*STUDENT_MEANS, *TEACHER_MEANS) if name in sums}
@@ -68,7 +70,7 @@ def compute_metrics(sums: dict[str, Any]) -> dict[str, float]:
 
 
 def join_predictions(samples: list[tuple[Tensor, Tensor]]) -> EvalPrediction:
-    """Likeliest tokens and targets of samples as two arrays [samples T], padded with -100."""
+    """Join the likeliest tokens and the targets of samples as two arrays [samples T], padded with -100."""
     columns = zip(*samples, strict=True)
     guesses, targets = (pad_sequence([*c], batch_first=True, padding_value=IGNORE).numpy() for c in columns)
     return EvalPrediction(predictions=guesses, label_ids=targets)

@@ -1,4 +1,4 @@
-"""Which positions, how heavy? Each policy maps scores [B T] to weights [B T]; weight 0 is not distilled."""
+"""Which positions, and with what weights? A policy maps scores [B T] to weights [B T]. Weight 0 is not distilled."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,12 +25,12 @@ __all__ = ["POLICIES", "FinishedStep", "Policy", "PositionPolicy", "make_policy"
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy, and what the rest of the code must know of it. ``POLICIES[name](fraction, **options)`` makes one.
+    """A policy and its properties, which the rest of the code reads. ``POLICIES[name](fraction, **options)`` makes it.
 
     ``weigh`` is a function ``(scores, valid, fraction, step, generator, **options) -> weights``, or a
-    :class:`PositionPolicy` class for a policy with state. ``reads`` names its scores: None reads ``position_score``,
-    () none. ``needs_positive``: scores are proportions and must not be negative. ``uniform_if_all``: at fraction 1 it
-    gives all positions the same weight whatever their scores.
+    :class:`PositionPolicy` class for a policy with state. ``reads`` names the scores that it reads: None is
+    ``position_score``, and () is no score. ``needs_positive``: scores are proportions and must not be negative.
+    ``uniform_if_all``: with fraction 1, scores do not matter: all positions weigh the same.
     """
 
     weigh: Callable[..., Weights] | type[PositionPolicy]
@@ -46,12 +46,12 @@ class Policy:
 
     @property
     def has_state(self) -> bool:
-        """Whether it learns from one optimizer step to the next."""
+        """Whether the policy learns from one optimizer step to the next."""
         return isinstance(self.weigh, type)
 
     @property
     def mean_over(self) -> str:
-        """Over what the loss is a mean, as in :attr:`PositionPolicy.mean_over`."""
+        """What the loss is a mean over, as in :attr:`PositionPolicy.mean_over`."""
         return getattr(self.weigh, "mean_over", PositionPolicy.mean_over)
 
 
@@ -61,14 +61,14 @@ POS_RS = {
         default=1.0,
         is_valid=lambda v: v >= 0,
         hint="must not be negative; 1 draws in proportion to the score, 0 uniformly",
-        help="pos_rs draws in proportion to score^exponent; below 1 is flatter.",
+        help="pos_rs draws in proportion to score^exponent. Below 1 the draws are more even.",
     ),
     "coverage": Option(
         field="pos_rs_coverage",
         default=0.0,
         is_valid=lambda v: 0 <= v < 1,
         hint="is outside [0, 1); at 1 choose position_policy: top_k",
-        help="Part of pos_rs's budget that the highest scores always get, in [0, 1).",
+        help="Share of pos_rs's positions that are always those of the highest scores, in [0, 1).",
     ),
 }
 
@@ -114,7 +114,7 @@ POLICIES: dict[str, Policy] = {
                 default=1.0,
                 is_valid=lambda v: v >= 0,
                 hint="must not be negative; 0 never explores",
-                help="How much bandit explores.",
+                help="How much bandit explores; 0: not at all.",
             ),
             "ridge": Option(
                 field="bandit_ridge",
@@ -131,7 +131,8 @@ POLICIES: dict[str, Policy] = {
 def make_policy(name: str, fraction: float = 0.2, whole_steps: bool = False, **options: Any) -> PositionPolicy:
     """The policy ``name`` with its budget: ``policy(scores, valid, step=0, generator=None) -> weights``.
 
-    ``whole_steps``: the caller ends optimizer steps (:meth:`PositionPolicy.end_step`); otherwise each call is a step.
+    ``whole_steps``: the caller calls :meth:`PositionPolicy.end_step` after each optimizer step. Otherwise each call of
+    the policy is a step of its own.
 
     Raises:
         ValueError: an unknown name, a fraction outside (0, 1], or an option outside its range.

@@ -1,4 +1,4 @@
-"""A policy that learns which positions pay."""
+"""A policy that learns which positions lower the KL most."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ class Bandit(PositionPolicy):
     """A learned selector: LinUCB over six features of a position (Li et al., 2010; SampledKD's selector).
 
     1/K on the K positions of highest theta.x + ``alpha`` sqrt(x' A^-1 x), with A = ``ridge`` I + sum x x',
-    theta = A^-1 b and b = sum r x over all positions chosen so far. The reward r of a position is the drop of its
-    KL(p || q) by the optimizer step, clipped to [-5, 5]. That costs one more pass of the student's backbone over the
-    step's batches, without gradient, and one of both heads over the chosen positions.
+    theta = A^-1 b and b = sum r x over all positions chosen so far. The reward r of a position is how much
+    the optimizer step lowers its KL(p || q), clipped to [-5, 5]. That costs one more pass of the student's backbone
+    over the step's batches and one of both heads over the chosen positions, without gradient.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What every policy can do, and what it may ask when an optimizer step has ended."""
+"""The base class of policies, and FinishedStep, from which a policy learns after an optimizer step."""
 
 import os
 from abc import ABC, abstractmethod
@@ -16,7 +16,9 @@ from sekd.types import Batch, TeacherState
 
 
 def _no_student(*_: Any) -> Tensor:
-    raise ValueError("this policy learns from the student after a step; give FinishedStep its kl_after")
+    raise ValueError(
+        "this policy learns from the student after a step; give FinishedStep its kl_after (SEKDTrainer does so)"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,15 @@ class FinishedStep:
 class PositionPolicy(ABC):
     """Maps scores [B T] to weights [B T]; positions of weight 0 are not distilled. Every hook does nothing by default.
 
-    A policy with state chooses every part of an optimizer step (micro-batch, process) by its state before the step,
-    and learns in :meth:`end_step`. With ``whole_steps`` the caller ends the steps; otherwise each call is a step.
+    State is frozen during an optimizer step: every micro-batch on every process sees the same state. :meth:`end_step`
+    updates it. With ``whole_steps`` the caller calls it. Without, each call of the policy is a step of its own.
     """
 
     mean_over: ClassVar[str] = "sequence"
-    """Over what the loss is a mean: the chosen positions of a ``sequence``, or those of the whole ``step``."""
+    """What the loss is a mean over: the chosen positions of a ``sequence``, or those of the whole ``step``."""
 
     selected: int | None = None
-    """Chosen positions of the current step, if the caller must divide the step's gradient by their number."""
+    """Number of positions chosen so far in this step. None, unless the caller must divide the gradient by it."""
 
     def __init__(self, fraction: float = 0.2, whole_steps: bool = False) -> None:
         self.fraction, self.whole_steps = fraction, whole_steps
@@ -53,7 +55,7 @@ class PositionPolicy(ABC):
         """Weights of the positions."""
 
     def observe(self, batch: Batch, chosen: Bool[Tensor, " N"], teacher_state: TeacherState) -> None:  # noqa: B027
-        """See which of a batch's N valid positions were chosen, and what the teacher keeps of those."""
+        """Called with the ``chosen`` ones of a batch's N valid positions, and the teacher's state at those."""
 
     def end_step(self, step: FinishedStep) -> None:  # noqa: B027
         """Learn from the optimizer step that has ended."""
@@ -81,7 +83,7 @@ STATE_FILE = "position_policy.pt"
 
 
 def save_state(policy: PositionPolicy, name: str, folder: str) -> None:
-    """Write the state of the policy ``name``, if it has one, into a checkpoint folder, which is made if needed."""
+    """Write the state of the policy ``name``, if it has one, into a checkpoint folder. Make the folder if needed."""
     if state := policy.state_dict():
         os.makedirs(folder, exist_ok=True)
         torch.save({name: state}, os.path.join(folder, STATE_FILE))

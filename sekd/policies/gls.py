@@ -13,7 +13,7 @@ class Gls(PositionPolicy):
     """Global-level selection: positions whose score reaches a shared threshold (Wang et al., 2021).
 
     The threshold is the (1 - k) quantile of the last ``queue_size`` valid scores *before* this batch. The first batch
-    falls back to :func:`top_k`. Weights are those of a mean over the selected positions of the batch.
+    falls back to :func:`top_k`. The weights make the loss the mean over the selected positions of the batch.
 
     With ``whole_steps`` a batch is a part of an optimizer step: each selected position gets weight 1, and the caller
     multiplies the step's gradient by sequences / ``selected``. The queue changes when the step ends.
@@ -29,15 +29,16 @@ class Gls(PositionPolicy):
         self._set_threshold()
 
     def _set_threshold(self) -> None:
-        """tau; None before the first batch."""
+        """Set tau, the threshold: None before the first batch."""
         self.threshold: float | None = None
         if len(self.queue):
-            low = -float("inf")  # at k = 1 all positions, also those below every score so far
+            low = -float("inf")  # k = 1 chooses all positions, also a new lowest score
             self.threshold = float(self.queue.double().quantile(1 - self.fraction)) if self.fraction < 1 else low
         self.selected = None if self.threshold is None else 0
 
     def __call__(self, scores: Scores, valid: Valid, step: int = 0, generator: Generators = None) -> Weights:
-        check_finite(scores, valid)  # a score that is not finite would spoil the threshold while it is in the queue
+        # A non-finite score would spoil the threshold as long as it stays in the queue.
+        check_finite(scores, valid)
         weights = self._weigh(scores, valid)
         self._pending.append(scores[valid].detach().float().cpu())
         if not self.whole_steps:
@@ -54,10 +55,10 @@ class Gls(PositionPolicy):
         return chosen.to(scores.dtype)
 
     def end_step(self, step: FinishedStep) -> None:
-        """Add the step's scores to the queue; the oldest leave."""
-        # Part by part, and within a part rank by rank: the order in which one process would have seen them.
-        all_ranks = step.gather([self._pending])
-        scores = [part for parts in zip(*all_ranks, strict=True) for part in parts]
+        """Add the step's scores to the queue. The oldest scores leave."""
+        # Micro-batch by micro-batch, and process by process within each: the order of a run with one process.
+        all_processes = step.gather([self._pending])
+        scores = [part for parts in zip(*all_processes, strict=True) for part in parts]
         self.queue = torch.cat([self.queue, *scores])[-self.queue_size :]
         self._pending = []
         self._set_threshold()

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for the batch, or one a sequence: then the draws do not depend on how sequences are batched."""
+"""One generator for the batch, or one for each sequence, which makes the draws independent of batching."""
 
 Scores = Float[Tensor, "B T"]
 Valid = Bool[Tensor, "B T"]
@@ -16,7 +16,7 @@ Weights = Float[Tensor, "B T"]
 
 
 def budgets(valid: Bool[Tensor, "B T"], fraction: float) -> Int[Tensor, " B"]:
-    """K of each sequence: the exact ceiling of the decimal that the user wrote, so that 7 % of 100 is 7, not 8."""
+    """K of each sequence, with the exact ceiling of the decimal that the user wrote: 7 % of 100 is 7, not 8."""
     exact = Fraction(str(fraction))
     counts = [max(1, -(-n * exact.numerator // exact.denominator)) if n else 0 for n in valid.sum(1).tolist()]
     return torch.tensor(counts, device=valid.device)
@@ -42,9 +42,10 @@ def top_k(scores: Scores, valid: Valid, fraction: float = 0.2, step: int = 0, ge
 
 
 def eligible(valid: Valid, skip_first: int, position_ids: Int[Tensor, "B T"] | None = None) -> Valid:
-    """Valid positions without the first ``skip_first`` of each document, or all if no others are left (appendix D).
+    """The valid positions without the first ``skip_first`` of each document (arXiv 2602.01395, appendix D).
 
-    Documents of a packed sequence begin where ``position_ids`` is 0. Without it each sequence is one document.
+    A sequence that would have none left keeps all. Documents of a packed sequence begin where ``position_ids`` is 0.
+    Without ``position_ids`` each sequence is one document.
     """
     if not skip_first:
         return valid
@@ -56,7 +57,7 @@ def eligible(valid: Valid, skip_first: int, position_ids: Int[Tensor, "B T"] | N
 
 
 def check_finite(scores: Scores, valid: Valid) -> None:
-    """Raise FloatingPointError for a score that is not finite: a choice by it would mean nothing."""
+    """Raise FloatingPointError for a score that is not finite: positions cannot be ranked by it."""
     if not scores[valid].isfinite().all():
         raise FloatingPointError("a position score is not finite")
 

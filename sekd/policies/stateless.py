@@ -1,6 +1,6 @@
 """Policies that are functions of the scores alone.
 
-The loss of a sequence is sum_t w_t * l_t, so weights that sum to 1 make it a mean over the chosen positions. With n
+The loss of a sequence is sum_t w_t * l_t. Weights that sum to 1 make it a mean over the chosen positions. With n
 valid positions in a sequence and a fraction k, the budget is K = max(1, ceil(k n)), and 0 where n = 0. Definitions
 after arXiv 2602.01395, section 5 and appendices A and D.
 """
@@ -66,8 +66,8 @@ def pos_rs(
     """c_t / K, with c_t the count of position t among K draws with replacement from r(t) = s_t^a / sum_j s_j^a.
 
     Unbiased for Weighted KD (arXiv 2602.01395, appendix A). An ``exponent`` a below 1 flattens r (the paper's 1/T).
-    ``coverage`` is the part of the budget, rounded down, that the highest scores get at 1/K each; the rest is drawn
-    from the other positions (both appendix D).
+    ``coverage`` is the part of the budget, rounded down, that the highest scores get at 1/K each. The rest of the
+    budget is drawn from the other positions. Both options are from appendix D.
     """
     top, counts, k, _ = _draw(scores, valid, fraction, generator, exponent, coverage)
     return (top + counts) / k.clamp(min=1)
@@ -84,7 +84,8 @@ def pos_rs_corrected(
 ) -> Weights:
     """c_t / (K n r(t)): importance-corrected :func:`pos_rs`, unbiased for Full KD (Pos RS-KD*, appendix A).
 
-    With ``coverage`` the positions that are always taken weigh 1/n, so it stays unbiased. A score of 0 is never drawn.
+    With ``coverage`` the positions that are always taken weigh 1/n, so the loss stays unbiased. A position with score
+    0 is never drawn.
     """
     top, counts, k, r = _draw(scores, valid, fraction, generator, exponent, coverage)
     n = valid.sum(1, keepdim=True).clamp(min=1)
@@ -106,21 +107,21 @@ def tip(
     step: int = 0,
     generator: Generators = None,
 ) -> Weights:
-    """1/K on the K positions of highest h + d - h d: the student is uncertain, or the teacher contradicts it.
+    """1/K on the K highest h + d - h d, where the student is uncertain or the teacher disagrees with it.
 
     h is the student's entropy and d the reverse KL, each scaled to [0, 1] (the Soft-OR of TIP, arXiv 2604.14084).
     Scaling within the sequence makes the choice independent of how a step is split into batches.
     """
     h, d = (rescale(scores[..., c], valid) for c in range(2))
-    # As h + d - h d, but exactly 1 wherever h or d is 1: otherwise rounding would break these ties.
+    # This is h + d - h d, but exactly 1 wherever h or d is 1. Otherwise rounding would break these ties.
     return top_k(1 - (1 - h) * (1 - d), valid, fraction)
 
 
 def _proportions(scores: Scores, valid: Valid, exponent: float) -> Float[Tensor, "B T"]:
-    """s^a / sum s^a over the valid positions, in float64; uniform where all scores are 0."""
+    """s^a / sum s^a over the valid positions, in float64. Uniform in a sequence whose scores are all 0."""
     check_finite(scores, valid)
     positive = torch.where(valid, scores.double().clamp(min=0), 0)
-    # Relative to the largest, so that no power overflows.
+    # Divided by the largest score, so that no power overflows.
     powers = (positive / positive.amax(1, keepdim=True).clamp(min=1e-300)) ** exponent * valid
     all_zero = powers.sum(1, keepdim=True) == 0
     powers = torch.where(all_zero, valid.double(), powers)
@@ -130,7 +131,8 @@ def _proportions(scores: Scores, valid: Valid, exponent: float) -> Float[Tensor,
 def _draw(
     scores: Scores, valid: Valid, fraction: float, generator: Generators, exponent: float, coverage: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positions that are always taken, counts of the draws among the others, K [B 1], and the draws' distribution."""
+    """Four tensors: a mask of the positions that are always taken, the counts of draws at the others, K [B 1], and the
+    distribution of the draws."""
     k = budgets(valid, fraction)[:, None]
     top = ranks(scores, valid) < (Fraction(str(coverage)).numerator * k // Fraction(str(coverage)).denominator)
     r = _proportions(scores, valid & ~top, exponent)
@@ -139,7 +141,7 @@ def _draw(
     drawn = places < draws[:, None]
     numbers = torch.zeros(drawn.shape, dtype=torch.float64, device=r.device)
     numbers = numbers.masked_scatter(drawn, uniform(draws, generator, torch.float64).to(r.device))
-    # Inverse transform: a position of probability 0 spans nothing, so it is never drawn.
+    # Inverse transform. A position of probability 0 has an empty interval, so it is never drawn.
     cumulative = r.cumsum(1)
     hits = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True).clamp(max=r.shape[1] - 1)
     counts = torch.zeros_like(r).scatter_add_(1, hits, drawn.double())

@@ -15,16 +15,16 @@ __all__ = ["LiveTeacher", "ModelSource", "Teacher", "TeacherSource"]
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A source of teacher distributions: read once a batch, then asked for the chosen positions only."""
+    """A source of teacher distributions. It reads each batch once, then gives targets for the chosen positions only."""
 
     has_logits: bool
-    """Whether it has the distribution over all classes, at any position: evaluation needs it."""
+    """Whether it has the distribution over all classes at any position. Evaluation needs that."""
 
     def read(self, batch: Batch) -> TeacherState:
         """What the teacher keeps of the batch's N valid positions. It reads the tokens of ``batch.for_teacher``."""
 
-    def scored(self, state: TeacherState) -> dict[str, Tensor]:
-        """What scores may read of a chunk of positions, as the teacher's fields of :class:`sekd.scores.Rows`."""
+    def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
+        """The teacher's fields of :class:`sekd.scores.Rows` for a chunk of positions: what scores may read."""
 
     def logits(self, state: TeacherState) -> Tensor:
         """Logits [N V] of a chunk of positions, where ``has_logits``."""
@@ -37,12 +37,12 @@ class Teacher(Protocol):
         draw: Callable[[], Tensor],
         chunk_rows: int,
     ) -> DenseTargets | SparseTargets:
-        """What the student learns at the chosen positions; ``draw()`` gives uniform numbers [N U] for the classes."""
+        """The targets at the chosen positions. Classes are sampled by the uniform numbers [N U] of ``draw()``."""
 
 
 @runtime_checkable
 class TeacherSource(Protocol):
-    """How a run gets its teacher: what can be checked comes first, weights are loaded last."""
+    """Gets a run its teacher in three calls: check, load, connect. Checks come first, and weights are loaded late."""
 
     model: PreTrainedModel | None
     """The teacher's model once :meth:`load` has run; None for a source without a model."""
@@ -51,7 +51,7 @@ class TeacherSource(Protocol):
         """Raise ValueError if this teacher cannot teach a student with this tokenizer."""
 
     def load(self, attention: str | None) -> None:
-        """Load what is large, with the attention implementation of the student."""
+        """Load the weights, with the attention implementation of the student."""
 
     def connect(self, student: nn.Module, dataset: Any, packed: bool) -> tuple[Teacher, int]:
-        """The teacher of this student on these prepared samples, and the number of their common classes."""
+        """The teacher for this student and these prepared samples, and the number of classes that both models share."""

@@ -17,9 +17,10 @@ from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherSta
 
 
 class LiveTeacher:
-    """A model as :class:`sekd.teachers.Teacher`: one backbone pass a batch; its head reads only what is asked for.
+    """A model as :class:`sekd.teachers.Teacher`: one backbone pass a batch.
 
-    ``vocab`` is the number of classes that it shares with the student.
+    Its head runs only over the positions that are asked for. ``vocab`` is the number of classes that it shares with
+    the student.
     """
 
     has_logits = True
@@ -38,7 +39,7 @@ class LiveTeacher:
     def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
         return self.head(state["hidden"])
 
-    def scored(self, state: TeacherState) -> dict[str, Tensor]:
+    def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         return {"teacher_logp": self.logits(state).log_softmax(-1)}
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ class LiveTeacher:
 
 
 class ModelSource:
-    """A model, or the name of one, as :class:`sekd.teachers.TeacherSource`."""
+    """A teacher model, given as a model or by name, as :class:`sekd.teachers.TeacherSource`."""
 
     def __init__(self, model: str | PreTrainedModel, args: SEKDConfig) -> None:
         self.name = model if isinstance(model, str) else None
