@@ -153,7 +153,7 @@ class SEKDTrainer(Trainer):
             )
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
-        self.rounds = RolloutSchedule(
+        self.schedule = RolloutSchedule(
             args, self.accelerator, processing_class, lambda: self.model_wrapped, vocab, self.count, rollout_engine
         )
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
@@ -175,7 +175,7 @@ class SEKDTrainer(Trainer):
         def pull() -> list[list[Sample]]:
             return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
 
-        micro_batches = self.rounds.next_step(self.state.global_step, self.state.max_steps, pull)
+        micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
@@ -263,7 +263,7 @@ class SEKDTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if isinstance(resume_from_checkpoint, str):
             load_state(self.method.policy, self.args.position_policy, resume_from_checkpoint)
-        self.rounds.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+        self.schedule.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException as error:
@@ -277,17 +277,17 @@ class SEKDTrainer(Trainer):
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             save_state(self.method.policy, self.args.position_policy, folder)
-        self.rounds.save(folder)
+        self.schedule.save(folder)
         super()._save_checkpoint(model, trial)
 
     def close(self) -> None:
         """End the rollout engine."""
-        self.rounds.close()
+        self.schedule.close()
 
     @property
     def engine(self) -> RolloutEngine | None:
         """The rollout engine; None before the first round."""
-        return self.rounds.engine
+        return self.schedule.engine
 
     def count(self, **sums: float) -> None:
         """Add to the sums of the next log."""
@@ -306,7 +306,7 @@ class SEKDTrainer(Trainer):
             data = prepare(data, self.processing_class, self.args)
         samples = self._take_share(_make_samples(list(data)))
         if self.args.lmbda == 1:
-            samples = [*map(from_rollout, samples, self.rounds.generate(samples))]
+            samples = [*map(from_rollout, samples, self.schedule.generate(samples))]
         samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
         size, model, teacher = self.args.per_device_eval_batch_size, self.model_wrapped, self.teacher
         was_training = model.training
