@@ -32,6 +32,7 @@ from sekd.data.prepare import prepare
 from sekd.models import freeze
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_loses_and_changes_nothing(tmp_path, tokenizer, texts):
     """30 kills of a build, each at a random moment; then it is finished, and bit-identical to an undisturbed one."""
     torch.set_num_threads(1)  # a forked child must not wait for its parent's threads

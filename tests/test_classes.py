@@ -186,6 +186,7 @@ def test_sampled_softmax_over_the_whole_vocabulary_is_exact(options, temperature
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampled_softmax_is_unbiased_for_the_normaliser():
     """The mean of Z over draws of negatives lies within five standard errors of the exact Z."""
     head, rows, target = make_head(), torch.randn(3, 8, generator=torch.Generator().manual_seed(3)), make_target(3)

@@ -86,6 +86,7 @@ sys.exit(str(heavy) if heavy else 0)
 """
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
