@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,19 @@ from sekd.cache.store import MANIFEST, Store, lock_folder, verify
 from sekd.cli import main
 from sekd.data.prepare import prepare
 from sekd.models import freeze
+
+
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory, tokenizer, pairs):
+    folder = tmp_path_factory.mktemp("whole") / "cache"
+    make_cache(folder, tokenizer, pairs)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, whole_cache):
+    """A whole cache of the pairs in ``tmp_path / "cache"``, to be damaged."""
+    return Path(shutil.copytree(whole_cache, tmp_path / "cache"))
 
 
 @pytest.mark.slow
@@ -101,8 +116,7 @@ def test_a_build_does_not_go_on_with_another_cache(tmp_path, tokenizer, texts, c
         (damage_manifest, "holds no manifest.json; build it with `sekd cache build RECIPE`"),
     ],
 )
-def test_damage_is_named_when_a_cache_is_opened(tmp_path, tokenizer, pairs, damage, message):
-    make_cache(tmp_path / "cache", tokenizer, pairs)
+def test_damage_is_named_when_a_cache_is_opened(cache, tmp_path, tokenizer, pairs, damage, message):
     damage(tmp_path / "cache")
     with pytest.raises(ValueError, match=message):
         make_trainer(
@@ -110,9 +124,8 @@ def test_damage_is_named_when_a_cache_is_opened(tmp_path, tokenizer, pairs, dama
         )
 
 
-def test_a_flipped_bit_is_never_trained_on(tmp_path, tokenizer, pairs, capsys):
-    store = make_cache(tmp_path / "cache", tokenizer, pairs)
-    assert not verify(store.folder)
+def test_a_flipped_bit_is_never_trained_on(cache, tmp_path, capsys):
+    assert not verify(str(cache))
     damage_flip(tmp_path / "cache")
     damaged = Store(str(tmp_path / "cache"))
     (problem,) = verify(damaged.folder)
@@ -125,8 +138,7 @@ def test_a_flipped_bit_is_never_trained_on(tmp_path, tokenizer, pairs, capsys):
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_flip])
-def test_a_broken_shard_is_built_again_as_it_was(tmp_path, tokenizer, pairs, damage):
-    make_cache(tmp_path / "cache", tokenizer, pairs)
+def test_a_broken_shard_is_built_again_as_it_was(cache, tmp_path, tokenizer, pairs, damage):
     before = contents(tmp_path / "cache")
     damage(tmp_path / "cache")
     make_cache(tmp_path / "cache", tokenizer, pairs)
@@ -146,8 +158,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-def test_a_strange_manifest_is_refused_in_one_line(tmp_path, tokenizer, pairs, capsys, strange):
-    make_cache(tmp_path / "cache", tokenizer, pairs)
+def test_a_strange_manifest_is_refused_in_one_line(cache, tmp_path, tokenizer, pairs, capsys, strange):
     manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
     (tmp_path / "cache" / MANIFEST).write_text(json.dumps(STRANGE[strange](manifest)))
     capsys.readouterr()
@@ -159,9 +170,8 @@ def test_a_strange_manifest_is_refused_in_one_line(tmp_path, tokenizer, pairs, c
         make_cache(tmp_path / "cache", tokenizer, pairs)
 
 
-def test_verify_names_every_broken_shard_and_missing_samples(tmp_path, tokenizer, pairs, capsys):
-    folder = tmp_path / "cache"
-    make_cache(folder, tokenizer, pairs)
+def test_verify_names_every_broken_shard_and_missing_samples(cache, capsys):
+    folder = cache
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"shards": manifest["shards"][:-1]}))
     assert verify(str(folder)) == [
@@ -199,8 +209,7 @@ def test_a_teacher_that_is_not_finite_stops_the_build_with_the_sample(tmp_path, 
         (dict(teacher_model_name_or_path="other"), "is of teacher None, revision main; the recipe names 'other'"),
     ],
 )
-def test_a_cache_of_another_recipe_is_refused(tmp_path, tokenizer, pairs, choices, message):
-    make_cache(tmp_path / "cache", tokenizer, pairs)
+def test_a_cache_of_another_recipe_is_refused(cache, tmp_path, tokenizer, pairs, choices, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, tokenizer, pairs, teacher_cache=str(tmp_path / "cache"), **SETTINGS | choices)
 
@@ -211,8 +220,7 @@ def test_samples_that_are_not_in_the_cache(tmp_path, tokenizer, pairs):
         make_trainer(tmp_path, tokenizer, pairs, teacher_cache=str(tmp_path / "cache"), **SETTINGS)
 
 
-def test_another_tokenizer_and_a_smaller_head_are_refused(tmp_path, tokenizer, pairs):
-    make_cache(tmp_path / "cache", tokenizer, pairs)
+def test_another_tokenizer_and_a_smaller_head_are_refused(cache, tmp_path, tokenizer, pairs):
     other = make_tokenizer()
     other.chat_template = None
     with pytest.raises(ValueError, match="another value of the tokenizer or its chat template"):
