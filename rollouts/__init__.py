@@ -9,7 +9,8 @@ from rollouts.base import (
     RolloutEngine,
     RolloutError,
     Sampling,
-    add_defaults,
+    get_logprobs,
+    get_trait,
 )
 from rollouts.hf import HFEngine
 from rollouts.vllm_local import VLLMEngine
@@ -31,5 +32,6 @@ __all__ = [
     "Sampling",
     "VLLMEngine",
     "VLLMServerEngine",
-    "add_defaults",
+    "get_logprobs",
+    "get_trait",
 ]

@@ -179,20 +179,14 @@ class BaseEngine(RolloutEngine):
         return {}
 
 
-class _WithDefaults(BaseEngine):
-    """A wrapper that has the attributes of an engine, and the defaults of :class:`BaseEngine` where it has none."""
-
-    def __init__(self, engine: RolloutEngine) -> None:
-        self._engine = engine
-
-    def __getattribute__(self, name: str) -> Any:
-        engine = object.__getattribute__(self, "_engine")
-        return getattr(engine, name) if hasattr(engine, name) else object.__getattribute__(self, name)
+def get_trait(engine: "RolloutEngine | type[BaseEngine]", name: str) -> Any:
+    """An attribute of an engine or its class, or the default of :class:`BaseEngine`."""
+    return getattr(engine, name) if hasattr(engine, name) else getattr(BaseEngine, name)
 
 
-def add_defaults(engine: RolloutEngine) -> BaseEngine:
-    """The engine itself if it is a BaseEngine; otherwise a wrapper that adds the missing attributes."""
-    return engine if isinstance(engine, BaseEngine) else _WithDefaults(engine)  # type: ignore[abstract]
+def get_logprobs(engine: "RolloutEngine", token_ids: list[int]) -> dict[str, list[float]]:
+    """:meth:`BaseEngine.logprobs`; nothing from an engine without this method."""
+    return engine.logprobs(token_ids) if isinstance(engine, BaseEngine) else {}
 
 
 def named_weights(model: Weights) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ def wait_for_server(http: Client, url: str, timeout: float) -> None:
                 if (left := deadline - time.monotonic()) <= 0:
                     raise RolloutError(
                         f"rollout server {url} did not answer within {timeout:.0f} s ({error}); start it with "
-                        "scripts/serve_student.sh, or raise rollout_timeout"
+                        "`sekd serve`, or raise rollout_timeout"
                     ) from error
             bar.update(round(timeout - left) - bar.n)
             time.sleep(min(1.0, left))
@@ -41,8 +41,7 @@ def check_server(http: Client, url: str, sampling: Sampling, context: int, trans
         info = http.call(url, "/server_info?config_format=json")
     except RequestRejected as error:
         raise RolloutConfigError(
-            f"rollout server {url} does not accept weights; start it with VLLM_SERVER_DEV_MODE=1, as "
-            "scripts/serve_student.sh does"
+            f"rollout server {url} does not accept weights; start it with VLLM_SERVER_DEV_MODE=1, as `sekd serve` does"
         ) from error
     config, environment = info["vllm_config"], info["vllm_env"]
     model = config["model_config"]
@@ -78,6 +77,6 @@ def check_server(http: Client, url: str, sampling: Sampling, context: int, trans
     if lora and not environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         raise RolloutConfigError(
             f"rollout server {url} has --enable-lora but does not accept adapters; start it with "
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, as scripts/serve_student.sh does"
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, as `sekd serve` does"
         )
     return lora["max_lora_rank"] if lora else 0

@@ -39,7 +39,7 @@ FAILED_LOAD = "a load failed"
 
 
 class VLLMServerEngine(BaseEngine):
-    """One or more vLLM servers, started with VLLM_SERVER_DEV_MODE=1 (``scripts/serve_student.sh``).
+    """One or more vLLM servers, started with VLLM_SERVER_DEV_MODE=1 (``sekd serve``).
 
     Weights reach the servers as files in ``weights_folder``, which every server must see under the same path. Whole
     weights and adapters alike get a new name at each sync.
@@ -142,7 +142,7 @@ class VLLMServerEngine(BaseEngine):
             elif time.monotonic() > deadline:
                 raise RolloutError(
                     f"no rollout server gave the {len(requests)} missing completions within {self.timeout:.0f} s: "
-                    f"{'; '.join(reasons.values())}. Restart it with scripts/serve_student.sh, or raise "
+                    f"{'; '.join(reasons.values())}. Restart it with `sekd serve`, or raise "
                     "rollout_timeout"
                 )
             else:

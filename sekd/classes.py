@@ -140,7 +140,8 @@ class SampledHead:
 class ClassSelection:
     """``select(teacher_probs [N V], draws [N U]) -> SparseTargets`` with at most U classes; None keeps all classes.
 
-    ``draws`` are uniform numbers in [0, 1). ``in_cache``: a teacher cache holds these targets.
+    ``draws`` are uniform numbers in [0, 1). ``in_cache``: these are the targets
+    of a teacher cache, which ``rs_kd`` alone has.
     """
 
     select: Callable[[Float[Tensor, "N V"], Float[Tensor, "N U"]], SparseTargets] | None = None

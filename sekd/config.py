@@ -10,16 +10,15 @@ from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
+from sekd.registry import all_options, check_records, import_module
 from sekd.scores import NORMALIZATIONS, RANDOM, SCORES, Scoring, make_scoring
 from sekd.validation import (
-    all_options,
     check_names,
     check_numbers,
     check_prompts,
     check_rollouts,
     check_sampling,
     check_selection,
-    import_module,
     is_installed,
     list_of_texts,
     parse_score,
@@ -319,6 +318,7 @@ class SEKDConfig(TrainingArguments):
         self.import_modules = list_of_texts("import_modules", self.import_modules)
         for name in self.import_modules:
             import_module(name)
+        check_records()
         check_names(self)
         is_dense = CLASS_SELECTIONS[self.class_selection].select is None
         if self.teacher_cache is not None and is_dense:

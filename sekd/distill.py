@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sekd.classes import CLASS_SELECTIONS, ClassSelection, SampledHead, negative_classes, sparse_forward_kl
+from sekd.classes import CLASS_SELECTIONS, ClassSelection, SampledHead, negative_classes
 from sekd.config import SEKDConfig
 from sekd.distributions import cross_entropy, entropy
 from sekd.heads import Head, in_chunks
 from sekd.losses import DIVERGENCES, MEANS, Divergence, forward_kl, reduce
 from sekd.models import get_head, hidden_states
 from sekd.policies import PositionPolicy, make_policy
-from sekd.policies.ranks import Generators, Valid, eligible, uniform
+from sekd.policies.ranks import Generators, Valid, check_weights, eligible, uniform
 from sekd.scores import Rows, Scoring
 from sekd.teachers import Teacher
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState, at_temperature
@@ -59,7 +59,7 @@ class Method:
         """The method of a configuration. The caller must call ``policy.end_step`` after each optimizer step."""
         return cls(
             scoring=args.scoring,
-            policy=make_policy(args.position_policy, args.position_fraction, True, **args.policy_options),
+            policy=make_policy(args.position_policy, args.position_fraction, whole_steps=True, **args.policy_options),
             divergence=DIVERGENCES[str(args.divergence)].with_options(**args.divergence_options),
             kd_weight=args.kd_weight,
             temperature=args.kd_temperature,
@@ -99,7 +99,7 @@ def distill(
 
     allowed = eligible(batch.valid, method.skip_first, batch.position_ids)
     scores, entropies = score_batch(head, teacher, positions, batch, allowed, method, step)  # no graph
-    weights = method.policy(scores, allowed, step=step, generator=generator)  # [B T]
+    weights = check_weights(method.policy(scores, allowed, step=step, generator=generator), allowed)  # [B T]
     weights = MEANS[method.mean_over](weights, batch.valid)
     chosen = (weights > 0)[batch.valid]  # [N]
 
@@ -179,6 +179,8 @@ def position_losses(
         q = head(positions.hidden).log_softmax(-1)
         q_T = at_temperature(q, method.temperature)
         divergence = targets.compare(method.divergence, q_T, positions.targets, method.temperature, *factors)
+        if divergence.shape != positions.targets.shape:
+            raise ValueError(f"the divergence returned shape {[*divergence.shape]}; it must be [{len(positions)}]")
         loss = method.kd_weight * method.temperature**2 * divergence
         if method.kd_weight < 1:
             loss = loss + (1 - method.kd_weight) * cross_entropy(q, positions.targets)
@@ -193,11 +195,13 @@ def sampled_losses(
     """As :func:`position_losses`, with a sampled softmax, which cannot give the student's entropy or cross-entropy."""
     T = method.temperature
     negatives = negative_classes(head.classes, method.sampled_softmax, method.seed * 2**32 + step)
+    sparse = method.divergence.sparse
+    assert sparse is not None
     sampled = SampledHead(head, targets, negatives)
 
     def loss_chunk(positions: Positions, targets: SparseTargets) -> tuple[Tensor, ...]:
         student_logp = sampled.log_probs(positions.hidden, targets.ids, targets.probs > 0, T)
-        divergence = sparse_forward_kl(student_logp, targets)
+        divergence = sparse(student_logp, targets)
         return method.kd_weight * T**2 * divergence, divergence.detach()
 
     return in_chunks(loss_chunk, [positions, targets], method.chunk_rows)

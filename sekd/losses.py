@@ -144,6 +144,12 @@ class Divergence:
     options: Mapping[str, Option] = field(default_factory=dict)
     check: Callable[..., None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.mean_over not in ("sequence", "batch"):
+            raise ValueError(f"Divergence: mean_over {self.mean_over!r} must be 'sequence' or 'batch'")
+        if self.factors is not None and self.sparse is not None:
+            raise ValueError("Divergence: factors need all classes, so a divergence with them has no sparse form")
+
     def __call__(
         self,
         student_logits: Float[Tensor, "N V"],
@@ -157,7 +163,10 @@ class Divergence:
 
     def with_options(self, **options: float) -> "Divergence":
         """The same divergence with these options."""
-        return replace(self, on_logp=partial(self.on_logp, **options)) if options else self
+        if not options:
+            return self
+        sparse = None if self.sparse is None else partial(self.sparse, **options)
+        return replace(self, on_logp=partial(self.on_logp, **options), sparse=sparse)
 
 
 def _refuse_no_loss(alpha: float, beta: float) -> None:

@@ -158,7 +158,7 @@ def score_samples(
             at_positions, _ = score_positions(
                 head.in_autocast_dtype(), source, positions, scoring, args.head_chunk_rows
             )
-        grid = torch.zeros(batch.valid.shape, device=args.device).masked_scatter(batch.valid, at_positions)
+        grid = at_positions.new_zeros(batch.valid.shape).masked_scatter(batch.valid, at_positions)
         scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)
     bar.close()

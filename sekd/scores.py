@@ -37,8 +37,8 @@ class Score:
     """A score and its properties, which the rest of the code reads.
 
     ``needs_teacher``: it reads the teacher's distribution, which costs the teacher's LM head on every valid position.
-    ``in_cache``: a teacher cache can hold this score. ``in_rollouts``: it can be computed from the sampler's
-    log-probabilities.
+    ``in_cache``: it is the teacher's entropy, which a teacher cache can hold. ``in_rollouts``: it is the student's
+    entropy, which the sampler's log-probabilities give.
     """
 
     function: Callable[[Rows], Float[Tensor, " N"]]
@@ -160,15 +160,19 @@ class Scoring:
     @property
     def in_rollouts(self) -> bool:
         """Whether all of the scores can be computed from the sampler's log-probabilities."""
-        return all(SCORES[name].in_rollouts for name in self.names)
+        return len(self.names) == 1 and SCORES[self.names[0]].in_rollouts
 
     def score(self, rows: Rows) -> Float[Tensor, "N C"]:
         """Each score of each position."""
-        return torch.stack([SCORES[name](rows) for name in self.names], dim=1)
+        columns = {name: SCORES[name](rows) for name in self.names}
+        for name, column in columns.items():
+            if column.shape != rows.targets.shape:
+                raise ValueError(f"score {name!r} returned shape {[*column.shape]}; it must be [{len(rows.targets)}]")
+        return torch.stack([*columns.values()], dim=1)
 
     def student_entropy(self, scores: Float[Tensor, "N C"], rows: Rows) -> Float[Tensor, " N"]:
         """H(q) of each position, computed only if it is not one of the scores."""
-        names = [name for name in self.names if SCORES[name].function is student_entropy]
+        names = [name for name in self.names if SCORES[name].in_rollouts]
         return scores[:, self.names.index(names[0])] if names else student_entropy(rows)
 
     def combine(self, scores: Float[Tensor, "B T C"], valid: Bool[Tensor, "B T"]) -> Float[Tensor, "B T *C"]:

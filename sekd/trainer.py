@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from rollouts import ENGINES, RolloutEngine, RolloutError
+from rollouts import RolloutEngine, RolloutError
 from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
@@ -47,7 +47,7 @@ from sekd.policies.base import load_state, save_state
 from sekd.samples import choose_samples, prepare_samples
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
-from sekd.validation import check_inputs
+from sekd.validation import check_inputs, engine_trait
 
 
 class SEKDTrainer(Trainer):
@@ -141,12 +141,12 @@ class SEKDTrainer(Trainer):
             self.add_callback(ProgressLine())
 
         check_head(self.model, packed)
-        if args.lmbda > 0 and not ENGINES[args.rollout_engine].shares_model:
+        if args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
-        if self.method.policy.mean_over == "step" and self.is_deepspeed_enabled:
+        if self.method.mean_over == "step" and self.is_deepspeed_enabled:
             raise ValueError(
                 f"position_policy {args.position_policy!r} divides each step's gradient by its selected positions, but "
                 "DeepSpeed does not keep it in the parameters; use DDP or FSDP2, or position_policy: top_k"

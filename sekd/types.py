@@ -5,7 +5,7 @@ position, U class draws. Position (b, t) holds the two next-token distributions 
 student's q. Its target y is token t + 1. A position is *valid* if its target is supervised. All logs are natural.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -82,8 +82,9 @@ class PerPosition:
 
     def split(self: Record, size: int) -> list[Record]:
         """Consecutive parts of at most ``size`` positions. A record without positions gives one empty part."""
-        parts = {id(t): iter(t.split(size)) for value in vars(self).values() for t in _tensors(value)}
-        return [self._map(lambda t: next(parts[id(t)])) for _ in range(max(1, -(-len(self) // size)))]
+        number = max(1, -(-len(self) // size))
+        fields = {name: _split(value, size, number) for name, value in vars(self).items()}
+        return [type(self)(**{name: parts[i] for name, parts in fields.items()}) for i in range(number)]
 
     def _map(self: Record, function: Callable[[Tensor], Tensor]) -> Record:
         changed = {}
@@ -94,6 +95,16 @@ class PerPosition:
                 value = {key: function(tensor) for key, tensor in value.items()}
             changed[name] = value
         return type(self)(**changed)
+
+
+def _split(value: Any, size: int, number: int) -> Sequence[Any]:
+    """``number`` parts of a field: of a tensor, of each tensor in a dict, or the same object again."""
+    if isinstance(value, Tensor):
+        return value.split(size)
+    if isinstance(value, dict):
+        parts = {key: tensor.split(size) for key, tensor in value.items()}
+        return [{key: part[i] for key, part in parts.items()} for i in range(number)]
+    return [value] * number
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -3,10 +3,9 @@
 The functions raise ValueError. The message names the field, the value and how to fix it.
 """
 
-import importlib
 import importlib.util
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -16,8 +15,8 @@ from transformers.utils import logging
 from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
-from sekd.options import Option
 from sekd.policies import POLICIES, make_policy
+from sekd.registry import all_options, one_of
 from sekd.scores import RANDOM, SCORES, make_scoring, needs_teacher
 
 if TYPE_CHECKING:
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
     from sekd.config import SEKDConfig
 
 logger = logging.get_logger(__name__)
-
-
-def all_options() -> dict[str, Option]:
-    """Every option of a policy or divergence, by the field that sets it."""
-    options = [*(p.options for p in POLICIES.values()), *(d.options for d in DIVERGENCES.values())]
-    return {option.field: option for by_name in options for option in by_name.values()}
 
 
 def parse_score(value: Any) -> Any:
@@ -146,7 +139,7 @@ def _check_divergence(args: "SEKDConfig") -> None:
     for record in DIVERGENCES.values():
         if record.check is not None:
             record.check(**{name: getattr(args, option.field) for name, option in record.options.items()})
-    if divergence.mean_over != "sequence" and POLICIES[args.position_policy].needs_positive:
+    if divergence.mean_over != "sequence" and not POLICIES[args.position_policy].equal_weights:
         raise ValueError(
             f"divergence {args.divergence!r} weighs positions itself, and so does position_policy "
             f"{args.position_policy!r}; use another divergence, or position_policy: all"
@@ -297,11 +290,6 @@ def check_rollouts(args: "SEKDConfig") -> None:
     if args.log_completions_steps < 0:
         raise ValueError(f"log_completions_steps {args.log_completions_steps} must not be negative; 0 is never")
     _check_urls(args.rollout_server_urls, engine.uses_servers)
-    if args.lmbda > 0 and engine.requires is not None and not is_installed(engine.requires):
-        raise ValueError(
-            f"rollout_engine {args.rollout_engine!r} needs {engine.requires}, which is not installed: run "
-            '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
-        )
 
 
 def _check_urls(urls: Sequence[str], needed: bool) -> None:
@@ -346,8 +334,13 @@ def check_inputs(
     quantized = init.get("quantization_config") is not None or is_quantized
     if quantized and peft_config is None:
         raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
-    engine = ENGINES[args.rollout_engine]
-    if quantized and args.lmbda > 0 and not engine.shares_model:
+    requires = ENGINES[args.rollout_engine].requires
+    if args.lmbda > 0 and rollout_engine is None and requires is not None and not is_installed(requires):
+        raise ValueError(
+            f"rollout_engine {args.rollout_engine!r} needs {requires}, which is not installed: run "
+            '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
+        )
+    if quantized and args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
         raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
     if isinstance(train_dataset, IterableDataset):
@@ -356,7 +349,7 @@ def check_inputs(
         args.check_stream()
         if args.teacher_cache is not None and args.sample_pool is None:
             raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
-    if args.world_size > 1 and args.lmbda > 0 and engine.single_process and rollout_engine is None:
+    if args.world_size > 1 and args.lmbda > 0 and rollout_engine is None and engine_trait(args, None, "single_process"):
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
         )
@@ -364,17 +357,9 @@ def check_inputs(
         raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
 
 
-def import_module(name: str) -> None:
-    """Import a user's module. Raise ValueError if there is no module of this name."""
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists, and one of its own imports is missing
-        raise ValueError(
-            f"import_modules: there is no module {name!r}; put it beside the recipe or into the current folder, or "
-            "install it"
-        ) from error
+def engine_trait(args: "SEKDConfig", engine: "RolloutEngine | None", name: str) -> Any:
+    """A property of a run's engine: of the ``engine`` that was passed if it has the attribute, else by its name."""
+    return getattr(engine, name, getattr(ENGINES[args.rollout_engine], name))
 
 
 def is_installed(package: str) -> bool:
@@ -384,12 +369,6 @@ def is_installed(package: str) -> bool:
 
 def _default(args: "SEKDConfig", name: str) -> Any:
     return type(args).__dataclass_fields__[name].default
-
-
-def one_of(name: str, value: object, names: Collection[str]) -> None:
-    """Raise ValueError for an unknown name."""
-    if value not in names:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(names)}")
 
 
 def within(name: str, value: float, low: float, high: float, hint: str) -> None:

@@ -17,13 +17,15 @@ from helpers import (
 )
 from oracles import dense_rows, losses_by, naive, naive_with_contexts, seeded, sparse_rows, weights_by
 
+from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.distill import Method, distill
-from sekd.losses import DIVERGENCES
+from sekd.losses import DIVERGENCES, Divergence
 from sekd.models import freeze, run_inside
 from sekd.policies import POLICIES, Policy, make_policy
-from sekd.scores import SCORES, Scoring
+from sekd.policies.ranks import check_weights
+from sekd.scores import SCORES, Rows, Scoring
 from sekd.teachers.live import LiveTeacher
 from sekd.types import IGNORE, Batch
 
@@ -344,3 +346,57 @@ def test_equal_prompts_are_the_plain_result_to_the_bit():
         loss.backward()
         results.append([loss.detach(), *gradients(student).values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def distill_with(**choices):
+    """A batch through :func:`distill` with other parts of a method."""
+    samples, _ = prompts_and_completions()
+    method = dataclasses.replace(Method(ENTROPY, make_policy("top_k"), DIVERGENCES["forward_kl"]), **choices)
+    return distill(make_model(), LiveTeacher(make_model(seed=1)), Batch(**collate(samples, pad_token_id=122)), method)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[0.5, float("nan"), 0]], "negative, not a number, or not 0"),
+        ([[0.5, -0.5, 0]], "negative, not a number, or not 0"),
+        ([[0.5, 0.5, 0.5]], "or not 0 at a position that may not be chosen"),
+        ([0.5, 0.5, 0], r"returned weights of shape \[3\], not \[1, 3\]"),
+    ],
+)
+def test_weights_that_cannot_be_a_policys_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        check_weights(torch.tensor(weights), torch.tensor([[True, True, False]]))
+
+
+def test_scores_of_the_wrong_shape_are_refused(monkeypatch):
+    # A bare function: the type checker of the tests would see the wrong shape of a Score first.
+    monkeypatch.setitem(SCORES, "wide", lambda rows: rows.student_logp)
+    rows = Rows(torch.zeros(3, 5), torch.zeros(3).long())
+    with pytest.raises(ValueError, match=r"score 'wide' returned shape \[3, 5\]; it must be \[3\]"):
+        Scoring(("wide",), (1.0,)).score(rows)
+
+
+def test_a_divergence_keeps_its_own_sparse_form_and_options():
+    """Under a sampled softmax too."""
+    rs_kd = dict(classes=CLASS_SELECTIONS["rs_kd"], class_samples=8)
+    plain = DIVERGENCES["forward_kl"]
+    twice = Divergence(lambda *_, factor: None, sparse=lambda q, target, factor=2.0: factor * plain.sparse(q, target))
+    for sampled in (0, 70):
+        losses = []
+        for divergence in (plain, twice, twice.with_options(factor=3.0)):
+            losses.append(seeded_loss(divergence=divergence, sampled_softmax=sampled, **rs_kd))
+        assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
+        assert losses[2] == pytest.approx(3 * losses[0], rel=1e-6)
+
+
+def seeded_loss(**choices):
+    torch.manual_seed(0)
+    return float(distill_with(**choices)[0])
+
+
+def test_records_that_contradict_themselves_are_refused():
+    with pytest.raises(ValueError, match="mean_over 'tokens' must be 'sequence' or 'batch'"):
+        Divergence(lambda q, p, y: q.sum(-1), mean_over="tokens")
+    with pytest.raises(ValueError, match="a divergence with them has no sparse form"):
+        Divergence(lambda q, p, y: q.sum(-1), sparse=lambda q, t: q.sum(-1), factors=lambda ce: ce)

@@ -18,7 +18,7 @@ from sekd.recipe import Run
 from sekd.scores import SCORES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-MODULES = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.M)[:5]
+MODULES = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.M)[:6]
 
 REGISTRIES = (SCORES, POLICIES, DIVERGENCES, CLASS_SELECTIONS, ENGINES)
 
@@ -66,6 +66,7 @@ def recipe(tmp_path, tokenizer, texts, pairs, monkeypatch):
         dict(position_score="margin", divergence="hellinger"),
         dict(position_score={"margin": 1.0, "kl": 0.5}, sample_score="margin", sample_fraction=0.5),
         dict(position_policy="every_other", class_selection="nucleus", class_samples=8),
+        dict(position_policy="shrinking", save_strategy="steps", save_steps=1),
         dict(rollout_engine="stop", lmbda=1.0),
     ],
 )
@@ -75,11 +76,15 @@ def test_strategies_from_a_users_module_train(recipe, choices):
     trainer.train()
     trainer.close()
     assert trainer.state.global_step == 2
+    if trainer.method.policy.has_state:
+        resumed = Run.parse(recipe(**choices)).trainer()
+        resumed.train(resume_from_checkpoint=str(Path(run.args.output_dir) / "checkpoint-1"))
+        assert resumed.method.policy.steps == 2, "one from the checkpoint, and one more"
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
 def test_an_example_takes_at_most_15_lines():
-    assert len(MODULES) == 5
+    assert len(MODULES) == 6
     for module in MODULES:
         assert len([line for line in module.splitlines() if line.strip()]) <= 15, module
 
@@ -90,7 +95,7 @@ def test_names_are_checked_after_the_imports(recipe):
 
 
 def test_a_module_that_is_missing_is_named(recipe):
-    with pytest.raises(ValueError, match="import_modules: there is no module 'no_such_module'"):
+    with pytest.raises(ValueError, match=r"'no_such_module' cannot be imported: .*; put it beside the recipe"):
         Run.parse(recipe(import_modules=["no_such_module"]))
 
 

@@ -4,13 +4,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from helpers import config, make_trainer
+from helpers import config, make_model, make_trainer
 
+from rollouts import HFEngine
 from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.scores import SCORES, Scoring
+from sekd.validation import check_inputs
 
 
 @pytest.mark.parametrize(
@@ -137,12 +139,13 @@ def test_values_that_cannot_work(values, message):
         config(**values)
 
 
-def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch):
+def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch, pairs):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else found(name, *a))
     with pytest.raises(ValueError, match=r"needs vllm, which is not installed: run `bash scripts/setup.sh`"):
-        config(lmbda=1.0, rollout_engine="vllm")
-    config(lmbda=0.0, rollout_engine="vllm")  # nobody generates
+        check_inputs(config(lmbda=1.0, rollout_engine="vllm"), pairs, {}, None, False, None)
+    check_inputs(config(lmbda=1.0, rollout_engine="vllm"), pairs, {}, None, False, HFEngine(make_model()))
+    check_inputs(config(lmbda=0.0, rollout_engine="vllm"), pairs, {}, None, False, None)  # nothing generates
 
 
 def test_options_that_nothing_reads_are_named(caplog, monkeypatch):

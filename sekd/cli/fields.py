@@ -58,18 +58,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "score_normalization",
         "score_source",
         "score_logprobs",
-        "curriculum_steps",
-        "gls_queue_size",
-        "pos_rs_exponent",
-        "pos_rs_coverage",
-        "bandit_alpha",
-        "bandit_ridge",
-        "jsd_beta",
-        "skew_alpha",
-        "decoupled_alpha",
-        "decoupled_beta",
         "import_modules",
     ),
+    "options of policies and divergences": (),
     "classes": ("class_selection", "class_samples", "sampled_softmax"),
     "samples": ("sample_fraction", "sample_score", "sample_pool", "samples_file"),
     "the teacher cache": ("teacher_cache", "cache_teacher_entropy"),
@@ -154,7 +145,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "logging_nan_inf_filter",
     ),
 }
-"""A field of SEKDConfig that is in no group is shown last."""
+"""The options are filled in from the records of policies and divergences."""
 
 FOREIGN = {
     # TRL's ScriptArguments and ModelConfig
@@ -236,15 +227,19 @@ def list_own_fields() -> list[str]:
     return [f.name for f in fields(SEKDConfig) if f.name in SEKDConfig.__annotations__ and f.init]
 
 
+def list_groups() -> dict[str, tuple[str, ...]]:
+    """The groups of the help, each with its keys."""
+    from sekd.registry import all_options
+
+    return {title: names or tuple(all_options()) for title, names in GROUPS.items()}
+
+
 def format_help() -> str:
     """The text of train_help.txt."""
-    known, own = list_fields(), list_own_fields()
-    shown = {name for names in GROUPS.values() for name in names}
-    groups = {**GROUPS, "more": tuple(name for name in own if name not in shown)}
+    known, own, groups = list_fields(), list_own_fields(), list_groups()
     lines = ["keys of a recipe, with their defaults (null: not set):"]
     for title, names in groups.items():
-        if names:
-            lines += ["", f"{title}:"]
+        lines += ["", f"{title}:"]
         for name in names:
             lines += _format_field(known[name], known[name].metadata["help"] if name in own else FOREIGN[name])
     return "\n".join(lines) + "\n"

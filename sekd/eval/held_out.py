@@ -50,8 +50,8 @@ def sum_held_out(
     names = (*STUDENT_MEANS, *(TEACHER_MEANS if teacher.has_logits else ()))
     sums = {name: column.sum() for name, column in zip(names, columns, strict=True)}
     in_bin = (confidence * BINS).long().clamp(max=BINS - 1)
-    table = torch.stack([torch.ones_like(confidence), confidence, (guess == targets).float()], dim=1)
-    calibration = torch.zeros(BINS, 3, device=table.device).index_add_(0, in_bin, table)
+    table = torch.stack([torch.ones_like(confidence), confidence, (guess == targets).to(confidence.dtype)], dim=1)
+    calibration = torch.zeros(BINS, 3, dtype=table.dtype, device=table.device).index_add_(0, in_bin, table)
     guesses = torch.full_like(batch.targets, IGNORE).masked_scatter(batch.valid, guess)
     return {**sums, "positions": batch.valid.sum(), "calibration": calibration}, guesses
 

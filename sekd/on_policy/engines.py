@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rollouts import ENGINES, BaseEngine, EngineSetup, RolloutConfigError, RolloutEngine, Sampling, add_defaults
+from rollouts import (
+    ENGINES,
+    BaseEngine,
+    EngineSetup,
+    RolloutConfigError,
+    RolloutEngine,
+    Sampling,
+    get_logprobs,
+    get_trait,
+)
 from sekd.config import SEKDConfig
 from sekd.models import causal_lm, unwrap
 from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
@@ -65,7 +74,7 @@ def send_weights(engine: RolloutEngine | None, model: nn.Module, step: int, max_
 
     Every process must call this, also without an engine: it helps to gather the weights.
     """
-    if engine is not None and add_defaults(engine).model is causal_lm(model):
+    if engine is not None and get_trait(engine, "model") is causal_lm(model):
         engine.sync_weights(causal_lm(model), step)
         return
     adapter = extract_adapter(model) if max_lora_rank else None
@@ -94,7 +103,7 @@ def check_served(
     ids = [*itertools.chain(*prompts)][:64]
     if len(ids) < 2:
         return
-    served = {} if engine is None else add_defaults(engine).logprobs(ids)
+    served = {} if engine is None else get_logprobs(engine, ids)
     if not served and not is_shared:
         return
     student = unwrap(model)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rollouts import ENGINES, BaseEngine, Rollout, RolloutConfigError, RolloutEngine, RolloutError, add_defaults
+from rollouts import Rollout, RolloutConfigError, RolloutEngine, RolloutError, get_trait
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, from_rollout
 from sekd.distributions import entropy_from_top
@@ -32,6 +32,7 @@ from sekd.on_policy.record import (
     show_completions,
     start_file,
 )
+from sekd.validation import engine_trait
 
 MicroBatches = list[list[Sample]]
 """The samples of an optimizer step."""
@@ -102,8 +103,8 @@ class RolloutSchedule:
     ) -> None:
         self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
         self.get_student, self.classes, self.count = get_student, classes, count
-        self.engine: BaseEngine | None = None if engine is None else add_defaults(engine)
-        self.shared_engine = args.world_size > 1 and not ENGINES[args.rollout_engine].per_process
+        self.engine = engine
+        self.shared_engine = args.world_size > 1 and not engine_trait(args, engine, "per_process")
         self.ready: deque[Step] = deque()
         self.pending: _Round | None = None
         self.restored: dict[int, list[Rollout]] = {}
@@ -257,7 +258,7 @@ class RolloutSchedule:
             except (RolloutError, RolloutConfigError) as error:
                 result = error
         if self.engine is not None:
-            result = self.engine.lora_rank
+            result = get_trait(self.engine, "lora_rank")
         max_lora_rank = self._broadcast_from_main(result)
         is_new, self.started = not self.started, True
         if is_new or step != self.synced_step or step == EVALUATION:

@@ -30,12 +30,14 @@ class Policy:
     ``weigh`` is a function ``(scores, valid, fraction, step, generator, **options) -> weights``, or a
     :class:`PositionPolicy` class for a policy with state. ``reads`` names the scores that it reads: None is
     ``position_score``, and () is no score. ``needs_positive``: scores are proportions and must not be negative.
-    ``uniform_if_all``: with fraction 1, scores do not matter: all positions weigh the same.
+    ``equal_weights``: all chosen positions of a sequence weigh the same. ``uniform_if_all``: with fraction 1, scores do
+    not matter, since all positions weigh the same.
     """
 
     weigh: Callable[..., Weights] | type[PositionPolicy]
     reads: tuple[str, ...] | None = None
     needs_positive: bool = False
+    equal_weights: bool = True
     uniform_if_all: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
 
@@ -48,11 +50,6 @@ class Policy:
     def has_state(self) -> bool:
         """Whether the policy learns from one optimizer step to the next."""
         return isinstance(self.weigh, type)
-
-    @property
-    def mean_over(self) -> str:
-        """What the loss is a mean over, as in :attr:`PositionPolicy.mean_over`."""
-        return getattr(self.weigh, "mean_over", PositionPolicy.mean_over)
 
 
 POS_RS = {
@@ -89,9 +86,9 @@ POLICIES: dict[str, Policy] = {
             )
         },
     ),
-    "pos_rs": Policy(pos_rs, needs_positive=True, options=POS_RS),
-    "pos_rs_corrected": Policy(pos_rs_corrected, needs_positive=True, options=POS_RS),
-    "weighted": Policy(weighted, needs_positive=True),
+    "pos_rs": Policy(pos_rs, needs_positive=True, equal_weights=False, options=POS_RS),
+    "pos_rs_corrected": Policy(pos_rs_corrected, needs_positive=True, equal_weights=False, options=POS_RS),
+    "weighted": Policy(weighted, needs_positive=True, equal_weights=False),
     "tip": Policy(tip, reads=("student_entropy", "reverse_kl")),
     "gls": Policy(
         Gls,
@@ -128,7 +125,7 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def make_policy(name: str, fraction: float = 0.2, whole_steps: bool = False, **options: Any) -> PositionPolicy:
+def make_policy(name: str, fraction: float = 0.2, *, whole_steps: bool = False, **options: Any) -> PositionPolicy:
     """The policy ``name`` with its budget: ``policy(scores, valid, step=0, generator=None) -> weights``.
 
     ``whole_steps``: the caller calls :meth:`PositionPolicy.end_step` after each optimizer step. Otherwise each call of

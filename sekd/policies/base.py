@@ -41,6 +41,9 @@ class PositionPolicy(ABC):
     updates it. With ``whole_steps`` the caller calls it. Without, each call of the policy is a step of its own.
     """
 
+    has_state: ClassVar[bool] = True
+    """Whether it learns from steps: its state is in checkpoints."""
+
     mean_over: ClassVar[str] = "sequence"
     """What the loss is a mean over: the chosen positions of a ``sequence``, or those of the whole ``step``."""
 
@@ -71,6 +74,8 @@ class PositionPolicy(ABC):
 class Stateless(PositionPolicy):
     """A policy that is a function of the scores alone."""
 
+    has_state: ClassVar[bool] = False
+
     def __init__(self, function: Callable[..., Weights], fraction: float, **options: Any) -> None:
         super().__init__(fraction)
         self.function = partial(function, fraction=fraction, **options)
@@ -84,9 +89,9 @@ STATE_FILE = "position_policy.pt"
 
 def save_state(policy: PositionPolicy, name: str, folder: str) -> None:
     """Write the state of the policy ``name``, if it has one, into a checkpoint folder. Make the folder if needed."""
-    if state := policy.state_dict():
+    if policy.has_state:
         os.makedirs(folder, exist_ok=True)
-        torch.save({name: state}, os.path.join(folder, STATE_FILE))
+        torch.save({name: policy.state_dict()}, os.path.join(folder, STATE_FILE))
 
 
 def load_state(policy: PositionPolicy, name: str, folder: str) -> None:
@@ -95,7 +100,7 @@ def load_state(policy: PositionPolicy, name: str, folder: str) -> None:
     Raises:
         ValueError: the checkpoint has no state, or the state of another policy.
     """
-    if not policy.state_dict():
+    if not policy.has_state:
         return
     path = os.path.join(folder, STATE_FILE)
     states = torch.load(path, weights_only=True) if os.path.exists(path) else {}

@@ -62,6 +62,18 @@ def check_finite(scores: Scores, valid: Valid) -> None:
         raise FloatingPointError("a position score is not finite")
 
 
+def check_weights(weights: Tensor, valid: Valid) -> Weights:
+    """The weights of a policy as they are; ValueError for weights that cannot be a policy's."""
+    if weights.shape != valid.shape:
+        raise ValueError(f"the position policy returned weights of shape {[*weights.shape]}, not {[*valid.shape]}")
+    if not (weights >= 0).all() or (weights[~valid] != 0).any():
+        raise ValueError(
+            "the position policy returned a weight that is negative, not a number, or not 0 at a position that may not "
+            "be chosen"
+        )
+    return weights
+
+
 def uniform(counts: Int[Tensor, " B"], generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
     """Uniform numbers in [0, 1), ``counts[b]`` of them for sequence b, concatenated."""
     numbers = counts.tolist()
