@@ -35,7 +35,7 @@ from sekd.data.batch import Sample, collate, from_rollout
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
-from sekd.eval.held_out import compute_metrics, join_predictions, sum_held_out
+from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_held_out
 from sekd.losses import DIVERGENCES
 from sekd.metrics import compute_means
 from sekd.models import check_head, check_head_columns, load_model, run_inside
@@ -322,7 +322,7 @@ class SEKDTrainer(Trainer):
                 real = batch.sample_ids >= 0
                 predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
         model.train(was_training)
-        metrics: dict[str, float] = compute_metrics(self._sum_all(sums))
+        metrics: dict[str, float] = compute_held_out_means(self._sum_all(sums))
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

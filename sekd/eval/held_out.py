@@ -56,7 +56,7 @@ def sum_held_out(
     return {**sums, "positions": batch.valid.sum(), "calibration": calibration}, guesses
 
 
-def compute_metrics(sums: dict[str, Any]) -> dict[str, float]:
+def compute_held_out_means(sums: dict[str, Any]) -> dict[str, float]:
     """The mean of each sum over the positions, ``perplexity`` = exp(student_ce), ``ece``, and ``rows``.
 
     ``ece`` is the expected calibration error (Guo et al., 2017): the sum over bins of |hits - confidence| / positions.

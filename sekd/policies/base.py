@@ -38,7 +38,7 @@ class PositionPolicy(ABC):
     """Maps scores [B T] to weights [B T]; positions of weight 0 are not distilled. Every hook does nothing by default.
 
     State is frozen during an optimizer step: every micro-batch on every process sees the same state. :meth:`end_step`
-    updates it. With ``whole_steps`` the caller calls it. Without, each call of the policy is a step of its own.
+    updates it. With ``whole_steps`` the caller calls it. Without, ``gls`` takes each call for a step of its own.
     """
 
     has_state: ClassVar[bool] = True
