@@ -33,11 +33,13 @@ from transformers.utils import logging
 
 import sekd.distill
 import sekd.on_policy.schedule
+import sekd.trainer
 from rollouts import HFEngine, VLLMEngine, VLLMServerEngine
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.load import load_rows
 from sekd.models import freeze, load_model
 from sekd.on_policy.engines import send_weights
+from sekd.types import Batch, Positions
 
 ENGINES = ("hf", "vllm", "vllm_server")
 
@@ -186,22 +188,22 @@ def step_seconds(
     teacher: Any = freeze(load_model(options.teacher, dtype=torch.bfloat16))
     clock.trainer = trainer = SEKDTrainer(student, teacher, args, texts, processing_class=tokenizer, callbacks=[clock])
     parts = {
-        (sekd.distill, "score_rows"): "scoring",
-        (sekd.distill, "agreement"): "agreement",
+        (sekd.distill, "score_positions"): "scoring",
+        (sekd.trainer, "measure_agreement"): "agreement",
         (sekd.on_policy.schedule.RolloutSchedule, "_request"): "generation",
         (sekd.on_policy.schedule, "send_weights"): "sync",
-        (trainer.teacher, "rows"): "teacher",
+        (trainer.teacher, "read"): "teacher",
         (trainer.teacher, "logits"): "teacher",
     }
     kept = {where: getattr(*where) for where in parts}
-    one_sequence = kept[sekd.distill, "agreement"]
-    kept_every, sekd.distill.AGREEMENT_STEPS = sekd.distill.AGREEMENT_STEPS, 1
+    one_sequence = kept[sekd.trainer, "measure_agreement"]
+    kept_every, sekd.trainer.AGREEMENT_STEPS = sekd.trainer.AGREEMENT_STEPS, 1
     for where, what in parts.items():
         setattr(*where, clock.around(what, kept[where] if what != "agreement" else of_all(one_sequence)))
     try:
         trainer.train()
     finally:
-        sekd.distill.AGREEMENT_STEPS = kept_every
+        sekd.trainer.AGREEMENT_STEPS = kept_every
         for where, function in kept.items():
             setattr(*where, function)
         trainer.close()
@@ -223,12 +225,14 @@ SHARES = ("generation", "sync", "scoring", "teacher")
 def of_all(agreement: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
     """Agreement of all sequences of a batch, where training looks at the first."""
 
-    def of_each(head: Any, rows: torch.Tensor, valid: torch.Tensor, sampled: torch.Tensor, method: Any) -> Any:
-        first = valid.sum(1).cumsum(0) - valid.sum(1)
-        found = [
-            agreement(head, rows[first[b] :], valid[b : b + 1], sampled[b : b + 1], method) for b in range(len(valid))
-        ]
-        return {name: sum(one[name] for one in found) for name in found[0]}
+    def of_each(head: Any, positions: Positions, batch: Batch, **options: Any) -> Any:
+        sequence = torch.arange(len(batch.valid)).repeat_interleave(batch.valid.sum(1))  # of each position
+        sums = []
+        for b in range(len(batch.valid)):
+            fields = ("input_ids", "targets", "position_ids", "sample_ids", "student_entropy")
+            one = replace(batch, **{name: getattr(batch, name)[b : b + 1] for name in fields})
+            sums.append(agreement(head, positions[sequence == b], one, **options))
+        return {name: sum(one[name] for one in sums) for name in sums[0]}
 
     return of_each
 

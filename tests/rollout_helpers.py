@@ -90,12 +90,12 @@ class Counting(HFEngine):
 
     def __init__(self, **options):
         super().__init__(make_model("untied"), max_completion_length=6, **options)
-        self.schedule, self.fails_after = [], math.inf
+        self.rounds, self.fails_after = [], math.inf
 
     def generate(self, prompts):
-        if len(self.schedule) >= self.fails_after:
+        if len(self.rounds) >= self.fails_after:
             raise RolloutError("no server answers")
-        self.schedule.append((self.step, len(prompts)))
+        self.rounds.append((self.step, len(prompts)))
         return super().generate(prompts)
 
 

@@ -91,13 +91,13 @@ def test_a_round_of_empty_completions_is_survived(tmp_path, tokenizer):
 def test_the_engine_has_the_current_weights_before_each_round(tmp_path, tokenizer, pairs):
     class Watching:
         def __init__(self):
-            self.schedule, self.weights = [], None
+            self.rounds, self.weights = [], None
 
         def sync_weights(self, model, step):
             self.weights, self.step = {n: t.clone() for n, t in model}, step
 
         def generate(self, prompts):
-            self.schedule.append((self.step, len(prompts), self.weights["lm_head.weight"]))
+            self.rounds.append((self.step, len(prompts), self.weights["lm_head.weight"]))
             return [Rollout(p, [1, EOS], self.step, "stop") for p in prompts]
 
         def close(self):
