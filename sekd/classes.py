@@ -29,7 +29,7 @@ def sample_classes(
 
 
 def classes_at(teacher_probs: Float[Tensor, "N V"], draws: Float[Tensor, "N U"]) -> SparseTargets:
-    """:func:`sample_classes` by inverse transform of given uniform numbers, so that the caller seeds the draws."""
+    """:func:`sample_classes` from uniform numbers that the caller has drawn."""
     drawn, is_sound = _inverse_transform(teacher_probs, draws)
     drawn = drawn.sort(dim=1).values
     is_new = torch.ones_like(drawn, dtype=torch.bool)

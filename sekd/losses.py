@@ -98,8 +98,8 @@ def at_kd(
     """Adaptive teaching (Zhong et al., 2024, AT-KD): the easier half of a batch learns the non-target KL only.
 
     The mean over the positions of a batch is 0.2 times the mean NCKD of its easier half plus 0.8 times the mean
-    TCKD + NCKD of its harder half. These positions may be a chunk of the batch. ``factors`` then are their rows of
-    :func:`at_kd_factors` of the whole batch. A batch is one process's micro-batch, so the result depends on
+    TCKD + NCKD of its harder half. These positions may be a chunk of the batch. Then ``factors`` must be their
+    part of :func:`at_kd_factors` of the whole batch. A batch is one process's micro-batch, so the result depends on
     ``per_device_train_batch_size``.
     """
     if factors is None:
@@ -127,13 +127,16 @@ def at_kd_factors(teacher_ce: Float[Tensor, " N"], easy_weight: float = 0.2) -> 
 class Divergence:
     """A divergence and its properties, which the rest of the code reads.
 
-    ``on_logp(student_logp, teacher_logp, targets, *factors, **options) -> [N]`` reads all classes, in the dtype of its
-    inputs. ``sparse(student_logp [N K], SparseTargets) -> [N]`` estimates the divergence from sampled classes. It is
-    None if the divergence cannot be estimated so. ``factors`` maps the teacher's cross-entropy at all chosen positions
-    of a batch to a tensor with one row a position. ``on_logp`` gets the rows of its chunk. ``mean_over`` is what the
-    loss is a mean over. ``sequence``: the policy's weights apply. ``batch``: all chosen positions of the batch weigh
-    the same, whatever the policy's weights. ``held_out`` names the metric that becomes ``eval_loss``.
-    ``check(**options)`` raises ValueError for options that are invalid together.
+    Attributes:
+        on_logp: ``(student_logp [N V], teacher_logp [N V], targets [N], *factors, **options) -> [N]``, all classes.
+        sparse: ``(student_logp [N K], SparseTargets, **options) -> [N]``, estimated from sampled classes. Without it,
+            class selection is refused.
+        factors: ``teacher_ce [N] -> [N F]``, computed on all chosen positions of a batch before the loss. ``on_logp``
+            gets the part of its positions.
+        mean_over: ``sequence``: the policy's weights apply. ``batch``: all chosen positions of a batch weigh the same.
+        held_out: the evaluation metric that becomes ``eval_loss``.
+        options: by the name of the parameter.
+        check: ``(**options)`` raises ValueError for options that are invalid together.
     """
 
     on_logp: Callable[..., Float[Tensor, " N"]]

@@ -17,7 +17,10 @@ from sekd.distributions import cross_entropy, entropy, kl_divergence
 
 @dataclass(frozen=True)
 class Rows:
-    """What a score may read of N positions: log-probabilities and next tokens. A cache gives the teacher's entropy."""
+    """What a score may read of N positions: log-probabilities and next tokens.
+
+    A cache sets ``teacher_entropy`` instead of ``teacher_logp``.
+    """
 
     student_logp: Float[Tensor, "N V"]
     targets: Int[Tensor, " N"]
@@ -36,9 +39,11 @@ class Rows:
 class Score:
     """A score and its properties, which the rest of the code reads.
 
-    ``needs_teacher``: it reads the teacher's distribution, which costs the teacher's LM head on every valid position.
-    ``in_cache``: it is the teacher's entropy, which a teacher cache can hold. ``in_rollouts``: it is the student's
-    entropy, which the sampler's log-probabilities give.
+    Attributes:
+        function: maps :class:`Rows` to one number a position.
+        needs_teacher: it reads the teacher's distribution, which costs the teacher's LM head on every valid position.
+        in_cache: it is the teacher's entropy, which a teacher cache can hold.
+        in_rollouts: it is the student's entropy, which the sampler's log-probabilities give.
     """
 
     function: Callable[[Rows], Float[Tensor, " N"]]

@@ -170,10 +170,10 @@ class SEKDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimizer step, and the number of sequences that their loss is a mean over."""
-        whole = self.args.gradient_accumulation_steps  # to draw; an epoch's last step gets the remaining ones
+        per_step = self.args.gradient_accumulation_steps  # the loader gives fewer at the end of an epoch
 
         def pull() -> list[list[Sample]]:
-            return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, whole, device)[0]
+            return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, per_step, device)[0]
 
         micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
         batches = [self._collate(samples) for samples in micro_batches]

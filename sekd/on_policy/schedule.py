@@ -113,7 +113,7 @@ class RolloutSchedule:
         self.job: Future[Timed] | None = None
 
     def next_step(self, number: int, max_steps: int, pull: Callable[[], MicroBatches]) -> MicroBatches:
-        """The samples of optimizer step ``number``, which is the step of the current weights, too.
+        """The samples of optimizer step ``number``, and of the current weights.
 
         Args:
             max_steps: the number of steps in the run; nothing is generated for later ones.

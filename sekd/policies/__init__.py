@@ -25,13 +25,17 @@ __all__ = ["POLICIES", "FinishedStep", "Policy", "PositionPolicy", "make_policy"
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy and its properties, which the rest of the code reads. ``POLICIES[name](fraction, **options)`` makes it.
+    """The record of a policy, which the rest of the code reads. ``POLICIES[name](fraction, **options)`` makes the
+    :class:`PositionPolicy` that a run calls.
 
-    ``weigh`` is a function ``(scores, valid, fraction, step, generator, **options) -> weights``, or a
-    :class:`PositionPolicy` class for a policy with state. ``reads`` names the scores that it reads: None is
-    ``position_score``, and () is no score. ``needs_positive``: scores are proportions and must not be negative.
-    ``equal_weights``: all chosen positions of a sequence weigh the same. ``uniform_if_all``: with fraction 1, scores do
-    not matter, since all positions weigh the same.
+    Attributes:
+        weigh: a function ``(scores, valid, fraction, step, generator, **options) -> weights``, or a
+            :class:`PositionPolicy` class for a policy with state.
+        reads: names of the scores that it reads. None is ``position_score``, () is no score.
+        needs_positive: scores are proportions and must not be negative.
+        equal_weights: all chosen positions of a sequence weigh the same.
+        uniform_if_all: with fraction 1, scores do not matter, since all positions weigh the same.
+        options: by the name of the parameter.
     """
 
     weigh: Callable[..., Weights] | type[PositionPolicy]

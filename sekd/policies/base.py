@@ -48,7 +48,10 @@ class PositionPolicy(ABC):
     """What the loss is a mean over: the chosen positions of a ``sequence``, or those of the whole ``step``."""
 
     selected: int | None = None
-    """Number of positions chosen so far in this step. None, unless the caller must divide the gradient by it."""
+    """Number of positions chosen so far in this step, or None.
+
+    With a number, the trainer multiplies the step's gradient by sequences / ``selected``.
+    """
 
     def __init__(self, fraction: float = 0.2, whole_steps: bool = False) -> None:
         self.fraction, self.whole_steps = fraction, whole_steps
@@ -58,7 +61,10 @@ class PositionPolicy(ABC):
         """Weights of the positions."""
 
     def observe(self, batch: Batch, chosen: Bool[Tensor, " N"], teacher_state: TeacherState) -> None:  # noqa: B027
-        """Called with the ``chosen`` ones of a batch's N valid positions, and the teacher's state at those."""
+        """Called after each micro-batch.
+
+        ``chosen`` marks positions among its N valid ones. ``teacher_state`` holds only the chosen ones.
+        """
 
     def end_step(self, step: FinishedStep) -> None:  # noqa: B027
         """Learn from the optimizer step that has ended."""
