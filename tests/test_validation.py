@@ -229,7 +229,8 @@ def cells():
         if POLICIES[policy].reads is not None:
             yield {"position_policy": policy}
             continue
-        for score in SCORES:
+        # Every score with top_k; one of each kind with the others, since no policy knows which score it reads.
+        for score in SCORES if policy == "top_k" else ("student_entropy", "kl"):
             yield {"position_policy": policy, "position_score": score}
         for normalization in ("none", "minmax", "zscore"):
             if normalization != "zscore" or not POLICIES[policy].needs_positive:
