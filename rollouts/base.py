@@ -1,4 +1,4 @@
-"""What an engine is, how it is started and told to sample, and what it returns."""
+"""The interface of an engine: how it starts, how it samples, and the rollouts that it returns."""
 
 import json
 import os
@@ -168,8 +168,12 @@ class BaseEngine(RolloutEngine):
 
     @classmethod
     def start(cls, setup: EngineSetup) -> "BaseEngine":
-        """Start the engine of a run. Each process that has an engine calls this once, before the first round."""
-        raise NotImplementedError(f"{cls.__name__} has no start(setup), so it cannot be started by its name")
+        """Start the engine of a run. Each process that has an engine calls this once, before the first round.
+
+        Raises:
+            RolloutConfigError: the engine does not define it.
+        """
+        raise RolloutConfigError(f"{cls.__name__} has no start(setup), so it cannot be started by its name; define it")
 
     def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
         """The log-probability of each token but the first, by the name of each server or replica.

@@ -8,7 +8,16 @@ import torch
 from helpers import EOS, add_lora, make_model, make_tokenizer, make_trainer
 from rollout_helpers import model_logps
 
-from rollouts import ENGINES, BaseEngine, Rollout, RolloutEngine, VLLMEngine, get_logprobs, get_trait
+from rollouts import (
+    ENGINES,
+    BaseEngine,
+    Rollout,
+    RolloutConfigError,
+    RolloutEngine,
+    VLLMEngine,
+    get_logprobs,
+    get_trait,
+)
 from sekd import SEKDConfig
 from sekd.on_policy.engines import make_engine, send_weights
 
@@ -125,7 +134,7 @@ def test_three_methods_are_an_engine():
 
 
 def test_an_engine_without_start_says_so(make_run):
-    with pytest.raises(NotImplementedError, match=r"BaseEngine has no start\(setup\)"):
+    with pytest.raises(RolloutConfigError, match=r"BaseEngine has no start\(setup\)"):
         make_run(BaseEngine).train()
 
 

@@ -47,7 +47,7 @@ def entropy_to_bytes(nats: Float[Tensor, " N"], vocab: int) -> UInt8[ndarray, " 
 
 
 def entropy_from_bytes(codes: UInt8[ndarray, " N"], vocab: int) -> Float[ndarray, " N"]:
-    """The nats behind the bytes of :func:`entropy_to_bytes`, as float32."""
+    """Nats as float32, from the bytes of :func:`entropy_to_bytes`."""
     return codes.astype(np.float32) * np.float32(math.log(vocab) / 255)
 
 
