@@ -1,6 +1,6 @@
 """SEKDConfig: every choice of a run except the student and the data. It is checked before anything is loaded."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,22 +8,14 @@ from transformers import TrainingArguments
 
 from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
+from sekd.hardware import computes_in_bf16
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.registry import all_options, check_records, import_module
 from sekd.scores import NORMALIZATIONS, RANDOM, SCORES, Scoring, make_scoring
-from sekd.validation import (
-    check_names,
-    check_numbers,
-    check_prompts,
-    check_rollouts,
-    check_sampling,
-    check_selection,
-    is_installed,
-    list_of_texts,
-    parse_score,
-    within,
-)
+from sekd.validation import check_config
+from sekd.validation.selection import check_names
+from sekd.validation.values import list_of_texts, parse_score
 
 
 def _help(text: str) -> dict:
@@ -329,33 +321,14 @@ class SEKDConfig(TrainingArguments):
             # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
         self.position_score = parse_score(self.position_score)
-        self._check()
+        check_config(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and _bf16_is_native(self.use_cpu)
+            self.bf16 = not self.fp16 and computes_in_bf16(self.use_cpu)
         super().__post_init__()
         # The loader gives samples and not tensors, so each process must read its own share of a stream.
         self.accelerator_config.dispatch_batches = False
-
-    def _check(self) -> None:
-        own = [f for f in fields(self) if f.name in SEKDConfig.__annotations__]
-        check_numbers(self, [f.name for f in own if f.type in (int, float, "int", "float")])
-        check_selection(self)
-        check_prompts(self)
-        check_sampling(self)
-        check_rollouts(self)
-        within("lmbda", self.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
-        within("kd_weight", self.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
-        if self.kd_temperature <= 0:
-            raise ValueError(f"kd_temperature {self.kd_temperature} must be above 0; 1 changes nothing")
-        for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.torch_compile:
-            raise ValueError("torch_compile: true is not supported: sekd calls the student in parts; set it to false")
-        if any(name in str(self.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
-            raise ValueError(f"optim {self.optim} needs bitsandbytes: run `pip install bitsandbytes`")
 
     def check_stream(self) -> None:
         """Raise ValueError if samples are to be chosen from a whole stream."""
@@ -389,10 +362,3 @@ class SEKDConfig(TrainingArguments):
     def divergence_options(self) -> dict[str, float]:
         """The options of the divergence, from their fields."""
         return {name: getattr(self, o.field) for name, o in DIVERGENCES[str(self.divergence)].options.items()}
-
-
-def _bf16_is_native(on_cpu: bool) -> bool:
-    """Whether this hardware computes in bf16 natively. If it only emulates bf16, float32 is faster."""
-    if on_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8

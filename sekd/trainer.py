@@ -47,7 +47,8 @@ from sekd.policies.base import load_state, save_state
 from sekd.samples import choose_samples, prepare_samples
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
-from sekd.validation import check_inputs, engine_trait
+from sekd.validation.inputs import check_inputs
+from sekd.validation.rollouts import engine_trait
 
 
 class SEKDTrainer(Trainer):

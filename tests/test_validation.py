@@ -12,7 +12,7 @@ from sekd.config import SEKDConfig
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.scores import SCORES, Scoring
-from sekd.validation import check_inputs
+from sekd.validation.inputs import check_inputs
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch, pair
 
 def test_options_that_nothing_reads_are_named(caplog, monkeypatch):
     warnings = []
-    monkeypatch.setattr("sekd.validation.logger.warning", warnings.append)
+    monkeypatch.setattr("sekd.validation.selection.logger.warning", warnings.append)
     config(pos_rs_exponent=0.5, jsd_beta=0.3, class_samples=12)
     assert warnings == [
         f"{name} has no effect with the chosen policy, divergence and classes"

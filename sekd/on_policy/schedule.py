@@ -32,7 +32,7 @@ from sekd.on_policy.record import (
     show_completions,
     start_file,
 )
-from sekd.validation import engine_trait
+from sekd.validation.rollouts import engine_trait
 
 MicroBatches = list[list[Sample]]
 """The samples of an optimizer step."""

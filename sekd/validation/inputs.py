@@ -1,0 +1,76 @@
+"""Which data, students and engines work with a configuration."""
+
+from typing import TYPE_CHECKING, Any
+
+from rollouts import ENGINES
+from sekd.validation.rollouts import engine_trait
+from sekd.validation.values import is_installed
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftConfig
+
+    from rollouts import RolloutEngine
+    from sekd.config import SEKDConfig
+
+
+def check_prompts(args: "SEKDConfig") -> None:
+    """Check prompts from text, and prompts that only the teacher sees."""
+    length, limit = args.text_prompt_length, args.max_prompt_length
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= limit):
+        raise ValueError(
+            f"text_prompt_length {length} must be a whole number from 1 to max_prompt_length {limit}; change either"
+        )
+    if "{prompt}" not in args.prompt_template:
+        raise ValueError(f"prompt_template {args.prompt_template!r} lacks {{prompt}}, the place of the prompt")
+    fields = " and ".join(args.teacher_context)
+    if fields and args.teacher_cache is not None:
+        raise ValueError(
+            f"{fields} with teacher_cache {args.teacher_cache!r}: a cache holds the teacher's distributions after "
+            "the student's prompts; remove teacher_cache, or the teacher's context"
+        )
+    if fields and args.supervise_prompt:
+        raise ValueError(
+            f"supervise_prompt true with {fields}: the teacher reads another prompt, so only completions can be "
+            "compared; set supervise_prompt: false, or leave the teacher's context out"
+        )
+
+
+def check_inputs(
+    args: "SEKDConfig",
+    train_dataset: "Dataset | IterableDataset",
+    init: dict[str, Any],
+    peft_config: "PeftConfig | None",
+    is_quantized: bool,
+    rollout_engine: "RolloutEngine | None",
+) -> None:
+    """Check that a trainer's data, student and engine work together."""
+    from datasets import IterableDataset
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(f"peft_type {peft_config.peft_type} adds virtual tokens, which shift the positions; use LoRA")
+    quantized = init.get("quantization_config") is not None or is_quantized
+    if quantized and peft_config is None:
+        raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
+    requires = ENGINES[args.rollout_engine].requires
+    if args.lmbda > 0 and rollout_engine is None and requires is not None and not is_installed(requires):
+        raise ValueError(
+            f"rollout_engine {args.rollout_engine!r} needs {requires}, which is not installed: run "
+            '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
+        )
+    if quantized and args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
+        raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
+
+    if isinstance(train_dataset, IterableDataset):
+        if args.max_steps <= 0:
+            raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
+        args.check_stream()
+        if args.teacher_cache is not None and args.sample_pool is None:
+            raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
+    if args.world_size > 1 and args.lmbda > 0 and rollout_engine is None and engine_trait(args, None, "single_process"):
+        raise ValueError(
+            f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
