@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -18,6 +17,7 @@ from transformers import (
 
 from sekd.files import write_atomically
 from sekd.metrics import SHOWN
+from sekd.run_folder import list_keys
 
 PACKAGES = (
     "sekd",
@@ -83,12 +83,7 @@ class RunFiles(TrainerCallback):
 
 def as_recipe(*records: Any) -> str:
     """All fields of the records as flat YAML, which ``sekd train`` can read."""
-    keys: dict[str, Any] = {}
-    for record in records:
-        values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
-        names = [f.name for f in fields(record) if f.init and not f.name.endswith("_token")]
-        keys |= {name: values[name] for name in names if name in values}
-    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(list_keys(records), sort_keys=False, allow_unicode=True)
 
 
 def installed_versions() -> dict[str, str]:

@@ -291,6 +291,15 @@ class SEKDConfig(TrainingArguments):
     )
     log_completions_steps: int = field(default=50, metadata=_help("Print a few rollouts every N steps; 0 is never."))
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata=_help("Delete the checkpoints and the student of an earlier run in output_dir. Default: refuse."),
+    )
+    save_on_signal: bool = field(
+        default=True,
+        metadata=_help("On SIGTERM, end the current step, save a checkpoint and stop with exit status 143."),
+    )
+
     # Memory
     head_chunk_rows: int = field(
         default=256, metadata=_help("Positions that an LM head computes at once; fewer need less memory.")

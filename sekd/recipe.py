@@ -49,21 +49,22 @@ class Run:
         return run
 
     @property
-    def resume(self) -> str | None:
-        """The checkpoint that ``resume_from_checkpoint`` asks for: a folder, or for true the last one in output_dir.
+    def resume(self) -> str | bool | None:
+        """``resume_from_checkpoint``: a checkpoint's folder, True for the newest one in output_dir, or None."""
+        value = self.args.resume_from_checkpoint
+        return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
+
+    def check_folder(self) -> None:
+        """Check that the run can begin in ``output_dir``, or resume there.
 
         Raises:
-            ValueError: it is true, and output_dir has no checkpoint.
+            ValueError: another run uses the folder, its results are there, or there is no checkpoint to resume from.
         """
-        from transformers.trainer_utils import get_last_checkpoint
+        from sekd.run_folder import check_free
 
-        name, folder = self.args.resume_from_checkpoint, str(self.args.output_dir)
-        if name not in ("true", "True", True):
-            return name
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in output_dir {folder!r}")
-        return checkpoint
+        if self.args.process_index == 0:
+            inputs = self.model.model_name_or_path, self.args.teacher_model_name_or_path
+            check_free(str(self.args.output_dir), self.resume, self.args.overwrite_output_dir, inputs)
 
     def rows(self) -> "Dataset | IterableDataset":
         """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""

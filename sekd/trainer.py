@@ -1,9 +1,6 @@
-"""SEKDTrainer: ``transformers.Trainer`` around :func:`sekd.distill.distill`. No loss arithmetic lives here."""
+"""SEKDTrainer: a Trainer around :func:`sekd.distill.distill`. No loss arithmetic lives here."""
 
-import os
-import random
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,10 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from rollouts import RolloutEngine, RolloutError
 from sekd.cache.teacher import CacheSource
@@ -44,14 +39,17 @@ from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
+from sekd.resumable import ResumableTrainer
+from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
+from sekd.seeds import make_generators
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs
 from sekd.validation.rollouts import engine_trait
 
 
-class SEKDTrainer(Trainer):
+class SEKDTrainer(ResumableTrainer):
     """Distils a teacher into a student at selected positions.
 
     Data and tokenizers are checked before any model is loaded. Models may be given by name.
@@ -75,7 +73,7 @@ class SEKDTrainer(Trainer):
     """
 
     args: SEKDConfig
-    control: Any
+    saved_errors = (RolloutError,)
 
     def __init__(
         self,
@@ -159,6 +157,8 @@ class SEKDTrainer(Trainer):
         )
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
+        keys, processes = list_keys(recipe_records or [args]), self.accelerator.num_processes
+        self.facts = describe_run(keys, processes, self.model, source.describe(), self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset, times = train_dataset or self.train_dataset, self.args.rollouts_per_prompt
@@ -190,7 +190,7 @@ class SEKDTrainer(Trainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = [_generator(self.args.seed, step, name) for name in self._name_sequences(batch)]
+        generators = make_generators(batch, self.args.seed, step, several=self.args.rollouts_per_prompt > 1)
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
@@ -208,17 +208,6 @@ class SEKDTrainer(Trainer):
         _add_sums(self._sums, sums)
         # Wrappers average gradients over processes. Multiplying by their number gives the sum.
         return total / num_items_in_batch * self.accelerator.num_processes
-
-    def _name_sequences(self, batch: Batch) -> list[str]:
-        """The names that seed the draws of each sequence.
-
-        A name is the sample's id. If a prompt has several rollouts, a hash of the sequence's targets follows.
-        """
-        names = [str(i) for i in batch.sample_ids.tolist()]
-        if self.args.rollouts_per_prompt == 1:
-            return names
-        hashes = [zlib.crc32(ids[valid].cpu().numpy()) for ids, valid in zip(batch.targets, batch.valid, strict=True)]
-        return [f"{name}/{code}" for name, code in zip(names, hashes, strict=True)]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As ``Trainer.training_step``; with gls, also rescale the accumulated gradient after the last micro-batch.
@@ -254,32 +243,41 @@ class SEKDTrainer(Trainer):
 
     # Around the steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``. An error also ends the rollout engine's processes.
-
-        Raises:
-            ValueError: the checkpoint lacks the state of the position policy.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        if isinstance(resume_from_checkpoint, str):
-            load_state(self.method.policy, self.args.position_policy, resume_from_checkpoint)
-        self.schedule.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`ResumableTrainer.train`. An engine that the run started ends with it; an error ends any engine."""
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        except BaseException as error:
-            if isinstance(error, RolloutError) and self.state.global_step > 0:
-                self._save_checkpoint(self.model, None)  # a resumed run draws this step's samples again
+            output = super().train(*args, **kwargs)
+        except BaseException:
             self.close()
             raise
+        if not self.schedule.engine_was_given:
+            self.close()
+        return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First: once the Trainer has written its own state, a checkpoint counts as complete.
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def begin(self, checkpoint: str | None) -> None:
+        """Begin with the policy's state and the rollouts of a checkpoint, or without any."""
+        self.method = Method.from_config(self.args, self.method.vocab)  # a new policy: an attempt may have failed
+        self._sums.clear()
+        self._step_loss, self._last_log = 0.0, time.monotonic()
+        if checkpoint is not None:
+            load_state(self.method.policy, self.args.position_policy, checkpoint)
+        self.schedule.begin(checkpoint)
+
+    def save_state(self, folder: str) -> None:
+        """Write the policy's state, and the rollouts that were not trained on yet, into a checkpoint."""
         if self.args.should_save:
             save_state(self.method.policy, self.args.position_policy, folder)
         self.schedule.save(folder)
-        super()._save_checkpoint(model, trial)
+
+    def export_log(self) -> dict[str, Any]:
+        """The sums of the steps since the last log, and the seconds since then."""
+        return self._sum_all(self._sums) | {"seconds": time.monotonic() - self._last_log}
+
+    def restore_log(self, state: dict[str, Any]) -> None:
+        """Take the sums that :meth:`export_log` gave. They are of all processes, so the main process takes them."""
+        self._last_log -= state.pop("seconds")
+        if self.accelerator.is_main_process:
+            self.count(**state)
 
     def close(self) -> None:
         """End the rollout engine."""
@@ -387,8 +385,3 @@ def _make_samples(rows: list[dict[str, Any]]) -> list[Sample]:
 def _add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
     for name, value in more.items():
         sums[name] += value
-
-
-def _generator(seed: int, step: int, name: str) -> torch.Generator:
-    """The generator of one sequence at one step. It is the same however sequences are batched and distributed."""
-    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{name}").getrandbits(63))

@@ -28,7 +28,7 @@ from helpers import VOCAB, make_model, make_tokenizer, make_trainer
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader
-from sekd.cache.store import MANIFEST, Store, lock_folder, verify
+from sekd.cache.store import MANIFEST, Store, verify
 from sekd.cli import main
 from sekd.data.prepare import prepare
 from sekd.models import freeze
@@ -76,7 +76,7 @@ def test_kill_9_at_random_moments_loses_and_changes_nothing(tmp_path, tokenizer,
 
 def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
     with (
-        lock_folder(str(tmp_path / "cache")),
+        lock_folder(str(tmp_path / "cache"), "taken"),
         pytest.raises(ValueError, match="another process is building the cache in"),
     ):
         make_cache(tmp_path / "cache", tokenizer, pairs)
@@ -84,7 +84,7 @@ def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
 
 
 def test_the_lock_does_not_claim_the_errors_of_others(tmp_path):
-    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path)):
+    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path), "taken"):
         raise BlockingIOError("of another file")
 
 
