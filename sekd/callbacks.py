@@ -67,7 +67,7 @@ class RunFiles(TrainerCallback):
             return
         versions = {"python": platform.python_version(), **installed_versions()}
         # metrics.jsonl is written again from the checkpoint, since a resumed run logs the steps after it again.
-        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in state.log_history]
         for name, text in (
             ("recipe.yaml", as_recipe(*self.records)),
             ("versions.json", json.dumps(versions, indent=2) + "\n"),
@@ -78,7 +78,7 @@ class RunFiles(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             with open(os.path.join(args.output_dir, "metrics.jsonl"), "a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(json.dumps(state.log_history[-1], sort_keys=True) + "\n")
 
 
 def as_recipe(*records: Any) -> str:

@@ -71,6 +71,15 @@ def sync(path: str) -> None:
         os.close(handle)
 
 
+def move_files(source: str, target: str) -> None:
+    """Move the files of a folder into another one, where each replaces its namesake at once. The source goes."""
+    for name in os.listdir(source):
+        sync(os.path.join(source, name))
+        os.replace(os.path.join(source, name), os.path.join(target, name))
+    os.rmdir(source)
+    sync(target)
+
+
 @contextmanager
 def lock_folder(folder: str, refusal: str) -> Iterator[None]:
     """Let one process alone use a folder, which is made if it is missing. The lock ends with the process.

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,7 +26,7 @@ from sekd.checkpoints import (
     remove_unfinished,
     rotate_checkpoints,
 )
-from sekd.files import write_atomically
+from sekd.files import move_files, write_atomically
 from sekd.processes import run_on_main
 from sekd.run_folder import begin_run, check_results, lock_run, resume_run
 
@@ -156,19 +155,14 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._unfinished = unfinished
         try:
-            os.makedirs(written, exist_ok=True)
-            self.save_state(written)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_atomically(os.path.join(written, LOG_STATE), json.dumps(log_state))
-                self._finish(written, folder, step)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save writes with it
-                raise
-            remove_unfinished(folder)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
-            raise OSError(f"the checkpoint of step {step} could not be written to {folder!r}: {reason}") from error
+            with _writing(f"the checkpoint of step {step}", folder):
+                os.makedirs(written, exist_ok=True)
+                self.save_state(written)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_atomically(os.path.join(written, LOG_STATE), json.dumps(log_state))
+                    self._finish(written, folder, step)
         finally:
             self._unfinished = None
         self.accelerator.wait_for_everyone()
@@ -183,7 +177,12 @@ class ResumableTrainer(Trainer):
             self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
         facts = {"step": step, "run": self._run, "weights_alone": self.args.save_only_model, "run_facts": self.facts}
         finish_checkpoint(written, facts)
-        rotate_checkpoints(folder, self.args.save_total_limit, {final, str(self.state.best_model_checkpoint)})
+        self.rotate(folder, final)
+
+    def rotate(self, folder: str, newest: str) -> None:
+        """Delete the oldest checkpoints above ``save_total_limit``, but neither ``newest`` nor the best one."""
+        if self.args.should_save:
+            rotate_checkpoints(folder, self.args.save_total_limit, {newest, str(self.state.best_model_checkpoint)})
 
     def _export_log_state(self) -> dict[str, Any]:
         loss = self.accelerator.reduce(self._tr_loss.detach().clone(), "mean").item()
@@ -199,6 +198,24 @@ class ResumableTrainer(Trainer):
         self._tr_loss = torch.tensor(state["loss"], device=self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
         self.restore_log(state["sums"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer.save_model``; without ``output_dir``, a file of the run's folder is replaced when it is whole.
+
+        Raises:
+            OSError: a full disk, or another error of writing.
+        """
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = str(self.args.output_dir)
+        written = os.path.join(folder, UNFINISHED, "student")
+        with self.hold_folder(), _writing("the student", folder):
+            super().save_model(written, _internal_call=True)
+            if self.args.should_save:
+                move_files(written, folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # Signals
 
@@ -227,6 +244,19 @@ class ResumableTrainer(Trainer):
         return self.stopping
 
 
+@contextmanager
+def _writing(what: str, folder: str) -> Iterator[None]:
+    """Free the disk after an error of writing, and make it an OSError. Each library raises an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        remove_unfinished(folder)
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise OSError(
+            f"{what} could not be written to {folder!r} ({type(error).__name__}: {reason}); the disk may be full"
+        ) from error
+
+
 class _Resumption(TrainerCallback):
     """Begins with the state of the checkpoint, and ends with one after SIGTERM."""
 
@@ -239,6 +269,8 @@ class _Resumption(TrainerCallback):
                 f"{self.trainer.checkpoint!r} is of step {state.global_step}, but max_steps (or num_train_epochs) ends "
                 f"at step {state.max_steps}: raise it to train on"
             )
+        if self.trainer.checkpoint is not None:  # the run may have died before it did so
+            self.trainer.rotate(args.output_dir, self.trainer.checkpoint)
         self.trainer.begin(self.trainer.checkpoint)
         self.trainer.restore_log_state()
 

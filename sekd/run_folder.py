@@ -62,6 +62,10 @@ MAY_DIFFER = {
 """Fields that a resumed run may change. The change is named in a warning. All other fields must stay."""
 
 
+HASHES = "the student's architecture or adapter", "the teacher", "the data"
+"""What :func:`describe_run` knows by a hash. It means nothing to a reader."""
+
+
 def lock_run(folder: str) -> AbstractContextManager[None]:
     """Let one run alone write into a folder; ValueError if another run does."""
     refusal = f"another run is writing into output_dir {folder!r}; wait for it, or name another folder"
@@ -166,12 +170,8 @@ def describe_run(
     """
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
     step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
-    facts = {
-        "sequences a step": step,
-        "the student's architecture or adapter": _hash(shapes),
-        "the teacher": _hash([json.dumps(teacher, sort_keys=True)]),
-        "the data": _hash(sample_key(row).hex() for row in _take_some(data)),
-    }
+    hashes = [_hash(shapes), _hash([json.dumps(teacher)]), _hash(sample_key(row).hex() for row in _take_some(data))]
+    facts = {"sequences a step": step, **dict(zip(HASHES, hashes, strict=True))}
     return json.loads(json.dumps({**keys, **facts}, default=str))
 
 
@@ -194,7 +194,7 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
     """
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     differing = [name for name in names if name not in FREE and not name.startswith(FREE_BEGINNINGS)]
-    lines = [f"{name} {_shorten(now.get(name))} (it has {_shorten(before.get(name))})" for name in differing]
+    lines = [_contrast(name, before.get(name), now.get(name)) for name in differing]
     if refused := [line for name, line in zip(differing, lines, strict=True) if name not in MAY_DIFFER]:
         raise CannotResume(
             f"this run cannot resume from {checkpoint!r}, which differs in {', '.join(refused)}; take its values, or "
@@ -235,6 +235,12 @@ def _read_name(folder: str) -> str | None:
         return read_checked(path)["run"] if os.path.isfile(path) else None
     except ValueError:
         return None
+
+
+def _contrast(name: str, before: Any, now: Any) -> str:
+    if name in HASHES:
+        return name
+    return f"{name} {_shorten(now)} (it has {_shorten(before)})"
 
 
 def _shorten(value: Any) -> str:

@@ -55,6 +55,7 @@ def test_rollouts_are_replayed_in_the_place_of_the_data(recipe, rollouts, tmp_pa
     flags = ["--lmbda", "1", "--dataset_config", "main", "--dataset_train_split", "x", "--dataset_streaming", "true"]
     keys = yaml.safe_load(Path(recipe).read_text())
     del keys["dataset_name"]
+    keys["output_dir"] += "_2"
     Path(recipe).write_text(yaml.safe_dump(keys))
     assert main(["train", recipe, *flags]) == 2
     assert main(["train", recipe, *flags, "--rollouts", rollouts]) == 0
@@ -73,6 +74,7 @@ def test_replayed_rollouts_are_evaluated_on_data_of_their_own(recipe, rollouts, 
     assert [log["eval_rows"] for log in logs if "eval_rows" in log] == [rows]
     keys = yaml.safe_load(Path(recipe).read_text())
     del keys["dataset_name"]
+    keys["output_dir"] += "_2"
     Path(recipe).write_text(yaml.safe_dump(keys))
     assert main(["train", recipe, *flags]) == 2
     assert "evaluation needs data of its own: set eval_dataset_name" in capsys.readouterr().err

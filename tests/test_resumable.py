@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, tokenizer, pairs, whole, limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
     try:
-        with pytest.raises(OSError, match=r"the checkpoint of step 4 could not be written to .*: "):
+        with pytest.raises(OSError, match=r"the checkpoint of step 4 could not be written to "):
             make(tmp_path / "cut", tokenizer, pairs, 3, fill).train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

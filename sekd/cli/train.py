@@ -54,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
     except Interrupted as error:
         raise Stopped(f"{error}{hint(folder)}", 128 + signal.SIGTERM) from error
     except KeyboardInterrupt as error:
-        raise Stopped(f"stopped in step {trainer.state.global_step + 1}{hint(folder)}", 128 + signal.SIGINT) from error
+        raise Stopped(f"stopped after step {trainer.state.global_step}{hint(folder)}", 128 + signal.SIGINT) from error
     except (RolloutError, OSError) as error:
-        raise Stopped(f"stopped in step {trainer.state.global_step + 1}: {error}{hint(folder)}") from error
+        raise Stopped(f"stopped after step {trainer.state.global_step}: {error}{hint(folder)}") from error
     finally:
         trainer.close()
     if trainer.is_world_process_zero():
