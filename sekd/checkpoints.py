@@ -137,9 +137,11 @@ def find_checkpoint(folder: str) -> str:
     raise CannotResume(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {folder!r}; start again")
 
 
-def set_aside(checkpoint: str) -> None:
-    """Rename a checkpoint that the run does not continue, so that no later run takes it for its own."""
-    old = f"{checkpoint}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(checkpoint, old)
-    logger.warning(f"{checkpoint!r} is not continued; it is {old!r} now")
+def set_later_aside(folder: str, step: int) -> None:
+    """Rename the checkpoints after ``step``, from which a run goes on, so that nobody takes them for its own."""
+    for later, checkpoint in list_checkpoints(folder).items():
+        if later > step:
+            old = f"{checkpoint}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(checkpoint, old)
+            logger.warning(f"the run goes on from step {step}, so {checkpoint!r} is {old!r} now")

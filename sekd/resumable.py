@@ -25,6 +25,7 @@ from sekd.checkpoints import (
     name_checkpoint,
     remove_unfinished,
     rotate_checkpoints,
+    set_later_aside,
 )
 from sekd.files import move_files, write_atomically
 from sekd.processes import run_on_main
@@ -181,8 +182,7 @@ class ResumableTrainer(Trainer):
 
     def rotate(self, folder: str, newest: str) -> None:
         """Delete the oldest checkpoints above ``save_total_limit``, but neither ``newest`` nor the best one."""
-        if self.args.should_save:
-            rotate_checkpoints(folder, self.args.save_total_limit, {newest, str(self.state.best_model_checkpoint)})
+        rotate_checkpoints(folder, self.args.save_total_limit, {newest, str(self.state.best_model_checkpoint)})
 
     def _export_log_state(self) -> dict[str, Any]:
         loss = self.accelerator.reduce(self._tr_loss.detach().clone(), "mean").item()
@@ -269,8 +269,9 @@ class _Resumption(TrainerCallback):
                 f"{self.trainer.checkpoint!r} is of step {state.global_step}, but max_steps (or num_train_epochs) ends "
                 f"at step {state.max_steps}: raise it to train on"
             )
-        if self.trainer.checkpoint is not None:  # the run may have died before it did so
-            self.trainer.rotate(args.output_dir, self.trainer.checkpoint)
+        if self.trainer.checkpoint is not None and args.should_save:
+            set_later_aside(args.output_dir, state.global_step)
+            self.trainer.rotate(args.output_dir, self.trainer.checkpoint)  # the run may have died before it did so
         self.trainer.begin(self.trainer.checkpoint)
         self.trainer.restore_log_state()
 

@@ -28,7 +28,6 @@ from sekd.checkpoints import (
     read_facts,
     remove_folder,
     remove_unfinished,
-    set_aside,
 )
 from sekd.files import lock_folder, read_checked, write_checked
 from sekd.fingerprints import sample_key
@@ -124,8 +123,8 @@ def begin_run(folder: str) -> str:
 def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwrite: bool) -> tuple[str, str]:
     """The checkpoint to resume from, and the run's name.
 
-    ``resume`` is a checkpoint's path, or True for the newest whole checkpoint of the folder. Later checkpoints are
-    renamed, since this run does not continue them. A checkpoint of another folder begins a new run here.
+    ``resume`` is a checkpoint's path, or True for the newest whole checkpoint of the folder. A checkpoint of another
+    folder begins a new run here.
 
     Raises:
         CannotResume: no whole checkpoint, or one of another run. The message names what differs.
@@ -144,9 +143,6 @@ def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwr
     name = _read_name(folder)
     if name not in (None, known["run"]):
         raise CannotResume(f"{checkpoint!r} belongs to another run than output_dir {folder!r}; start again")
-    for step, path in own.items():
-        if step > known["step"]:
-            set_aside(path)
     return checkpoint, _name_run(folder, known["run"])
 
 

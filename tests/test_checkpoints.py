@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 
 import pytest
 
@@ -16,7 +15,7 @@ from sekd.checkpoints import (
     name_checkpoint,
     read_facts,
     rotate_checkpoints,
-    set_aside,
+    set_later_aside,
 )
 
 
@@ -98,9 +97,10 @@ def test_rotation_keeps_the_newest_and_the_protected(tmp_path):
     assert [*list_checkpoints(str(tmp_path))] == [10]
 
 
-def test_set_aside_twice(tmp_path):
+def test_later_ones_are_set_aside_twice(tmp_path):
     for _ in range(2):
-        set_aside(write(tmp_path, 2))
-    assert list_checkpoints(str(tmp_path)) == {}
-    assert (tmp_path / "checkpoint-2.old" / "optimizer.pt").exists()
-    shutil.rmtree(tmp_path)
+        write(tmp_path, 2)
+        write(tmp_path, 4)
+        set_later_aside(str(tmp_path), 2)
+    assert [*list_checkpoints(str(tmp_path))] == [2]
+    assert (tmp_path / "checkpoint-4.old" / "optimizer.pt").exists()
