@@ -75,15 +75,16 @@ def make_mixture(kind, seed):
 @pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
 def test_check_head_accepts_mixtures_of_experts(kind):
     """Other tokens before a document change how many tokens an expert has, and so the last bits of its products."""
-    for seed in range(8):
-        for factor in (1, 15):
-            model = make_mixture(kind, seed)
+    for seed in range(12):
+        model = make_mixture(kind, seed)
+        with torch.no_grad():
             for parameter in model.parameters():
-                parameter.data *= factor if parameter.dim() > 1 else 1
-            check_head(model, packed=True)
-            check_head(copy.deepcopy(model).bfloat16(), packed=True)
-            with pytest.raises(ValueError, match="lets packed documents see each other"):
-                check_head(let_documents_leak(model), packed=True)
+                if parameter.dim() > 1 and seed % 2:  # as far from flat as a trained model, or freshly initialised
+                    parameter.normal_(std=0.3)
+        check_head(model, packed=True)
+        check_head(copy.deepcopy(model).bfloat16(), packed=True)
+        with pytest.raises(ValueError, match="lets packed documents see each other"):
+            check_head(let_documents_leak(model), packed=True)
 
 
 def test_run_inside_goes_through_the_wrapper_and_leaves_no_trace():
