@@ -1,6 +1,11 @@
 """The numbers that a run logs: their names, means and short forms on the progress line."""
 
+from collections import defaultdict
 from collections.abc import Mapping
+
+from torch import Tensor
+
+from sekd.hardware import widest_float
 
 SHOWN = {
     "loss": "loss {:.4f}",
@@ -17,6 +22,12 @@ SHOWN = {
     "eval_reverse_kl": "KL(q|p) {:.4f}",
     "eval_student_ce": "CE {:.4f}",
 }
+
+
+def add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
+    """Add each number of ``more`` to the sum of its name, in float64 where the device has it."""
+    for name, value in more.items():
+        sums[name] += value.to(widest_float(value.device)) if isinstance(value, Tensor) else value
 
 
 def compute_means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:

@@ -31,8 +31,10 @@ from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_held_out
+from sekd.fingerprints import check_same_weights
+from sekd.hardware import widest_float
 from sekd.losses import DIVERGENCES
-from sekd.metrics import compute_means
+from sekd.metrics import add_sums, compute_means
 from sekd.models import check_head, check_head_columns, load_model, run_inside
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -114,6 +116,7 @@ class SEKDTrainer(ResumableTrainer):
         if isinstance(model, str):
             model = load_model(model, **init)
         source.load(init.get("attn_implementation"))
+        check_same_weights(student=model, teacher=source.model)
         if args.sample_fraction < 1:
             choice = choose_samples(train_dataset, model, source.model, processing_class, args)
             train_dataset = train_dataset.select(choice["kept"])
@@ -165,7 +168,8 @@ class SEKDTrainer(ResumableTrainer):
         if times == 1:
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return RepeatSampler(len(dataset), times, seed, self.args.train_sampling_strategy != "sequential")
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        return RepeatSampler(len(dataset), times, seed, shuffle, lambda: int(self.state.epoch or 0))
 
     # One optimizer step: all its micro-batches at once, then each through the loss.
 
@@ -186,7 +190,7 @@ class SEKDTrainer(ResumableTrainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
@@ -195,19 +199,22 @@ class SEKDTrainer(ResumableTrainer):
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
             inspect = partial(measure_agreement, fraction=fraction, chunk_rows=chunk_rows)
+
+        def share(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            total, sums = distill(model, self.teacher, batch, self.method, step, generators, inspect)
+            # Wrappers average gradients over processes. Multiplying by their number gives the sum.
+            return total / num_items_in_batch * self.accelerator.num_processes, sums
+
         with self.accelerator.autocast():
-            total, sums = run_inside(
-                model, lambda b: distill(model, self.teacher, b, self.method, step, generators, inspect), batch
-            )
-        if not torch.isfinite(total):
+            loss, sums = run_inside(model, share, batch)
+        if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {total.item()} at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
+                f"the loss is {loss.item()} at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
                 f"before this changes the weights. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
                 "max_grad_norm may help, or bf16: false"
             )
-        _add_sums(self._sums, sums)
-        # Wrappers average gradients over processes. Multiplying by their number gives the sum.
-        return total / num_items_in_batch * self.accelerator.num_processes
+        add_sums(self._sums, sums)
+        return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As ``Trainer.training_step``; with gls, also rescale the accumulated gradient after the last micro-batch.
@@ -290,7 +297,7 @@ class SEKDTrainer(ResumableTrainer):
 
     def count(self, **sums: float) -> None:
         """Add to the sums of the next log."""
-        _add_sums(self._sums, sums)
+        add_sums(self._sums, sums)
 
     @torch.no_grad()
     def evaluate(
@@ -316,7 +323,7 @@ class SEKDTrainer(ResumableTrainer):
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
                 part, guesses = run_inside(model, lambda b: sum_held_out(model, teacher, b, self.method), batch)
-            _add_sums(sums, part)
+            add_sums(sums, part)
             if self.compute_metrics is not None:
                 real = batch.sample_ids >= 0
                 predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
@@ -351,7 +358,8 @@ class SEKDTrainer(ResumableTrainer):
     def _sum_all(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
         """Each sum over all processes: a number, or a nested list for a tensor with several entries."""
         device = self.args.device
-        tensors = {name: torch.as_tensor(sums[name], dtype=torch.float32, device=device) for name in sorted(sums)}
+        dtype = widest_float(device)
+        tensors = {name: torch.as_tensor(sums[name], dtype=dtype, device=device) for name in sorted(sums)}
         return {name: self.accelerator.reduce(tensor, "sum").tolist() for name, tensor in tensors.items()}
 
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -380,8 +388,3 @@ class _EndOfStep(TrainerCallback):
 def _make_samples(rows: list[dict[str, Any]]) -> list[Sample]:
     """The loader's collator. Samples are batched later, once it is known whether their step is on-policy."""
     return [Sample(**row) for row in rows]
-
-
-def _add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
-    for name, value in more.items():
-        sums[name] += value

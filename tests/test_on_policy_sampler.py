@@ -25,12 +25,13 @@ def test_several_rollouts_of_a_prompt_meet_in_a_step(tmp_path, tokenizer, pairs)
 
 
 def test_a_repeating_sampler():
-    assert list(RepeatSampler(3, 2, seed=0, shuffle=False)) == [0, 0, 1, 1, 2, 2]
-    sampler = RepeatSampler(50, 2, seed=0)
+    assert list(RepeatSampler(3, 2, seed=0, shuffle=False, get_epoch=lambda: 0)) == [0, 0, 1, 1, 2, 2]
+    epoch = 0
+    sampler = RepeatSampler(50, 2, seed=0, shuffle=True, get_epoch=lambda: epoch)
     first = list(sampler)
     assert sorted(first) == sorted([*range(50)] * 2)
     assert first[::2] == first[1::2]
-    sampler.set_epoch(1)
+    epoch = 1
     assert list(sampler) != first
 
 
