@@ -299,6 +299,13 @@ class SEKDConfig(TrainingArguments):
         default=True,
         metadata=_help("On SIGTERM, end the current step, save a checkpoint and stop with exit status 143."),
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata=_help(
+            "At the end, write a whole student in float32, with the adapter merged into its base, instead of the "
+            "adapter alone."
+        ),
+    )
 
     # Memory
     head_chunk_rows: int = field(

@@ -27,9 +27,10 @@ from sekd.checkpoints import (
     rotate_checkpoints,
     set_later_aside,
 )
-from sekd.files import move_files, write_atomically
+from sekd.files import write_atomically
 from sekd.processes import run_on_main
 from sekd.run_folder import begin_run, check_results, lock_run, resume_run
+from sekd.saving import replace_student
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,10 @@ class ResumableTrainer(Trainer):
 
     def save_state(self, folder: str) -> None:
         """Write the subclass's own state into a checkpoint. Every process calls it."""
+
+    def write_student(self, written: str, folder: str) -> None:
+        """Write the student's files into ``written``. They are moved to ``folder``. Every process calls it."""
+        super().save_model(written, _internal_call=True)
 
     def export_log(self) -> dict[str, Any]:
         """The subclass's sums of the steps since the last log, over all processes, as JSON."""
@@ -200,20 +205,20 @@ class ResumableTrainer(Trainer):
         self.restore_log(state["sums"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ``Trainer.save_model``; without ``output_dir``, a file of the run's folder is replaced when it is whole.
+        """As ``Trainer.save_model``. Except in a checkpoint, whole files take the place of any student in the folder.
 
         Raises:
             OSError: a full disk, or another error of writing.
         """
-        if output_dir is not None:
+        if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
-        folder = str(self.args.output_dir)
+        folder = str(output_dir or self.args.output_dir)
         written = os.path.join(folder, UNFINISHED, "student")
         with self.hold_folder(), _writing("the student", folder):
-            super().save_model(written, _internal_call=True)
+            self.write_student(written, folder)
             if self.args.should_save:
-                move_files(written, folder)
+                replace_student(written, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -249,6 +254,8 @@ def _writing(what: str, folder: str) -> Iterator[None]:
     """Free the disk after an error of writing, and make it an OSError. Each library raises an error of its own."""
     try:
         yield
+    except ValueError:
+        raise
     except Exception as error:
         remove_unfinished(folder)
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())

@@ -35,8 +35,11 @@ from sekd.fingerprints import sample_key
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "run.json"
-RESULTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_config.json", "config.json")
-"""What a finished run leaves beside its checkpoints."""
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.*"),
+)
+"""What a model or an adapter may have left in a folder, as patterns."""
 
 LEFTOVERS = (RUN_FILE, "metrics.jsonl", "recipe.yaml", "versions.json")
 """What belongs to a run, but is no result of value without a checkpoint or a model."""
@@ -113,7 +116,7 @@ def begin_run(folder: str) -> str:
     remove_unfinished(folder)
     for checkpoint in (*list_checkpoints(folder).values(), *glob.glob(_inside(folder, "checkpoint-*.old"))):
         remove_folder(checkpoint)
-    for pattern in (*RESULTS, *LEFTOVERS):
+    for pattern in (*MODEL_FILES, *LEFTOVERS):
         for path in glob.glob(_inside(folder, pattern)):
             os.remove(path)
     remove_unfinished(folder)
@@ -202,7 +205,7 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
 
 def _refuse_results(folder: str) -> None:
     found = [*map(os.path.basename, list_checkpoints(folder).values())]
-    found += [os.path.basename(path) for pattern in RESULTS for path in glob.glob(_inside(folder, pattern))]
+    found += [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
     if found:
         more = " and more" * (len(found) > 2)
         raise ValueError(

@@ -5,13 +5,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from jaxtyping import Bool, Float
-from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -23,7 +22,6 @@ from transformers import (
 )
 
 from rollouts import RolloutEngine, RolloutError
-from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate, from_rollout
@@ -35,7 +33,7 @@ from sekd.fingerprints import check_same_weights
 from sekd.hardware import widest_float
 from sekd.losses import DIVERGENCES
 from sekd.metrics import add_sums, compute_means
-from sekd.models import check_head, check_head_columns, load_model, run_inside
+from sekd.models import check_head, check_head_columns, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
@@ -44,11 +42,16 @@ from sekd.policies.base import load_state, save_state
 from sekd.resumable import ResumableTrainer
 from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
+from sekd.saving import save_merged
 from sekd.seeds import make_generators
-from sekd.teachers import ModelSource, TeacherSource
+from sekd.student import check_folder, check_student, load_student, prepare_student
+from sekd.teacher_source import make_teacher_source
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs
 from sekd.validation.rollouts import engine_trait
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 class SEKDTrainer(ResumableTrainer):
@@ -57,12 +60,12 @@ class SEKDTrainer(ResumableTrainer):
     Data and tokenizers are checked before any model is loaded. Models may be given by name.
 
     Args:
-        model: the student.
+        model: the student: a model, or a folder or hub id. An adapter (or a PEFT model) is trained on.
         teacher_model: the teacher. Default: ``args.teacher_model_name_or_path``; none with ``args.teacher_cache``.
         train_dataset: rows as :mod:`sekd.data` reads them.
         eval_dataset: rows of the same kind; ``evaluate`` measures the student on them.
         processing_class: the tokenizer. Default: the student's own.
-        peft_config: trains an adapter instead of the whole student.
+        peft_config: trains a new adapter instead of the whole student.
         rollout_engine: generates in on-policy steps. Default: ``args.rollout_engine``, started when it is needed.
         model_init_kwargs: for the student's ``from_pretrained``. Default: float32 weights.
         compute_metrics: gives ``evaluate`` more metrics. It gets an ``EvalPrediction``: the student's likeliest tokens
@@ -79,13 +82,13 @@ class SEKDTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: "str | PreTrainedModel | PeftModel",
         teacher_model: str | PreTrainedModel | None = None,
         args: SEKDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
         rollout_engine: RolloutEngine | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -98,7 +101,8 @@ class SEKDTrainer(ResumableTrainer):
         if train_dataset is None:
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
-        check_inputs(args, train_dataset, init, peft_config, getattr(model, "is_quantized", False), rollout_engine)
+        adapter = check_student(model, peft_config, init, args, optimizers[0])
+        check_inputs(args, train_dataset, init, adapter, getattr(model, "is_quantized", False), rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
@@ -114,16 +118,13 @@ class SEKDTrainer(ResumableTrainer):
                 eval_dataset = eval_dataset.take(args.max_eval_samples)
 
         if isinstance(model, str):
-            model = load_model(model, **init)
+            model = load_student(model, args, **init)
         source.load(init.get("attn_implementation"))
         check_same_weights(student=model, teacher=source.model)
         if args.sample_fraction < 1:
             choice = choose_samples(train_dataset, model, source.model, processing_class, args)
             train_dataset = train_dataset.select(choice["kept"])
-        if peft_config is not None:
-            if getattr(model, "is_quantized", False):
-                model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
-            model = get_peft_model(model, peft_config)
+        model = prepare_student(model, peft_config, args, init.get("revision"), optimizers[0])
 
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the loss; `accelerate launch` uses more GPUs
         super().__init__(
@@ -143,7 +144,7 @@ class SEKDTrainer(ResumableTrainer):
             self.add_callback(ProgressLine())
 
         check_head(self.model, packed)
-        if args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
+        if args.merge_adapter or (args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model")):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
         self.method = Method.from_config(args, vocab)
@@ -286,6 +287,15 @@ class SEKDTrainer(ResumableTrainer):
         if self.accelerator.is_main_process:
             self.count(**state)
 
+    def write_student(self, written: str, folder: str) -> None:
+        """Write the student's files, which are for ``folder``: with ``merge_adapter``, those of a whole student."""
+        for adapter in getattr(unwrap(self.model_wrapped), "peft_config", {}).values():
+            check_folder(folder, {"the base of the student's adapter": adapter.base_model_name_or_path})
+        if self.args.merge_adapter:
+            save_merged(self.model_wrapped, self.processing_class, written, self.args.should_save)
+        else:
+            super().write_student(written, folder)
+
     def close(self) -> None:
         """End the rollout engine."""
         self.schedule.close()
@@ -365,16 +375,6 @@ class SEKDTrainer(ResumableTrainer):
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         pad = self.processing_class.pad_token_id
         return collate(samples, pad if pad is not None else self.processing_class.eos_token_id or 0)
-
-
-def make_teacher_source(teacher_model: str | PreTrainedModel | None, args: SEKDConfig) -> TeacherSource:
-    """The source of a run's teacher: the cache, else the given model, else the model that ``args`` name."""
-    if args.teacher_cache is not None:
-        return CacheSource(args)
-    teacher_model = teacher_model or args.teacher_model_name_or_path
-    if teacher_model is None:
-        raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
-    return ModelSource(teacher_model, args)
 
 
 class _EndOfStep(TrainerCallback):

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from sekd import SEKDConfig, SEKDTrainer
@@ -85,6 +87,17 @@ def make_vllm_model(seed: int = 0, vocab: int = VOCAB, intermediate: int = 48) -
     config = Qwen3Config(**SMALL | sizes, head_dim=64)
     config.tie_word_embeddings = True
     return Qwen3ForCausalLM(config).eval()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""The parameters of a mixture of experts' one module that holds all experts."""
+
+
+def make_moe(seed: int = 0) -> PreTrainedModel:
+    """A tiny mixture of experts."""
+    torch.manual_seed(seed)
+    sizes = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **sizes)).eval()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

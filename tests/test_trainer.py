@@ -273,7 +273,7 @@ def no_models(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sekd.trainer.load_model", refuse)
+    monkeypatch.setattr("sekd.student.load_model", refuse)
 
 
 @pytest.fixture
