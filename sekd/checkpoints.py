@@ -60,6 +60,7 @@ def finish_checkpoint(written: str, facts: dict[str, Any]) -> str:
         remove_folder(final)
     os.replace(written, final)
     sync(os.path.dirname(parent))
+    remove_unfinished(os.path.dirname(parent))
     return final
 
 
@@ -84,6 +85,7 @@ def rotate_checkpoints(folder: str, limit: int | None, protected: set[str]) -> N
     excess = len(checkpoints) - limit if limit else 0
     for path in [path for path in checkpoints if path not in protected][: max(0, excess)]:
         remove_folder(path)
+    remove_unfinished(folder)
 
 
 def read_facts(checkpoint: str) -> dict[str, Any]:

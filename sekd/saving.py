@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sekd.checkpoints import remove_unfinished
 from sekd.files import move_files
 from sekd.models import causal_lm
 from sekd.on_policy.weights import full_weights
@@ -20,6 +21,7 @@ def replace_student(written: str, folder: str) -> None:
         for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(path)
     move_files(written, folder)
+    remove_unfinished(folder)
 
 
 def save_merged(model: torch.nn.Module, tokenizer: Any, folder: str, should_save: bool) -> None:

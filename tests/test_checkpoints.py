@@ -84,7 +84,7 @@ def test_no_checkpoint_and_a_foreign_one(tmp_path):
 def test_a_step_that_is_saved_again_replaces_the_first(tmp_path):
     write(tmp_path, 2, run="first")
     assert check_checkpoint(write(tmp_path, 2, run="second"))["run"] == "second"
-    assert os.listdir(tmp_path / UNFINISHED) == []
+    assert not (tmp_path / UNFINISHED).exists()
 
 
 def test_rotation_keeps_the_newest_and_the_protected(tmp_path):
