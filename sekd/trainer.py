@@ -47,7 +47,7 @@ from sekd.policies.base import load_state, save_state
 from sekd.samples import choose_samples, prepare_samples
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
-from sekd.validation.inputs import check_inputs
+from sekd.validation.inputs import check_context, check_inputs
 from sekd.validation.rollouts import engine_trait
 
 
@@ -99,6 +99,7 @@ class SEKDTrainer(Trainer):
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
         check_inputs(args, train_dataset, init, peft_config, getattr(model, "is_quantized", False), rollout_engine)
+        check_context(args, model, init, rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
@@ -346,6 +347,7 @@ class SEKDTrainer(Trainer):
         """As ``Trainer.log``; the log gets the means of the steps since the last one."""
         if "loss" in logs and self._sums:
             logs |= compute_means(self._sum_all(self._sums), time.monotonic() - self._last_log)
+            logs |= self.schedule.weight_check.take_log()
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)
