@@ -185,8 +185,9 @@ def messages(*turns):
 
 def rollout_row(prompt, completion, **more):
     """A row of a file of recorded rollouts."""
-    words = " ".join(f"w{i}" if i != EOS else "<eos>" for i in completion)
-    return {"prompt_ids": prompt, "completion_ids": completion, "prompt": "w0", "completion": words, **more}
+    texts = [" ".join(f"w{i}" if i != EOS else "<eos>" for i in ids) for ids in (prompt, completion)]
+    ids = {"prompt_ids": prompt, "completion_ids": completion}
+    return {**ids, "prompt": texts[0], "completion": texts[1], **more}
 
 
 def gradients(model):
