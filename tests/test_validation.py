@@ -12,7 +12,8 @@ from sekd.config import SEKDConfig
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.scores import SCORES, Scoring
-from sekd.validation.inputs import check_inputs
+from sekd.trainer import SEKDTrainer
+from sekd.validation.inputs import check_context, check_inputs
 
 
 @pytest.mark.parametrize(
@@ -307,3 +308,29 @@ PAPER = {
 @pytest.mark.parametrize("row", PAPER)
 def test_every_row_of_the_papers_tables_trains(tmp_path, tokenizer, pairs, row):
     train(tmp_path, tokenizer, pairs, 50, 5e-3, {"position_fraction": 0.2, **PAPER[row]})
+
+
+def test_prompts_and_completions_fit_into_the_students_positions(tmp_path, tokenizer, pairs):
+    """From the configuration alone: there are no weights in the folder."""
+    student = make_model("untied")
+    student.config.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    values = dict(lmbda=1.0, max_prompt_length=1000, max_completion_length=1500)
+    message = r"max_prompt_length 1000 \+ max_completion_length 1500 is more than the 2048 positions of the student"
+    for engine in ("vllm", "vllm_server"):
+        for model in (str(tmp_path / "student"), student):
+            with pytest.raises(ValueError, match=message):
+                SEKDTrainer(model, make_model("untied"), config(**values, rollout_engine=engine), pairs)
+    for fits in (dict(max_completion_length=1048), dict(lmbda=0.0), dict(rollout_engine="hf")):
+        check_context(config(**values | dict(rollout_engine="vllm") | fits), student, {}, None)
+    student.config.rope_parameters |= dict(rope_type="linear", factor=2.0)
+    check_context(config(**values, rollout_engine="vllm"), student, {}, None)
+
+
+def test_one_process_may_not_wait_longer_than_the_others_wait_for_it(monkeypatch, pairs):
+    values = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_timeout=1800)
+    check_inputs(config(**values), pairs, {}, None, False, None)
+    monkeypatch.setattr(SEKDConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"rollout_timeout 1800 is not below ddp_timeout 1800: while one"):
+        check_inputs(config(**values), pairs, {}, None, False, None)
+    check_inputs(config(**values, ddp_timeout=2000), pairs, {}, None, False, None)

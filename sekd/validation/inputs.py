@@ -1,5 +1,6 @@
 """Which data, students and engines work with a configuration."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rollouts import ENGINES
@@ -9,6 +10,7 @@ from sekd.validation.values import is_installed
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig
+    from transformers import PreTrainedModel
 
     from rollouts import RolloutEngine
     from sekd.config import SEKDConfig
@@ -72,5 +74,45 @@ def check_inputs(
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
         )
+    if args.world_size > 1 and args.lmbda > 0 and engine_trait(args, rollout_engine, "uses_servers"):
+        limit = args.ddp_timeout
+        if args.rollout_timeout >= limit:
+            raise ValueError(
+                f"rollout_timeout {args.rollout_timeout:g} is not below ddp_timeout {limit}: while one process waits "
+                "for a server, the others wait for it, and give up first; lower the first or raise the second"
+            )
     if is_deepspeed_zero3_enabled():
         raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
+
+
+def check_context(
+    args: "SEKDConfig",
+    model: "str | PreTrainedModel",
+    init: dict[str, Any],
+    rollout_engine: "RolloutEngine | None",
+) -> None:
+    """Check that the student has a position for each token of a rollout, from its configuration alone.
+
+    vLLM refuses to start otherwise. transformers goes on, beyond what the student was trained for.
+    """
+    from transformers import AutoConfig
+
+    if args.lmbda == 0 or rollout_engine is not None or engine_trait(args, None, "shares_model"):
+        return
+    config: Any = None
+    if not isinstance(model, str):
+        config = model.config
+    else:
+        with suppress(OSError):  # an adapter without a configuration; loading it says what is wrong
+            config = AutoConfig.from_pretrained(model, revision=init.get("revision") or "main")
+    text_config = None if config is None else config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    ropes = getattr(text_config, "rope_parameters", None) or {}
+    positions *= (ropes.get("factor") or 1) if isinstance(ropes.get("factor"), int | float) else 1  # some lengthen it
+    if args.max_prompt_length + args.max_completion_length > positions:
+        raise ValueError(
+            f"max_prompt_length {args.max_prompt_length} + max_completion_length {args.max_completion_length} is more "
+            f"than the {positions:g} positions of the student (max_position_embeddings); lower one of them"
+        )
