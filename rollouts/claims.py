@@ -5,6 +5,7 @@ import fcntl
 import os
 import time
 import uuid
+from typing import IO
 
 from rollouts.base import RolloutConfigError, RolloutError
 from rollouts.http import Client
@@ -42,11 +43,12 @@ class Claim:
         self.owner = f"{folder}#{uuid.uuid4().hex[:12]}"
         self.claimed: set[str] = set()
         os.makedirs(os.path.dirname(folder), exist_ok=True)
-        self.lock: int | None = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self.lock: IO | None = os.fdopen(handle, "r+")  # closed with this object at the latest
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self.lock)
+            self.lock.close()
             raise RolloutConfigError(
                 f"another rollout engine sends weights from {folder}; close it, or use another output_dir"
             ) from error
@@ -102,7 +104,7 @@ class Claim:
                 raise RolloutConfigError(
                     f"rollout server {url} has the weights of the run in {_get_run(version)}, which is still running, "
                     "and can serve one run only; start another server (`sekd serve STUDENT --port PORT`) and name it "
-                    "in rollout_server_urls, or stop that run"
+                    "in rollout_server_urls, or stop that run (`trainer.close()` in the same Python process)"
                 )
             self.write(url, self.make_version("claimed"))
             if time.monotonic() - started > SETTLE / 2:
@@ -133,7 +135,7 @@ class Claim:
         if self.lock is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{self.folder}.lock")
-            os.close(self.lock)
+            self.lock.close()
             self.lock = None
 
 

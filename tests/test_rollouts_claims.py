@@ -84,7 +84,7 @@ def test_a_second_run_is_refused_and_names_the_first(start, served):
 def test_a_killed_run_and_one_whose_folder_is_gone_leave_the_server_free(start, served):
     first = start("first", 1)
     first.sync()
-    os.close(first.engine.claim.lock)  # the system does this when a process ends
+    first.engine.claim.lock.close()  # the system does this when a process ends
     first.engine.claim.lock = None
     second = start("second", 2)
     second.sync()
@@ -136,20 +136,21 @@ def test_weights_between_the_others_weights_and_version_are_noticed(start):
 
 
 def test_of_two_runs_that_start_at_once_one_is_refused(start, served):
-    """Both find the server free before either writes."""
+    """Both find the server free before either writes, and the second writes while the first already reads again."""
     both_read = threading.Barrier(2, timeout=10)
 
-    def make_before():
+    def make_before(delay):
         reads = []
 
         def before(path, body):
             if path == "/update_weight_version" and not reads:
                 reads.append(path)
                 both_read.wait()
+                time.sleep(delay)
 
         return before
 
-    trainers = [start(name, seed, before=make_before()) for name, seed in (("first", 1), ("second", 2))]
+    trainers = [start(name, seed, before=make_before(0.04 * seed)) for name, seed in (("first", 0), ("second", 1))]
     with ThreadPoolExecutor(2) as pool:
         errors = [future.exception() for future in [pool.submit(trainer.sync) for trainer in trainers]]
     (winner,) = [trainer for trainer, error in zip(trainers, errors, strict=True) if error is None]

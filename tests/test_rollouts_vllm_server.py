@@ -284,8 +284,10 @@ def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_resumes(tmp_path
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert 0 < trainer.state.global_step < 6
     assert checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+    fresh = served_trainer(tmp_path / "fresh", server, tokenizer, pairs, **options)
     with pytest.raises(RolloutError, match="answered 500"):
-        served_trainer(tmp_path / "fresh", server, tokenizer, pairs, **options).evaluate(pairs.select(range(2)))
+        fresh.evaluate(pairs.select(range(2)))
+    fresh.close()
     assert not list((tmp_path / "fresh").glob("checkpoint-*")), "nothing was trained"
     resumed = served_trainer(tmp_path / "cut", server, tokenizer, pairs, max_steps=6)
     resumed.train(resume_from_checkpoint=str(checkpoint))
