@@ -55,6 +55,10 @@ class Sampling:
     token of ``stop_token_ids``, with the token that completes a string of ``stop``, or after ``max_completion_length``
     tokens. ``top_logprobs`` K > 0 asks for the K largest log-probabilities at each position, as the model computes
     them: before temperature, penalty and truncation. ``seed`` makes sampling repeatable; None leaves it to the engine.
+    Token ids from ``classes`` on are never drawn; None allows all.
+
+    The order is vLLM's: forbidden classes, penalty, temperature, ``min_p``, ``top_k``, ``top_p``. Each truncation sees
+    what the one before it left.
     """
 
     temperature: float = 1.0
@@ -67,15 +71,23 @@ class Sampling:
     stop: Sequence[str] = ()
     top_logprobs: int = 0
     seed: int | None = 0
+    classes: int | None = None
 
     def for_vllm(self) -> dict[str, Any]:
-        """The same under vLLM's names, for its ``SamplingParams`` and for requests to its server."""
+        """The same under vLLM's names, for its ``SamplingParams`` and for requests to its server.
+
+        A server takes every option that a request leaves out from the model's ``generation_config.json``, so the
+        penalties that sekd does not have are sent too.
+        """
         return dict(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            allowed_token_ids=None if self.classes is None else list(range(self.classes)),
             max_tokens=self.max_completion_length,
             stop_token_ids=list(self.stop_token_ids),
             stop=list(self.stop),
@@ -144,7 +156,7 @@ class BaseEngine(RolloutEngine):
     """An engine that can be started by its name in :data:`rollouts.ENGINES`.
 
     The attributes and the last method say how a run may use the engine. Their defaults suit an engine that has only the
-    three methods of :class:`RolloutEngine`. The first six are read from the class, before an engine is started.
+    three methods of :class:`RolloutEngine`. The first seven are read from the class, before an engine is started.
 
     Attributes:
         requires: the package that must be installed.
@@ -153,6 +165,7 @@ class BaseEngine(RolloutEngine):
         uses_servers: connects to ``rollout_server_urls``; ``rollout_transfer`` says how weights reach them.
         generates_in_background: can generate while the student trains (``rollout_staleness``).
         shares_model: samples from the student itself, so it needs no weights and takes quantized students too.
+        remedy: what to do if it computes other probabilities than the student; the end of an error message.
         model: the module that it samples from, if that is in this process.
         lora_rank: the largest rank of LoRA adapters that it takes alone; 0 if it takes whole weights.
     """
@@ -163,6 +176,7 @@ class BaseEngine(RolloutEngine):
     uses_servers: bool = False
     generates_in_background: bool = False
     shares_model: bool = False
+    remedy: str = "use another rollout_engine"
     model: Any = None
     lora_rank: int = 0
 
@@ -178,7 +192,8 @@ class BaseEngine(RolloutEngine):
     def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
         """The log-probability of each token but the first, by the name of each server or replica.
 
-        The run compares them with the student's after the first sync. An engine without them returns nothing.
+        The run compares them with the student's after weight syncs. A server that does not answer is left out, and an
+        engine without log-probabilities returns nothing.
         """
         return {}
 

@@ -12,8 +12,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedTokenizerBase,
     StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from rollouts.base import BaseEngine, EngineSetup, Rollout, Sampling, Weights, named_weights, request_seeds
@@ -55,10 +61,10 @@ class HFEngine(BaseEngine):
         eos = self.model.generation_config.eos_token_id
         eos_ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
         self.stop_ids = [*dict.fromkeys([*eos_ids, *options.stop_token_ids])]
-        drawing = dict(temperature=temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p or None)
+        # Temperature and truncation are not here but in _order_processors: transformers has another order than vLLM.
         self.generation = GenerationConfig(
             do_sample=temperature > 0,
-            **(drawing if temperature > 0 else {}),
+            **(dict(temperature=1.0, top_p=1.0, top_k=0) if temperature > 0 else {}),
             repetition_penalty=options.repetition_penalty,
             max_new_tokens=max_completion_length,
             eos_token_id=self.stop_ids or None,
@@ -104,7 +110,10 @@ class HFEngine(BaseEngine):
             if seed is not None:
                 torch.manual_seed(seed)
             output = self.model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), stopping_criteria=[stopped]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=_order_processors(self.sampling),
+                stopping_criteria=[stopped],
             )
         if self.sampling.top_logprobs and not top:
             raise ValueError(f"{type(self.model).__name__} generates with another model's forward; pass that model")
@@ -126,8 +135,47 @@ class HFEngine(BaseEngine):
                     state[name].copy_(tensor)
         self.step, self.round = step, 0
 
+    @torch.no_grad()
+    def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
+        was_training = self.model.training
+        self.model.eval()
+        ids = torch.tensor([token_ids], device=next(self.model.parameters()).device)
+        logp = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        self.model.train(was_training)
+        return {type(self).__name__: logp.gather(1, ids[0, 1:, None])[:, 0].tolist()}
+
     def close(self) -> None:
         self.model = None
+
+
+def _order_processors(sampling: Sampling) -> LogitsProcessorList:
+    """Forbidden classes, temperature and truncation, in the order of vLLM. transformers applies them after a penalty.
+
+    ``generate`` itself would apply ``min_p`` last, to what ``top_p`` left: then other tokens can be drawn.
+    """
+    processors = LogitsProcessorList()
+    if sampling.classes is not None:
+        processors.append(_ForbidClasses(sampling.classes))
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.min_p > 0:
+            processors.append(MinPLogitsWarper(sampling.min_p))
+        if sampling.top_k > 0:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
+
+
+class _ForbidClasses(LogitsProcessor):
+    """No token id from ``classes`` on is drawn."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        forbidden = torch.arange(scores.shape[1], device=scores.device) >= self.classes
+        return scores.masked_fill(forbidden, -torch.inf)
 
 
 class _StopStrings(StoppingCriteria):

@@ -38,7 +38,7 @@ class Client:
         try:
             return json.loads(content) if content else None
         except ValueError as error:
-            raise ServerUnavailable(f"rollout server {url} did not answer with JSON: {error}") from error
+            raise ServerUnavailable(f"rollout server {url} did not answer with JSON, but {shorten(content)}") from error
 
     def send(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
         """The server's answer in bytes."""
@@ -58,7 +58,7 @@ class Client:
             connection.close()
         if response.status == 200:
             return content
-        text = f"{response.status} {content.decode(errors='replace')[:500]}"
+        text = f"{response.status}: {shorten(content)}"
         if 400 <= response.status < 500 and response.status not in (408, 429):
             raise RequestRejected(f"rollout server {url}{path} refused: {text}", response.status)
         raise ServerUnavailable(f"rollout server {url} answered {text}")
@@ -69,3 +69,11 @@ class Client:
             if connection.sock is not None:
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def shorten(content: bytes) -> str:
+    """What a server answered, as one line for a message. A page for a browser is only named."""
+    text = " ".join(content.decode(errors="replace").split())
+    if text.startswith("<"):
+        return "an HTML page"
+    return repr(text[:300]) if text else "nothing"

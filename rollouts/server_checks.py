@@ -1,11 +1,12 @@
 """Whether a vLLM server runs, and was started in a way that suits a run."""
 
+import json
 import time
 
 from tqdm.auto import tqdm
 
 from rollouts.base import RolloutConfigError, RolloutError, Sampling
-from rollouts.http import Client, RequestRejected, ServerUnavailable
+from rollouts.http import Client, RequestRejected, ServerUnavailable, shorten
 
 
 def wait_for_server(http: Client, url: str, timeout: float) -> None:
@@ -13,13 +14,16 @@ def wait_for_server(http: Client, url: str, timeout: float) -> None:
 
     Raises:
         RolloutError: it was not within ``timeout`` seconds.
+        RolloutConfigError: something else than vLLM answers.
     """
     deadline = time.monotonic() + timeout
     with tqdm(desc=f"waiting for {url}", total=round(timeout), unit="s", leave=False, delay=1.0) as bar:
         while True:
             try:
-                http.call(url, "/health", timeout=10)
-                return
+                http.send(url, "/health", timeout=10)
+                break
+            except RequestRejected as error:
+                raise _make_wrong_service_error(url, error) from error
             except ServerUnavailable as error:
                 if (left := deadline - time.monotonic()) <= 0:
                     raise RolloutError(
@@ -28,6 +32,19 @@ def wait_for_server(http: Client, url: str, timeout: float) -> None:
                     ) from error
             bar.update(round(timeout - left) - bar.n)
             time.sleep(min(1.0, left))
+    try:
+        content = http.send(url, "/version")
+        json.loads(content)["version"]
+    except RequestRejected as error:
+        raise _make_wrong_service_error(url, error) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _make_wrong_service_error(url, f"/version answers {shorten(content)}") from error
+
+
+def _make_wrong_service_error(url: str, reason: object) -> RolloutConfigError:
+    return RolloutConfigError(
+        f"rollout_server_urls: {url} is not a vLLM server ({reason}); name a server that `sekd serve` started"
+    )
 
 
 def check_server(http: Client, url: str, sampling: Sampling, context: int, transfer: str) -> int:

@@ -3,7 +3,6 @@
 import copy
 import glob
 import os
-import random
 import shutil
 import sysconfig
 import tempfile
@@ -59,11 +58,19 @@ class VLLMEngine(BaseEngine):
 
     Raises:
         ImportError: vLLM is not installed.
-        RolloutConfigError: vLLM cannot apply the adapter, or gets whole weights where it expects adapters.
+        RolloutConfigError: vLLM cannot start with these options or apply the adapter, or gets whole weights where it
+            expects adapters.
+
+    Starting it and :meth:`generate` draw from the generators of the process. A trainer that needs its own draws keeps
+    their states (:func:`sekd.on_policy.engines.keep_generators`).
     """
 
     requires = "vllm"
     single_process = True
+    remedy = (
+        "vLLM does not take this student's weights as they are (mixtures of experts on a CPU, for example); use "
+        "rollout_engine: hf"
+    )
 
     @classmethod
     def start(cls, setup: EngineSetup) -> "VLLMEngine":
@@ -103,7 +110,7 @@ class VLLMEngine(BaseEngine):
                 sleep=options["vllm_sleep"],
             )
         finally:  # vLLM has read the weights
-            for path in glob.glob(os.path.join(folder, "*.safetensors*")):
+            for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors*")):
                 os.remove(path)
 
     def __init__(
@@ -144,27 +151,25 @@ class VLLMEngine(BaseEngine):
         if lora_rank:
             options |= {"enable_lora": True, "max_lora_rank": self.lora_rank, "max_loras": 1}
         self.sleeps = sleep and current_platform.is_sleep_mode_available()
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.llm: Any = LLM(
-            model,
-            dtype=dtype,
-            load_format=load_format,
-            max_model_len=context,
-            max_logprobs=max(20, drawing.top_logprobs),
-            enforce_eager=enforce_eager,
-            distributed_executor_backend="uni",
-            skip_tokenizer_init=not drawing.stop,  # only stop strings need it
-            gpu_memory_utilization=gpu_memory_utilization,
-            enable_sleep_mode=self.sleeps,
-            seed=drawing.seed or 0,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **options,
-        )
-        # vLLM seeds all generators of the process, but the trainer's draws must not depend on when an engine starts.
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        try:
+            self.llm: Any = LLM(
+                model,
+                dtype=dtype,
+                load_format=load_format,
+                max_model_len=context,
+                max_logprobs=max(20, drawing.top_logprobs),
+                enforce_eager=enforce_eager,
+                distributed_executor_backend="uni",
+                skip_tokenizer_init=not drawing.stop,  # only stop strings need it
+                gpu_memory_utilization=gpu_memory_utilization,
+                enable_sleep_mode=self.sleeps,
+                seed=drawing.seed or 0,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **options,
+            )
+        except ValueError as error:  # options that do not suit the model
+            raise RolloutConfigError(f"vLLM cannot start: {' '.join(str(error).split())}") from error
         self.step, self.round = 0, 0
         self.asleep = False
         self.lora, self.lora_count = None, 0
@@ -189,6 +194,19 @@ class VLLMEngine(BaseEngine):
             Rollout(ids, list(out.token_ids), self.step, out.finish_reason, self._top(out.logprobs))
             for ids, out in zip(prompts, (request.outputs[0] for request in outputs), strict=True)
         ]
+
+    def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
+        from vllm import SamplingParams
+
+        self._wake()
+        (output,) = self.llm.generate(
+            [{"prompt_token_ids": token_ids}],
+            [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)],
+            lora_request=self.lora,
+            use_tqdm=False,
+        )
+        entries = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return {"vLLM in this process": [entry[token].logprob for token, entry in entries]}
 
     def _top(self, flat: Any) -> np.ndarray | None:
         """At each position, vLLM lists the sampled token first and then the likeliest tokens."""

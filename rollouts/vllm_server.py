@@ -27,15 +27,13 @@ from rollouts.base import (
     named_weights,
     request_seeds,
 )
+from rollouts.claims import FAILED_LOAD, Claim
 from rollouts.http import Client, RequestRejected, ServerUnavailable
 from rollouts.nccl import NCCLTransfer
 from rollouts.server_checks import check_server, wait_for_server
 
 NEW_WEIGHTS = 3600.0
 """Seconds that a server may take to load weights."""
-
-FAILED_LOAD = "a load failed"
-"""The weight version of a server that failed to load weights and must be restarted."""
 
 
 class VLLMServerEngine(BaseEngine):
@@ -48,6 +46,10 @@ class VLLMServerEngine(BaseEngine):
     and the completions that it sampled without the weights are discarded. Failed requests are sent again, also to other
     servers. Each request has its own seed, so the completions do not depend on which server answers.
 
+    Whole weights belong to one trainer: see :class:`rollouts.claims.Claim`. The version is written *before* the weights
+    are loaded, and read again afterwards. So a version that is still this trainer's says that nobody has loaded other
+    weights. Adapters have names of their own, so trainers with adapters may share a server.
+
     Args:
         urls: the servers, such as "http://127.0.0.1:8000"; they share the load.
         timeout: seconds to wait for a server, at the start and whenever none answers.
@@ -58,12 +60,17 @@ class VLLMServerEngine(BaseEngine):
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
-        RolloutError: a server did not answer within ``timeout``; the message has its URL.
-        RolloutConfigError: a server has too short a context, was not started in development mode, or refuses a request.
+        RolloutError: a server did not answer within ``timeout``, or another trainer took it; the message has its URL.
+        RolloutConfigError: a server has too short a context, was not started in development mode, refuses a request, or
+            serves another trainer.
     """
 
     uses_servers = True
     generates_in_background = True
+    remedy = (
+        "it serves another model, or does not take this student's weights: start it with model_name_or_path, or "
+        "use rollout_engine: hf"
+    )
 
     @classmethod
     def start(cls, setup: EngineSetup) -> "VLLMServerEngine":
@@ -120,6 +127,8 @@ class VLLMServerEngine(BaseEngine):
         self.lora_rank = min(ranks)
         if max(ranks) and not self.lora_rank:
             raise RolloutConfigError(f"some of rollout_server_urls have --enable-lora and some do not: {self.urls}")
+        self.claim = Claim(self.http, self.weights_folder)
+        self.loaded: set[str] = set()  # the URLs that have the whole weights of this version
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
@@ -181,8 +190,10 @@ class VLLMServerEngine(BaseEngine):
 
     def sync_weights(self, model: Weights, step: int) -> None:
         self.step, self.round, old, was_adapter = step, 0, self.path, self.is_adapter
-        self.version, self.is_adapter = f"{step}-{uuid.uuid4().hex[:12]}", isinstance(model, Adapter)
-        self.path = os.path.join(self.weights_folder, self.version)
+        name, self.is_adapter = f"{step}-{uuid.uuid4().hex[:12]}", isinstance(model, Adapter)
+        self.version = name if self.is_adapter else self.claim.make_version(name)
+        self.loaded.clear()
+        self.path = os.path.join(self.weights_folder, name)
         if isinstance(model, Adapter):
             model.save(self.path)
         elif self.lora_rank:
@@ -218,20 +229,27 @@ class VLLMServerEngine(BaseEngine):
             for url in self.urls:
                 self._unload_adapter(url, os.path.basename(self.path))
             self.is_adapter = False
+        self.claim.close()
         if self.path:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
-        """Each server's log-probability of each token but the first, by URL."""
-        return {url: self._logprobs(url, token_ids) for url in self.urls}
+        served = {}
+        for url in self.urls:
+            if self._has_weights(url, {}):
+                with contextlib.suppress(ServerUnavailable):
+                    served[f"rollout server {url}"] = self._logprobs(url, token_ids)
+        return served
 
     def _logprobs(self, url: str, ids: list[int]) -> list[float]:
         body = dict(prompt=ids, max_tokens=1, temperature=1.0, prompt_logprobs=0, return_token_ids=True)
         body |= {"model": self.version} if self.is_adapter else {}
-        (choice,) = self.http.call(url, "/v1/completions", body)["choices"]
-        return [
-            entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
-        ]
+        answer = self.http.call(url, "/v1/completions", body)
+        try:
+            entries = zip(ids[1:], answer["choices"][0]["prompt_logprobs"][1:], strict=True)
+            return [entry[str(token)]["logprob"] for token, entry in entries]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServerUnavailable(f"rollout server {url} did not answer with log-probabilities: {error}") from error
 
     def _complete(self, url: str, prompt: list[int], seed: int | None) -> Rollout:
         body = {"prompt": prompt, "seed": seed, "return_token_ids": True, **self.sampling.for_vllm()}
@@ -263,32 +281,46 @@ class VLLMServerEngine(BaseEngine):
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:
         """Whether a server has the weights of this step. With ``resend``, a server without them gets them here."""
         try:
-            version = self.http.call(url, "/weight_info", timeout=30)["weight_version"]
-            if version == FAILED_LOAD:
-                raise RolloutConfigError(
-                    f"rollout server {url} failed to load weights and may still have some of the old ones; restart it"
-                )
+            version = self.claim.read(url)
             if self.is_adapter:
                 loaded = {model["id"] for model in self.http.call(url, "/v1/models", timeout=30)["data"]}
-                version = self.version if self.version in loaded else version
-            if self.version in (None, version):
+                has = self.version in loaded
+            else:
+                has = self.version is None or (version == self.version and url in self.loaded)
+            if has:
                 return True
             reasons[url] = f"rollout server {url} was restarted"
-            if not resend:
+            if not resend or self.closed.is_set():
                 return False
             if self.is_adapter:
                 self._load_adapter(url)
-            elif self.transfer == "nccl":
-                self._load_over_nccl(url, version)
+                self.http.call(url, "/reset_prefix_cache", {})
             else:
-                self._load(url)
-            self.http.call(url, "/reset_prefix_cache", {})
-            if not self.is_adapter:
-                self.http.call(url, "/update_weight_version", {"new_version": self.version})
+                self._load_whole(url, version)
         except ServerUnavailable as error:
             reasons[url] = str(error)
             return False
         return True
+
+    def _load_whole(self, url: str, version: str) -> None:
+        """Load whole weights into a server of this trainer, whose weight version was ``version``."""
+        self.loaded.discard(url)
+        self.claim.take(url)
+        self.claim.write(url, str(self.version))
+        if self.transfer == "nccl":
+            self._load_over_nccl(url, version)
+        else:
+            self._load(url)
+        self.http.call(url, "/reset_prefix_cache", {})
+        try:
+            if self.claim.read(url) != self.version:
+                raise ServerUnavailable(f"rollout server {url} was restarted")
+        except ServerUnavailable:
+            raise
+        except RolloutError:  # another trainer took the server, and these weights may have replaced its own
+            self.claim.write(url, FAILED_LOAD)
+            raise
+        self.loaded.add(url)
 
     def _load_adapter(self, url: str) -> None:
         body = {"lora_name": self.version, "lora_path": self.path}
@@ -311,7 +343,7 @@ class VLLMServerEngine(BaseEngine):
             if "collective_rpc method failed" not in str(error):
                 raise
             # The server runs on. It would accept later weights without an error and keep some of the old ones.
-            self.http.call(url, "/update_weight_version", {"new_version": FAILED_LOAD})
+            self.claim.write(url, FAILED_LOAD)
             raise RolloutConfigError(
                 f"rollout server {url} cannot load the student's weights: it serves another model, or does not see "
                 f"{self.path}; restart it with model_name_or_path"
@@ -327,7 +359,7 @@ class VLLMServerEngine(BaseEngine):
         except ServerUnavailable:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            self.http.call(url, "/update_weight_version", {"new_version": FAILED_LOAD})
+            self.claim.write(url, FAILED_LOAD)
             raise RolloutConfigError(
                 f"rollout server {url} did not take the weights over NCCL ({error}): it serves another model, or "
                 'shares a GPU with the trainer; restart it, or use transfer "file"'

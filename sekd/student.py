@@ -11,9 +11,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from sekd.config import SEKDConfig
 from sekd.models import load_model
+from sekd.validation.rollouts import engine_trait
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
+
+    from rollouts import RolloutEngine
 
 HALF = {kind: str(kind).removeprefix("torch.") for kind in (torch.bfloat16, torch.float16)}
 
@@ -89,6 +92,32 @@ def check_folder(folder: str, models: Mapping[str, str | None]) -> None:
     for role, name in models.items():
         if name and os.path.realpath(name) == os.path.realpath(folder):
             raise ValueError(f"output_dir {folder!r} holds {role}, which the student would replace; name another")
+
+
+def check_context(
+    args: SEKDConfig,
+    model: Any,
+    init: Mapping[str, Any],
+    rollout_engine: "RolloutEngine | None",
+) -> None:
+    """Check that the student has a position for each token of a rollout, from its configuration alone.
+
+    vLLM refuses to start otherwise. transformers goes on, beyond what the student was trained for.
+    """
+    if args.lmbda == 0 or rollout_engine is not None or engine_trait(args, None, "shares_model"):
+        return
+    config = load_config(model, init.get("revision")) if isinstance(model, str) else model.config
+    text_config: Any = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    ropes = getattr(text_config, "rope_parameters", None) or {}
+    positions *= (ropes.get("factor") or 1) if isinstance(ropes.get("factor"), int | float) else 1  # some lengthen it
+    if args.max_prompt_length + args.max_completion_length > positions:
+        raise ValueError(
+            f"max_prompt_length {args.max_prompt_length} + max_completion_length {args.max_completion_length} is more "
+            f"than the {positions:g} positions of the student (max_position_embeddings); lower one of them"
+        )
 
 
 def load_student(name: str, args: SEKDConfig, **init: Any) -> Any:

@@ -44,7 +44,7 @@ from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
 from sekd.saving import save_merged
 from sekd.seeds import make_generators
-from sekd.student import check_folder, check_student, load_student, prepare_student
+from sekd.student import check_context, check_folder, check_student, load_student, prepare_student
 from sekd.teacher_source import make_teacher_source
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs
@@ -103,6 +103,7 @@ class SEKDTrainer(ResumableTrainer):
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
         adapter = check_student(model, peft_config, init, args, optimizers[0])
         check_inputs(args, train_dataset, init, adapter, getattr(model, "is_quantized", False), rollout_engine)
+        check_context(args, model, init, rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
@@ -361,6 +362,7 @@ class SEKDTrainer(ResumableTrainer):
         """As ``Trainer.log``; the log gets the means of the steps since the last one."""
         if "loss" in logs and self._sums:
             logs |= compute_means(self._sum_all(self._sums), time.monotonic() - self._last_log)
+            logs |= self.schedule.weight_check.take_log()
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)

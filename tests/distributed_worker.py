@@ -11,7 +11,16 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
-from helpers import ONE_SGD_STEP, make_model, make_pairs, make_tokenizer, make_trainer, make_vllm_model, trained_weights
+from helpers import (
+    ONE_SGD_STEP,
+    keep_engine,
+    make_model,
+    make_pairs,
+    make_tokenizer,
+    make_trainer,
+    make_vllm_model,
+    trained_weights,
+)
 from torch.distributed.fsdp import FSDPModule
 
 from sekd.cache.teacher import CachedTeacher
@@ -96,7 +105,7 @@ def served(path: str, url: str) -> None:
     trainer = make_trainer(
         path, make_tokenizer(), make_pairs(), make_vllm_model(), make_vllm_model(1), **SERVED, rollout_server_urls=[url]
     )
-    weights = trained_weights(trainer)
+    weights = trained_weights(keep_engine(trainer))
     assert (trainer.engine is not None) == trainer.is_world_process_zero()
     if trainer.is_world_process_zero():
         torch.save({name.removeprefix("module."): p for name, p in weights.items()}, f"{path}.pt")

@@ -165,6 +165,12 @@ def make_trainer(tmp_path, tokenizer, data, student=None, teacher=None, trainer_
     )
 
 
+def keep_engine(trainer):
+    """The trainer, whose engine goes on after training, as an engine that the user passed does."""
+    trainer.schedule.engine_was_given = True
+    return trainer
+
+
 def trained_weights(trainer):
     trainer.train()
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -198,8 +204,9 @@ def messages(*turns):
 
 def rollout_row(prompt, completion, **more):
     """A row of a file of recorded rollouts."""
-    words = " ".join(f"w{i}" if i != EOS else "<eos>" for i in completion)
-    return {"prompt_ids": prompt, "completion_ids": completion, "prompt": "w0", "completion": words, **more}
+    texts = [" ".join(f"w{i}" if i != EOS else "<eos>" for i in ids) for ids in (prompt, completion)]
+    ids = {"prompt_ids": prompt, "completion_ids": completion}
+    return {**ids, "prompt": texts[0], "completion": texts[1], **more}
 
 
 def gradients(model):

@@ -25,6 +25,18 @@ def vllm_logps(engine, ids):
     )
 
 
+SAID = [1, 2, 3]
+
+
+@torch.no_grad()
+def say(model, logits):
+    """The model, changed so that after the prompt ``SAID`` its logits of some tokens are about these."""
+    hidden = model.base_model(input_ids=torch.tensor([SAID])).last_hidden_state[0, -1]
+    for token, logit in logits.items():
+        model.lm_head.weight[token] = hidden * logit / hidden.dot(hidden)
+    return model
+
+
 def model_logps(model, ids):
     with torch.no_grad():
         logp = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
@@ -49,7 +61,8 @@ def change_adapter(model, seed=0):
 
 def logps(engine, ids):
     if engine.uses_servers:
-        return torch.tensor(engine.logprobs(ids)[engine.urls[0]])
+        (served,) = engine.logprobs(ids).values()
+        return torch.tensor(served)
     return vllm_logps(engine, ids)
 
 

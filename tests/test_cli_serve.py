@@ -1,6 +1,7 @@
 """`sekd serve` becomes vLLM's server with the options that rollouts need."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +89,22 @@ def test_a_cpu_needs_a_length_and_vllm_must_be_installed(started, monkeypatch, c
     [([], "8000"), (["--port", "1"], "1"), (["--port=2"], "2"), (["--port", "1", "--port=3"], "3"), (["--port"], "")],
 )
 def test_the_port(options, port):
-    assert serve.read_port(options) == port
+    assert serve.read_option(options, "port", "8000") == port
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_port_in_use_is_refused_before_the_student_loads(started, monkeypatch, capsys, host):
+    monkeypatch.setattr(serve, "has_gpu", lambda: True)
+    options = [] if host == "127.0.0.1" else ["--host", host]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert main(["serve", "student", "--port", port, *options]) == 2
+    error = capsys.readouterr().err
+    assert f"port {port} of {host} is in use; stop the program that listens there, or choose another: --port" in error
+    assert not started
+    run(started, "--port", port, *options)
 
 
 @pytest.mark.parametrize(("cxx", "compiles"), [("", False), ("no-such-compiler", False), ("sh", True)])

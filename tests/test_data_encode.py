@@ -125,9 +125,11 @@ def test_rollouts_carry_the_teachers_prompts(tokenizer):
 
 def test_rollouts_of_another_tokenizer_or_without_token_ids(tokenizer):
     with pytest.raises(
-        ValueError, match="generated with another tokenizer: the completion_ids of a row decode to 'w3'"
+        ValueError, match="with another tokenizer, or changed since: the completion_ids of a row decode to 'w3'"
     ):
         first([{**rollout_row([1], [3]), "completion": "w4"}], tokenizer)
+    with pytest.raises(ValueError, match="the prompt_ids of a row decode to 'w1 w2', and its prompt is 'w1 w5'; set m"):
+        first([{**rollout_row([1, 2], [3]), "prompt": "w1 w5"}], tokenizer)
     for bad in ([-1], [1.5], ["w1"], [True], None):
         for column in ("prompt_ids", "completion_ids"):
             with pytest.raises(ValueError, match=rf"column '{column}' holds .*, which is not a token id"):

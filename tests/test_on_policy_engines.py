@@ -1,16 +1,21 @@
 """Engines are started by their names, a user's own too; a run asks each for what it can do."""
 
 import json
+import random
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from helpers import EOS, add_lora, make_model, make_tokenizer, make_trainer
-from rollout_helpers import model_logps
+from helpers import EOS, add_lora, keep_engine, make_model, make_tokenizer, make_trainer, trained_weights
+from peft import LoraConfig
+from rollout_helpers import model_logps, read_rollouts
 
 from rollouts import (
     ENGINES,
     BaseEngine,
+    HFEngine,
     Rollout,
     RolloutConfigError,
     RolloutEngine,
@@ -69,7 +74,7 @@ def make_run(tmp_path, tokenizer, pairs, monkeypatch):
 def test_a_users_engine_trains_by_its_name(make_run, tmp_path):
     trainer = make_run(Mine)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer.train()
+    keep_engine(trainer).train()
     engine = trainer.engine
     assert engine.steps == [0, 1]
     assert any(not torch.equal(engine.weights[name], tensor) for name, tensor in before.items()), "those after a step"
@@ -90,6 +95,103 @@ def test_an_engine_that_samples_from_another_model_is_refused(make_run):
     make_run(Checked).train()
     with pytest.raises(ValueError, match="a replica computes other probabilities than the student"):
         make_run(type("Other", (Checked,), {"served": "another"})).train()
+
+
+class Noisy(Mine):
+    """Seeds and draws from every generator of the process in every call, as vLLM does."""
+
+    draws: ClassVar[list] = []
+
+    def __init__(self, setup):
+        super().__init__(setup)
+        self.disturb()
+
+    def disturb(self):
+        self.draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    def logprobs(self, token_ids):
+        self.disturb()
+        return {}
+
+    def generate(self, prompts):
+        self.disturb()
+        return super().generate(prompts)
+
+    def sync_weights(self, model, step):
+        self.disturb()
+        super().sync_weights(model, step)
+
+    def close(self):
+        self.disturb()
+        super().close()
+
+
+def test_the_trainers_draws_do_not_depend_on_what_an_engine_does(tmp_path, tokenizer, pairs, monkeypatch):
+    """Dropout and the generators' states at the end are the same with a noisy engine and with a quiet one."""
+    runs, draws = [], []
+    for engine in (Mine, Noisy, Noisy):
+        monkeypatch.setitem(ENGINES, "mine", engine)
+        Noisy.draws.clear()
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.5)
+        options = dict(lmbda=1.0, rollout_engine="mine", max_steps=4, learning_rate=0.01)
+        trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, dict(peft_config=lora), **options)
+        weights = trained_weights(trainer)
+        trainer.close()
+        runs.append((weights, random.random(), np.random.rand(), torch.rand(1).item()))
+        draws.append([*Noisy.draws])
+    for name, weight in runs[0][0].items():
+        assert torch.equal(weight, runs[1][0][name]), name
+    assert runs[0][1:] == runs[1][1:]
+    assert len(draws[1]) >= 1 + 4 * 2 + 1, "every call of the engine was noisy"
+    assert draws[1] == draws[2], "what an engine draws can be repeated"
+
+
+def test_an_engine_that_draws_from_the_global_generators_draws_anew_in_each_round(make_run):
+    """Though the trainer's generators are put back after each round."""
+    draws = []
+
+    class Drawing(Mine):
+        def generate(self, prompts):
+            draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+            return super().generate(prompts)
+
+    make_run(Drawing).train()
+    make_run(Drawing).train()
+    assert all(first != second for first, second in zip(*draws[:2], strict=True))
+    assert draws[:2] == draws[2:], "and the same in the same run"
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_only_an_engine_that_samples_from_the_student_computes_in_its_precision(tmp_path, tokenizer, pairs, shares):
+    seen = set()
+
+    class Watching(HFEngine):
+        def generate(self, prompts):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return super().generate(prompts)
+
+    student = make_model("untied")
+    engine = Watching(student if shares else make_model("untied"), max_completion_length=6)
+    options = dict(lmbda=1.0, bf16=True, use_cpu=True)
+    make_trainer(tmp_path, tokenizer, pairs, student, None, dict(rollout_engine=engine), **options).train()
+    assert seen == {shares}
+
+
+def test_a_student_with_more_classes_than_the_teacher_draws_the_common_ones(tmp_path, tokenizer, pairs):
+    student = make_model("untied")
+    student.resize_token_embeddings(140)
+    with torch.no_grad():
+        student.lm_head.weight[128:] *= 100  # these win nearly everywhere
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, lmbda=1.0, save_rollouts=True)
+    trainer.train()
+    assert max(token for line in read_rollouts(tmp_path) for token in line["completion_ids"]) < 128
+    engine = HFEngine(student, max_completion_length=6)  # one of the user's own, which does not know of it
+    trainer = make_trainer(tmp_path, tokenizer, pairs, student, None, dict(rollout_engine=engine), lmbda=1.0)
+    with pytest.raises(RolloutConfigError, match=r"generated token 1[23]\d, and the teacher has 128 classes"):
+        trainer.train()
 
 
 def test_an_unknown_engine_is_refused(tmp_path):
@@ -151,9 +253,10 @@ def test_vllm_starts_from_a_copy_of_the_students_configuration(tmp_path, monkeyp
     monkeypatch.setattr(VLLMEngine, "__init__", start)
     student = add_lora(make_model("untied"))
     before = student.get_base_model().config.to_dict()
-    make_engine(student, make_tokenizer(), SEKDConfig(str(tmp_path), rollout_engine="vllm", stop_strings=["w1"]))
+    run = tmp_path / "run [1]"
+    make_engine(student, make_tokenizer(), SEKDConfig(str(run), rollout_engine="vllm", stop_strings=["w1"]))
     assert student.get_base_model().config.to_dict() == before
-    folder = tmp_path / "rollout_config"
+    folder = run / "rollout_config"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     files = {path.name for path in folder.iterdir()}
     assert "tokenizer.json" in files, "for the stop strings"

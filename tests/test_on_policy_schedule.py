@@ -183,6 +183,7 @@ def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
         (dict(vllm_gpu_memory_utilization=5.0), r"vllm_gpu_memory_utilization 5.0 is outside \(0, 1\]"),
         (dict(vllm_kv_cache_gib=0.2), "vllm_kv_cache_gib 0.2 must be at least 1"),
         (dict(log_completions_steps=-3), "log_completions_steps -3 must not be negative"),
+        (dict(temperature=2.5), "temperature 2.5 is above 2, vLLM's maximum; lower it, or use rollout_engine: hf"),
         (dict(rollout_staleness=2), "rollout_staleness 2 must be 0 or 1"),
         (dict(rollout_staleness=1, rollout_engine="hf"), "which generates on the trainer's own device"),
         (dict(repetition_penalty=0.0), "repetition_penalty 0.0 must be above 0"),

@@ -2,17 +2,18 @@
 
 import copy
 import importlib.util
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import EOS, make_tokenizer, make_trainer, make_vllm_model
-from rollout_helpers import PROMPTS, model_logps, vllm_logps
+from helpers import EOS, keep_engine, make_tokenizer, make_trainer, make_vllm_model
+from rollout_helpers import PROMPTS, SAID, model_logps, say, vllm_logps
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from rollouts import HFEngine, RolloutEngine, VLLMEngine
+from rollouts import HFEngine, RolloutConfigError, RolloutEngine, Sampling, VLLMEngine
 from rollouts.base import named_weights, request_seeds
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
@@ -52,8 +53,10 @@ def sampling(engine, **options):
     """Sample with other options in the block."""
     before = engine.sampling
     engine.sampling = replace(before, **options)
-    yield
-    engine.sampling = before
+    try:
+        yield
+    finally:
+        engine.sampling = before
 
 
 def sampled(kind, request, folder, **options):
@@ -126,6 +129,61 @@ def test_top_log_probabilities_are_those_before_temperature_and_penalty(kind, re
         assert rollout.top_logprobs.shape == (len(rollout.completion_ids), 5)
         top = torch.from_numpy(rollout.top_logprobs)
         torch.testing.assert_close(top, logp[length - 1 : -1].topk(5).values, atol=0.03, rtol=0)
+
+
+def first_tokens(kind, request, folder, model, **options):
+    """The tokens that an engine draws after ``SAID``."""
+    options = dict(temperature=1.0, seed=0, max_completion_length=1) | options
+    if kind == "hf":
+        rollouts = HFEngine(model, batch_size=400, **options).generate([SAID] * 400)
+    else:
+        vllm = request.getfixturevalue("vllm")
+        vllm.sync_weights(model, 0)
+        with sampling(vllm, **options):
+            rollouts = vllm.generate([SAID] * 400)
+    return {r.completion_ids[0] for r in rollouts}
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        (dict(min_p=0.35), {10, 20}),
+        (dict(min_p=0.35, top_p=0.65), {10}),  # top_p first would leave both
+        (dict(top_k=3, top_p=0.75), {10, 20}),  # top_p first would leave three
+        (dict(min_p=0.2, top_k=3, top_p=0.99), {10, 20, 30}),
+        (dict(min_p=0.35, temperature=2.0), {10, 20, 30, 40}),  # temperature comes before all
+    ],
+)
+def test_truncations_leave_the_same_tokens_in_every_engine(kind, request, folder, options, tokens):
+    probs = {10: 0.5, 20: 0.22, 30: 0.16, 40: 0.12}
+    model = say(make_vllm_model(), {token: 12 + math.log(p) for token, p in probs.items()})
+    assert first_tokens(kind, request, folder, model, **options) == tokens
+
+
+@KINDS
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_class_that_the_teacher_lacks_is_drawn(kind, request, folder, temperature):
+    """The student nearly always says 110; the likeliest of the first 100 tokens takes its place."""
+    model = say(make_vllm_model(), {110: 30.0, 40: 15.0})
+    for classes, expected in ((None, 110), (100, 40)):
+        found = first_tokens(kind, request, folder, model, temperature=temperature, classes=classes)
+        assert found == {expected}
+
+
+def test_a_server_takes_no_sampling_option_from_the_models_generation_file():
+    """Every option that vLLM's server would read from it is in the request."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    bent = dict(temperature=0.3, top_p=0.2, top_k=2, min_p=0.5, max_tokens=3)
+    bent |= dict(repetition_penalty=3.0, presence_penalty=2.0, frequency_penalty=2.0)
+    assert bent.keys() >= CompletionRequest._DEFAULT_SAMPLING_PARAMS.default.keys(), "vLLM reads more than this"
+    request = CompletionRequest(model="m", prompt=[1], **Sampling().for_vllm())
+    params = request.to_sampling_params(request.max_tokens, bent)
+    assert {name: getattr(params, name) for name in bent} == dict(
+        temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=256, repetition_penalty=1.0
+    ) | dict(presence_penalty=0.0, frequency_penalty=0.0)
 
 
 def test_stop_strings_without_a_tokenizer_are_an_error():
@@ -241,7 +299,7 @@ def test_on_policy_steps_through_vllm(tmp_path, tokenizer, pairs, vllm):
             last_synced.update(copy.deepcopy(model.state_dict()))
 
     trainer = make_trainer(tmp_path, tokenizer, pairs, student, teacher, dict(callbacks=[Keep()]), **options)
-    trainer.train()
+    keep_engine(trainer).train()
     engine = trainer.engine
     rollouts = engine.generate([[1, 2], [3, 4]])
     ids = rollouts[0].prompt_ids + rollouts[0].completion_ids
@@ -267,11 +325,9 @@ def test_the_models_own_generation_file_does_not_bend_the_samples(folder):
 
 @needs_vllm
 @pytest.mark.slow
-def test_starting_vllm_leaves_the_random_state_alone(folder):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    VLLMEngine(folder, max_completion_length=4, max_prompt_length=8, enforce_eager=True).close()
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_context_that_the_model_does_not_have_is_one_line(folder):
+    with pytest.raises(RolloutConfigError, match=r"^vLLM cannot start: .*40000.*$"):
+        VLLMEngine(folder, max_completion_length=39_000, max_prompt_length=1000, enforce_eager=True)
 
 
 def test_padding_of_a_batch_does_not_change_a_completion(folder):

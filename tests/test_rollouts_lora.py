@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-from helpers import EOS, make_tokenizer, make_trainer, make_vllm_model
+import torch
+from helpers import EOS, keep_engine, make_tokenizer, make_trainer, make_vllm_model
 from peft import LoraConfig
 from rollout_helpers import PROMPTS, check_parity, check_syncs, make_lora, model_logps, vllm_logps
 from serving import Server
@@ -106,7 +107,7 @@ def test_a_lora_run_in_process(tmp_path, tokenizer, pairs, kind):
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=kind == "merged")
     models, trained = (make_vllm_model(), make_vllm_model(1)), dict(peft_config=lora)
     trainer = make_trainer(tmp_path, tokenizer, pairs, *models, trained, rollout_engine="vllm", **ONE_STEP)
-    trainer.train()
+    keep_engine(trainer).train()
     assert (extract_adapter(trainer.model) is not None) == (kind == "adapter")
     engine = trainer.engine
     assert (engine.lora is not None) == (kind == "adapter")
@@ -117,11 +118,30 @@ def test_a_lora_run_in_process(tmp_path, tokenizer, pairs, kind):
     trainer.close()
 
 
+def test_a_resumed_run_in_process_is_the_undisturbed_run(tmp_path, tokenizer, pairs):
+    """vLLM seeds the generators of the process when it starts, and draws from them in every round."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.3)
+    options = ONE_STEP | dict(rollout_engine="vllm", max_steps=4, save_strategy="steps", save_steps=2)
+
+    def run(checkpoint=None):
+        models = make_vllm_model(), make_vllm_model(1)
+        trainer = make_trainer(tmp_path, tokenizer, pairs, *models, dict(peft_config=lora), **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.close()
+        return {n: p.detach() for n, p in trainer.model.named_parameters()}, torch.get_rng_state()
+
+    whole, state = run()
+    resumed, resumed_state = run(str(tmp_path / "checkpoint-2"))
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+    assert torch.equal(resumed_state, state)
+
+
 def test_a_lora_run_over_http(tmp_path, tokenizer, pairs, server):
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     options = ONE_STEP | dict(rollout_engine="vllm_server", rollout_server_urls=[server.url], rollout_timeout=240.0)
     models = make_vllm_model(), make_vllm_model(1)
     trainer = make_trainer(tmp_path, tokenizer, pairs, *models, dict(peft_config=lora), **options)
-    trainer.train()
+    keep_engine(trainer).train()
     assert trainer.engine.is_adapter
     trainer.close()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from distributed_worker import SERVED as TWO_PROCESSES
 from helpers import EOS, make_tokenizer, make_trainer, make_vllm_model, run_two_processes, trained_weights
-from rollout_helpers import PROMPTS, check_parity, check_syncs, make_lora, model_logps
+from rollout_helpers import PROMPTS, SAID, check_parity, check_syncs, logps, make_lora, model_logps, say
 from serving import Faulty, Server, spoil_error, spoil_fewer, spoil_garbage, spoil_hang, spoil_other_prompt
 
 from rollouts import HFEngine, RolloutEngine, RolloutError, VLLMEngine, VLLMServerEngine
@@ -37,10 +37,12 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def connect(server, tmp_path):
-    """A function that makes an engine of the server, or of other addresses."""
+    """A function that makes an engine of the server, or of other addresses, and closes the one before."""
     engines = []
 
     def make(*urls, **options):
+        for engine in engines:
+            engine.close()
         settings = dict(weights_folder=str(tmp_path / "weights"), max_completion_length=16, max_prompt_length=32)
         settings |= dict(stop_token_ids=[EOS], timeout=240.0)
         engines.append(VLLMServerEngine(urls or server.url, **settings | options))
@@ -54,7 +56,7 @@ def connect(server, tmp_path):
 def largest_difference(engine, model, sequences):
     bf16 = make_vllm_model().bfloat16()
     bf16.load_state_dict(model.state_dict())
-    served = [torch.tensor(engine.logprobs(ids)[engine.urls[0]]) for ids in sequences]
+    served = [logps(engine, ids) for ids in sequences]
     return max((s - model_logps(bf16, ids)).abs().max().item() for s, ids in zip(served, sequences, strict=True))
 
 
@@ -258,6 +260,7 @@ def test_80_steps_with_a_restart_are_80_steps_without(tmp_path, server, tokenize
         urls = [server.url if between is None else between.url]
         trainer = served_trainer(tmp_path / name, server, tokenizer, pairs, **options, rollout_server_urls=urls)
         weights = trained_weights(trainer)
+        trainer.close()
         rollouts = (tmp_path / name / "rollouts.jsonl").read_text()
         runs[name] = weights, rollouts, [log["loss"] for log in trainer.state.log_history if "loss" in log]
     between.shutdown()
@@ -270,7 +273,9 @@ def test_80_steps_with_a_restart_are_80_steps_without(tmp_path, server, tokenize
 
 
 def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_resumes(tmp_path, server, tokenizer, pairs):
-    whole = trained_weights(served_trainer(tmp_path / "whole", server, tokenizer, pairs, max_steps=6))
+    undisturbed = served_trainer(tmp_path / "whole", server, tokenizer, pairs, max_steps=6)
+    whole = trained_weights(undisturbed)
+    undisturbed.close()
     gone = Faulty(server.url, lambda n, s, c: spoil_error(c) if n > 6 else (s, c))
     options = dict(max_steps=6, rollout_server_urls=[gone.url], rollout_timeout=2.0)
     trainer = served_trainer(tmp_path / "cut", server, tokenizer, pairs, **options)
@@ -279,14 +284,40 @@ def test_a_run_whose_server_is_gone_stops_with_a_checkpoint_and_resumes(tmp_path
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert 0 < trainer.state.global_step < 6
     assert checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+    fresh = served_trainer(tmp_path / "fresh", server, tokenizer, pairs, **options)
     with pytest.raises(RolloutError, match="answered 500"):
-        served_trainer(tmp_path / "fresh", server, tokenizer, pairs, **options).evaluate(pairs.select(range(2)))
+        fresh.evaluate(pairs.select(range(2)))
+    fresh.close()
     assert not list((tmp_path / "fresh").glob("checkpoint-*")), "nothing was trained"
     resumed = served_trainer(tmp_path / "cut", server, tokenizer, pairs, max_steps=6)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for name, weight in resumed.model.named_parameters():
         torch.testing.assert_close(weight.detach(), whole[name], rtol=1e-5, atol=1e-6)
+    resumed.close()
     gone.shutdown()
+
+
+def test_a_second_trainer_is_refused(connect, server, tmp_path):
+    first = connect(max_completion_length=8)
+    first.sync_weights(make_vllm_model(1), 0)
+    folder = str(tmp_path / "second" / "weights")
+    second = VLLMServerEngine(server.url, weights_folder=folder, max_completion_length=8, max_prompt_length=32)
+    with pytest.raises(ValueError, match=f"has the weights of the run in {tmp_path}, which is still running"):
+        second.sync_weights(make_vllm_model(2), 0)
+    expected = first.generate(PROMPTS)
+    first.close()
+    second.sync_weights(make_vllm_model(2), 0)
+    assert second.generate(PROMPTS) != expected
+    second.close()
+
+
+def test_no_class_that_the_teacher_lacks_is_drawn(connect):
+    """The student nearly always says 110; the likeliest of the first 100 tokens takes its place."""
+    model = say(make_vllm_model(1), {110: 30.0, 40: 15.0})
+    for classes, expected in ((None, 110), (100, 40)):
+        engine = connect(classes=classes, max_completion_length=1)
+        engine.sync_weights(model, 0)
+        assert {r.completion_ids[0] for r in engine.generate([SAID] * 20)} == {expected}
 
 
 def test_two_processes_share_a_server(tmp_path, server, tokenizer, pairs):

@@ -5,15 +5,16 @@ import shutil
 
 import pytest
 import torch
-from helpers import add_lora, make_model, make_trainer, save_pair
+from helpers import add_lora, config, make_model, make_trainer, save_pair
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from sekd import SEKDTrainer
 from sekd.data.prepare import prepare
 from sekd.models import get_head, hidden_states, load_teacher
 from sekd.recipe import Run
 from sekd.samples import score_samples
-from sekd.student import find_adapter, load_config, load_student
+from sekd.student import check_context, find_adapter, load_config, load_student
 from sekd.types import Batch
 
 IDS = torch.arange(12)[None]
@@ -207,3 +208,20 @@ def test_an_adapter_over_half_precision_is_float32(pair, tokenizer, pairs):
     trainer = start(pair, tokenizer, pairs, student, peft_config=LoraConfig(**LORA))
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_prompts_and_completions_fit_into_the_students_positions(tmp_path, tokenizer, pairs):
+    """From the configuration alone: there are no weights in the folder."""
+    student = make_model("untied")
+    student.config.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    values = dict(lmbda=1.0, max_prompt_length=1000, max_completion_length=1500)
+    message = r"max_prompt_length 1000 \+ max_completion_length 1500 is more than the 2048 positions of the student"
+    for engine in ("vllm", "vllm_server"):
+        for model in (str(tmp_path / "student"), student):
+            with pytest.raises(ValueError, match=message):
+                SEKDTrainer(model, make_model("untied"), config(**values, rollout_engine=engine), pairs)
+    for fits in (dict(max_completion_length=1048), dict(lmbda=0.0), dict(rollout_engine="hf")):
+        check_context(config(**values | dict(rollout_engine="vllm") | fits), student, {}, None)
+    student.config.rope_parameters |= dict(rope_type="linear", factor=2.0)
+    check_context(config(**values, rollout_engine="vllm"), student, {}, None)

@@ -308,3 +308,12 @@ PAPER = {
 @pytest.mark.parametrize("row", PAPER)
 def test_every_row_of_the_papers_tables_trains(tmp_path, tokenizer, pairs, row):
     train(tmp_path, tokenizer, pairs, 50, 5e-3, {"position_fraction": 0.2, **PAPER[row]})
+
+
+def test_one_process_may_not_wait_longer_than_the_others_wait_for_it(monkeypatch, pairs):
+    values = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_timeout=1800)
+    check_inputs(config(**values), pairs, {}, None, False, None)
+    monkeypatch.setattr(SEKDConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"rollout_timeout 1800 is not below ddp_timeout 1800: while one"):
+        check_inputs(config(**values), pairs, {}, None, False, None)
+    check_inputs(config(**values, ddp_timeout=2000), pairs, {}, None, False, None)

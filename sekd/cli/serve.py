@@ -1,9 +1,11 @@
 """``sekd serve``."""
 
 import argparse
+import errno
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -57,11 +59,12 @@ def run(options: argparse.Namespace) -> int:
     if on_cpu and not any(option.startswith("--max-model-len") for option in options.options):
         raise WrongInput("on a CPU add --max-model-len: max_prompt_length + max_completion_length")
     command = build_command(options.student, options.options, on_cpu)
+    check_port(read_option(options.options, "host", "127.0.0.1"), read_option(options.options, "port", "8000"))
     print(
         "Add to the recipe:\n"
         f"  model_name_or_path: {options.student}\n"
         "  rollout_engine: vllm_server\n"
-        f"  rollout_server_urls: [http://127.0.0.1:{read_port(options.options)}]",
+        f"  rollout_server_urls: [http://127.0.0.1:{read_option(options.options, 'port', '8000')}]",
         flush=True,
     )
     # The server replaces this process, so signals reach it.
@@ -85,15 +88,35 @@ def build_environment(environment: Mapping[str, str], on_cpu: bool) -> dict[str,
     return {**environment, **{name: environment.get(name) or value for name, value in defaults.items()}, **ALWAYS}
 
 
-def read_port(options: Sequence[str]) -> str:
-    """The last ``--port`` among the options, or vLLM's own."""
-    port = "8000"
+def read_option(options: Sequence[str], name: str, default: str) -> str:
+    """The value of the last ``--name`` among the options, or the server's default."""
+    value = default
     for place, option in enumerate(options):
-        if option == "--port":
-            port = "".join(options[place + 1 : place + 2])
-        elif option.startswith("--port="):
-            port = option.removeprefix("--port=")
-    return port
+        if option == f"--{name}":
+            value = "".join(options[place + 1 : place + 2])
+        elif option.startswith(f"--{name}="):
+            value = option.removeprefix(f"--{name}=")
+    return value
+
+
+def check_port(host: str, port: str) -> None:
+    """Check that no other program listens on the port, before vLLM loads the student.
+
+    Raises:
+        WrongInput: it is in use. Other errors are left to vLLM, which knows its options.
+    """
+    if not port.isdigit() or int(port) > 65535:
+        return
+    try:
+        ((family, *_, address), *_) = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: a port just closed is free
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise WrongInput(
+                f"port {port} of {host} is in use; stop the program that listens there, or choose another: --port"
+            ) from error
 
 
 def has_gpu() -> bool:

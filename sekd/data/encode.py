@@ -152,13 +152,14 @@ def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
 def _encode_rollout(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     """Use a rollout's tokens unchanged. Only generated tokens are supervised; a truncated completion gets no EOS."""
     prompt, completion = (_get_token_ids(row, column) for column in ROLLOUT_COLUMNS)
-    text, decoded = row.get("completion"), tokenizer.decode(completion)
-    if isinstance(text, str) and text != decoded:
-        raise ValueError(
-            "the rollouts were generated with another tokenizer: the completion_ids of a row decode to "
-            f"{decoded[:80]!r}, and its completion is {text[:80]!r}; set model_name_or_path to the student that "
-            "generated them, or generate new ones with save_rollouts"
-        )
+    for name, ids in (("prompt", prompt), ("completion", completion)):
+        text, decoded = row.get(name), tokenizer.decode(ids)
+        if isinstance(text, str) and text != decoded:
+            raise ValueError(
+                f"the rollouts were generated with another tokenizer, or changed since: the {name}_ids of a row decode "
+                f"to {decoded[:80]!r}, and its {name} is {text[:80]!r}; set model_name_or_path to the student that "
+                "generated them, or generate new ones with save_rollouts"
+            )
     teacher = None
     if row.get("teacher_prompt_ids") is not None:
         teacher = _get_token_ids(row, "teacher_prompt_ids")

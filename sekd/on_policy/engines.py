@@ -1,11 +1,13 @@
-"""Starting the rollout engine, sending it the student's weights, and checking that it uses them."""
+"""Starting the rollout engine and sending it the student's weights, with the trainer's random generators kept."""
 
-import itertools
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,22 +16,21 @@ from rollouts import (
     ENGINES,
     BaseEngine,
     EngineSetup,
-    RolloutConfigError,
     RolloutEngine,
     Sampling,
-    get_logprobs,
     get_trait,
 )
 from sekd.config import SEKDConfig
-from sekd.models import causal_lm, unwrap
+from sekd.models import causal_lm, count_classes
 from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
 
-MAX_LOGPROB_DIFFERENCE = 0.1
-"""Largest mean difference of log-probabilities: rounding to bf16 makes about 0.01, and another model much more."""
 
-
-def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> BaseEngine:
+def make_engine(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, classes: int | None = None
+) -> BaseEngine:
     """Start the engine ``args.rollout_engine`` for the student. Call :func:`send_weights` before its first round.
+
+    No token id from ``classes`` on is drawn, since the teacher has no such class.
 
     Every process that has an engine must call this.
     """
@@ -37,7 +38,7 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
     setup = EngineSetup(
         model=lm,
         tokenizer=tokenizer,
-        sampling=make_sampling(lm, tokenizer, args),
+        sampling=make_sampling(lm, tokenizer, args, classes),
         output_dir=str(args.output_dir),
         max_prompt_length=args.max_prompt_length,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
@@ -48,7 +49,9 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
     return ENGINES[args.rollout_engine].start(setup)
 
 
-def make_sampling(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Sampling:
+def make_sampling(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, classes: int | None = None
+) -> Sampling:
     """The sampling options of ``args``. Completions end with a stop token of the model or the tokenizer."""
     eos: Any = lm.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
@@ -63,6 +66,7 @@ def make_sampling(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args:
         stop=args.stop_strings,
         top_logprobs=args.score_logprobs if args.score_source == "rollout" else 0,
         seed=args.seed + 1_000_000 * args.process_index,
+        classes=classes if classes is not None and classes < count_classes(lm) else None,
     )
 
 
@@ -74,48 +78,46 @@ def send_weights(engine: RolloutEngine | None, model: nn.Module, step: int, max_
 
     Every process must call this, also without an engine: it helps to gather the weights.
     """
-    if engine is not None and get_trait(engine, "model") is causal_lm(model):
+    if engine is not None and samples_from(engine, model):
         engine.sync_weights(causal_lm(model), step)
         return
     adapter = extract_adapter(model) if max_lora_rank else None
     if adapter is not None and adapter.rank > max_lora_rank:
         adapter = None
     weights = full_weights(model) if adapter is None else ()
-    if engine is not None:
-        engine.sync_weights(adapter or weights, step)
-    else:
+    try:
+        if engine is not None:
+            engine.sync_weights(adapter or weights, step)
+    finally:  # also if the engine refuses them: the other processes gather all of them
         for _ in weights:
             pass
 
 
-@torch.no_grad()
-def check_served(
-    engine: RolloutEngine | None, model: nn.Module, prompts: Sequence[list[int]], is_shared: bool = False
-) -> None:
-    """Compare the engine's log-probabilities of some tokens with the student's, after the first sync.
+def samples_from(engine: RolloutEngine | None, model: nn.Module) -> bool:
+    """Whether the engine samples from the student itself, and not from a copy of its weights."""
+    return engine is not None and get_trait(engine, "model") is causal_lm(model)
 
-    If several processes share the engine (``is_shared``), every process must call this: it helps with the student's
-    forward pass.
 
-    Raises:
-        RolloutConfigError: they differ, so the engine samples from another model.
+@contextmanager
+def keep_generators(name: str) -> Iterator[None]:
+    """Keep the trainer's random generators as they are, whatever an engine does in the block.
+
+    vLLM seeds and draws from them, so the trainer's own draws (dropout) would depend on when an engine starts and how
+    often it generates, and a resumed run would differ. In the block the generators are seeded by ``name``, so that an
+    engine that draws from them draws the same in a resumed run, and other numbers in the next round.
     """
-    ids = [*itertools.chain(*prompts)][:64]
-    if len(ids) < 2:
-        return
-    served = {} if engine is None else get_logprobs(engine, ids)
-    if not served and not is_shared:
-        return
-    student = unwrap(model)
-    was_training, device = student.training, next(student.parameters()).device
-    student.eval()
-    logits = student(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-    student.train(was_training)
-    expected = logits.float().log_softmax(-1)[:-1].cpu().gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    for name, logprobs in served.items():
-        difference = float((torch.tensor(logprobs) - expected).abs().mean())
-        if not difference < MAX_LOGPROB_DIFFERENCE:
-            raise RolloutConfigError(
-                f"rollout server {name} computes other probabilities than the student (log-probabilities differ by "
-                f"{difference:.2g} on average), so it serves another model; start it with model_name_or_path"
-            )
+    has_gpu = torch.cuda.is_available()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu_states = torch.cuda.get_rng_state_all() if has_gpu else []
+    seed = random.Random(name).getrandbits(32)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # the GPUs' generators too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if has_gpu:
+            torch.cuda.set_rng_state_all(gpu_states)

@@ -1,7 +1,9 @@
 """Rollouts that are kept or shown: the file of all rollouts, the state in a checkpoint, and a table."""
 
+import itertools
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,8 +28,19 @@ def show_completions(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Roll
     table.add_column("prompt", ratio=2)
     table.add_column("completion", ratio=3)
     for rollout in rollouts:
-        table.add_row(*(tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.completion_ids)))
-    Console().print(table, markup=False)
+        texts = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.completion_ids))
+        table.add_row(*(Text(escape_controls(text)) for text in texts))
+    Console().print(table)
+
+
+def escape_controls(text: str) -> str:
+    """The text with control and format characters as escape sequences (``\\x1b``), so that it cannot steer a terminal.
+
+    Line breaks stay. A model may generate any character.
+    """
+    return "".join(
+        c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 # The file of all rollouts that were trained on, one JSON object per line
@@ -43,10 +57,13 @@ def append_rollouts(
 
 
 def start_file(path: str) -> None:
-    """Begin without a file: rename the file of an earlier run."""
+    """Begin without a file: rename the file of an earlier run to the first free ``NAME.old1.jsonl``."""
     if os.path.exists(path):
-        os.replace(path, path + ".old")
-        logger.warning(f"the rollouts of an earlier run are in {path}.old now")
+        stem, ending = os.path.splitext(path)
+        names = (f"{stem}.old{number}{ending}" for number in itertools.count(1))
+        free = next(name for name in names if not os.path.exists(name))
+        os.rename(path, free)
+        logger.warning(f"the rollouts of an earlier run are in {free} now")
 
 
 def resume_file(path: str, step: int) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from rollouts import Rollout, RolloutConfigError, RolloutEngine, RolloutError, g
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, from_rollout
 from sekd.distributions import entropy_from_top
-from sekd.on_policy.engines import check_served, make_engine, send_weights
+from sekd.on_policy.engines import keep_generators, make_engine, samples_from, send_weights
 from sekd.on_policy.record import (
     append_rollouts,
     load_rollouts,
@@ -32,6 +32,7 @@ from sekd.on_policy.record import (
     show_completions,
     start_file,
 )
+from sekd.on_policy.weight_check import WeightCheck
 from sekd.validation.rollouts import engine_trait
 
 MicroBatches = list[list[Sample]]
@@ -109,6 +110,7 @@ class RolloutSchedule:
         self.pending: _Round | None = None
         self.restored: dict[int, list[Rollout]] = {}
         self.started, self.synced_step = False, -1
+        self.weight_check = self._make_weight_check()
         self.thread: ThreadPoolExecutor | None = None
         self.job: Future[Timed] | None = None
 
@@ -179,7 +181,17 @@ class RolloutSchedule:
                 step.rollouts = [next(remaining) for _ in step.samples]
                 if not step.answers_its_prompts(step.rollouts):
                     raise RolloutConfigError("the rollout engine's answers are for other prompts, or in another order")
+                self._check_classes(step.rollouts)
         return current.steps
+
+    def _check_classes(self, rollouts: Sequence[Rollout]) -> None:
+        """An engine of one's own may not forbid the classes that only the student has."""
+        largest = max((max(rollout.completion_ids, default=0) for rollout in rollouts), default=0)
+        if largest >= self.classes:
+            raise RolloutConfigError(
+                f"the rollout engine generated token {largest}, and the teacher has {self.classes} classes: the engine "
+                "must not draw token ids from Sampling.classes on"
+            )
 
     def _record(self, step: Step) -> None:
         """Count, show and keep the rollouts of a step that is trained on now."""
@@ -216,16 +228,22 @@ class RolloutSchedule:
         rank = self.accelerator.process_index if self.shared_engine else 0
         by_rank = gather_object([prompts]) if self.shared_engine else [prompts]
         all_prompts = [prompt for of_rank in by_rank for prompt in of_rank]
-        self._prepare_engine(step, all_prompts)
-        if self.engine is not None:
-            if background:
-                self.thread = self.thread or ThreadPoolExecutor(1)
-                self.job = self.thread.submit(_generate_timed, self.engine, all_prompts)
-            else:
-                with self.accelerator.autocast():
+        with keep_generators(f"{self.args.seed}/{step}/{self.accelerator.process_index}"):
+            self._prepare_engine(step, all_prompts)
+            if self.engine is not None and not background:
+                with self._autocast():
                     self.job = _run_inline(_generate_timed, self.engine, all_prompts)
+        if self.engine is not None and background:
+            # Generators cannot be kept while the student trains: an engine that generates in background has its own.
+            self.thread = self.thread or ThreadPoolExecutor(1)
+            self.job = self.thread.submit(_generate_timed, self.engine, all_prompts)
         first = sum(map(len, by_rank[:rank]))
         return partial(self._get_rollouts, self.job, slice(first, first + len(prompts)))
+
+    def _autocast(self) -> AbstractContextManager:
+        """Only an engine that samples from the student itself computes as the trainer does."""
+        shares = samples_from(self.engine, self.get_student())
+        return self.accelerator.autocast() if shares else nullcontext()
 
     def _get_rollouts(self, job: Future[Timed] | None, part: slice) -> Timed:
         """Wait for a job, and return this process's part of its rollouts, or raise its error."""
@@ -254,7 +272,7 @@ class RolloutSchedule:
         result: Any = 0
         if self.engine is None and (not self.shared_engine or self.accelerator.is_main_process):
             try:
-                self.engine = make_engine(self.get_student(), self.tokenizer, self.args)
+                self.engine = make_engine(self.get_student(), self.tokenizer, self.args, self.classes)
             except (RolloutError, RolloutConfigError) as error:
                 result = error
         if self.engine is not None:
@@ -262,11 +280,20 @@ class RolloutSchedule:
         max_lora_rank = self._broadcast_from_main(result)
         is_new, self.started = not self.started, True
         if is_new or step != self.synced_step or step == EVALUATION:
-            send_weights(self.engine, self.get_student(), step, max_lora_rank)
+            self._broadcast_from_main(self._send_weights(step, max_lora_rank))
             self.synced_step = step
-        if is_new:
-            with self.accelerator.autocast():
-                check_served(self.engine, self.get_student(), prompts, self.shared_engine)
+            self.weight_check.check_sync(self.engine, self.get_student(), prompts)
+
+    def _send_weights(self, step: int, max_lora_rank: int) -> Exception | None:
+        try:
+            send_weights(self.engine, self.get_student(), step, max_lora_rank)
+        except (RolloutError, RolloutConfigError) as error:
+            return error
+        return None
+
+    def _make_weight_check(self) -> WeightCheck:
+        limit = self.args.max_prompt_length + self.args.max_completion_length - 1
+        return WeightCheck(limit, self.accelerator.autocast, self._broadcast_from_main)
 
     # What outlives the process
 
@@ -306,8 +333,10 @@ class RolloutSchedule:
     def close(self) -> None:
         """Close the engine, even in the middle of a round."""
         if self.engine is not None:
-            self.engine.close()
+            with keep_generators("close"):
+                self.engine.close()
         self.engine, self.started, self.synced_step = None, False, -1
+        self.weight_check = self._make_weight_check()
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
             self.thread = None

@@ -81,5 +81,12 @@ def check_inputs(
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
         )
+    if args.world_size > 1 and args.lmbda > 0 and engine_trait(args, rollout_engine, "uses_servers"):
+        limit = args.ddp_timeout
+        if args.rollout_timeout >= limit:
+            raise ValueError(
+                f"rollout_timeout {args.rollout_timeout:g} is not below ddp_timeout {limit}: while one process waits "
+                "for a server, the others wait for it, and give up first; lower the first or raise the second"
+            )
     if is_deepspeed_zero3_enabled():
         raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")

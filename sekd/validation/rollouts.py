@@ -50,6 +50,10 @@ def check_rollouts(args: "SEKDConfig") -> None:
             f"rollout_staleness 1 with rollout_engine {args.rollout_engine!r}, which generates on the trainer's own "
             "device, saves no time; use rollout_engine: vllm_server, or rollout_staleness: 0"
         )
+    if args.lmbda > 0 and args.temperature > 2 and not engine.shares_model:
+        raise ValueError(
+            f"temperature {args.temperature:g} is above 2, vLLM's maximum; lower it, or use rollout_engine: hf"
+        )
     if args.rollout_transfer != "file" and not engine.uses_servers:
         raise ValueError(
             f"rollout_transfer {args.rollout_transfer!r} is for rollout_engine vllm_server; leave it out for "
