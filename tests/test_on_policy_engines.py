@@ -91,6 +91,35 @@ def test_a_users_engine_trains_by_its_name(make_run, tmp_path):
     assert trainer.engine is None
 
 
+def test_an_engine_ends_with_the_run_that_started_it(make_run, tmp_path, tokenizer, pairs):
+    started = []
+
+    class Kept(Mine):
+        def __init__(self, setup):
+            super().__init__(setup)
+            started.append(self)
+
+    make_run(Kept).train()
+    assert [engine.is_closed for engine in started] == [True]
+
+
+def test_an_engine_of_the_user_goes_on_after_the_run_but_not_after_an_error(tmp_path, tokenizer, pairs):
+    class Failing(Mine):
+        rounds = 0
+
+        def generate(self, prompts):
+            self.rounds += 1
+            return super().generate(prompts if self.rounds < 3 else prompts[::-1])
+
+    engine = Failing(None)
+    options = dict(lmbda=1.0, rollout_engine="vllm_server", max_steps=2)
+    make_trainer(tmp_path, tokenizer, pairs, trainer_options=dict(rollout_engine=engine), **options).train()
+    assert not engine.is_closed
+    with pytest.raises(RolloutConfigError, match="in another order"):
+        make_trainer(tmp_path, tokenizer, pairs, trainer_options=dict(rollout_engine=engine), **options).train()
+    assert engine.is_closed
+
+
 def test_an_engine_that_samples_from_another_model_is_refused(make_run):
     make_run(Checked).train()
     with pytest.raises(ValueError, match="a replica computes other probabilities than the student"):
