@@ -32,6 +32,7 @@ from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate, from_rollout
+from sekd.data.encode import set_eos_token
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
@@ -102,6 +103,7 @@ class SEKDTrainer(Trainer):
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
+        set_eos_token(processing_class, args)
         source.check(processing_class)
         train_dataset = prepare_samples(train_dataset, processing_class, args)
         packed = is_packed(train_dataset)
