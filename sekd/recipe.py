@@ -87,21 +87,29 @@ class Run:
         """The rows to evaluate on; None without evaluation.
 
         Raises:
-            ValueError: evaluation without held-out data.
+            ValueError: evaluation without held-out data, or on rows that are trained on.
         """
-        from sekd.data.load import is_local, load_rows
+        from sekd.data.load import is_local, load_rows, share_rows
 
         script, args = self.script, self.args
         if not args.eval_on_start and args.eval_strategy == "no":
             return None
         name = args.eval_dataset_name or script.dataset_name
-        is_slice = "[" in script.dataset_test_split
-        if name is None or (args.eval_dataset_name is None and is_local(name) and not is_slice):
+        split, test_split = script.dataset_train_split, script.dataset_test_split
+        if name is None or (args.eval_dataset_name is None and is_local(name) and "[" not in test_split):
             raise ValueError(
                 "evaluation needs data of its own: set eval_dataset_name, or slice the file, for example "
                 "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
             )
-        return load_rows(name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
+        rows = load_rows(name, script.dataset_config, test_split, script.dataset_streaming)
+        trained = script.dataset_name if args.rollouts is None else None
+        if trained is not None and share_rows(trained, split, name, test_split, rows):
+            raise ValueError(
+                f"dataset_test_split {test_split!r} of {name!r} has rows that dataset_train_split {split!r} trains on; "
+                "set eval_dataset_name to other data, or take slices that share no row, such as dataset_train_split: "
+                "train[64:] and dataset_test_split: train[:64]"
+            )
+        return rows
 
     def trainer(self) -> "SEKDTrainer":
         """The trainer, with its data prepared and its models loaded."""
@@ -191,6 +199,7 @@ class Run:
         from datasets import IterableDataset
         from transformers import AutoTokenizer
 
+        from sekd.data.encode import set_eos_token
         from sekd.samples import prepare_samples
 
         rows = self.rows()
@@ -198,6 +207,7 @@ class Run:
             raise ValueError("a stream has no length: set sample_pool to the number of first samples to choose from")
         name, revision = self.model.model_name_or_path, self.model.model_revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        set_eos_token(tokenizer, self.args)
         return tokenizer, prepare_samples(rows, tokenizer, self.args)
 
     def _choose(self, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> dict[str, Any]:
