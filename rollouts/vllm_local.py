@@ -103,7 +103,7 @@ class VLLMEngine(BaseEngine):
                 sleep=options["vllm_sleep"],
             )
         finally:  # vLLM has read the weights
-            for path in glob.glob(os.path.join(folder, "*.safetensors*")):
+            for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors*")):
                 os.remove(path)
 
     def __init__(

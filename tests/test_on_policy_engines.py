@@ -151,9 +151,10 @@ def test_vllm_starts_from_a_copy_of_the_students_configuration(tmp_path, monkeyp
     monkeypatch.setattr(VLLMEngine, "__init__", start)
     student = add_lora(make_model("untied"))
     before = student.get_base_model().config.to_dict()
-    make_engine(student, make_tokenizer(), SEKDConfig(str(tmp_path), rollout_engine="vllm", stop_strings=["w1"]))
+    run = tmp_path / "run[v2]"
+    make_engine(student, make_tokenizer(), SEKDConfig(str(run), rollout_engine="vllm", stop_strings=["w1"]))
     assert student.get_base_model().config.to_dict() == before
-    folder = tmp_path / "rollout_config"
+    folder = run / "rollout_config"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     files = {path.name for path in folder.iterdir()}
     assert "tokenizer.json" in files, "for the stop strings"
