@@ -1,6 +1,10 @@
-"""Write files whole: a reader sees the old or the new content, never a part."""
+"""Write files whole: a reader sees the old or the new content, never a part. An error for files that are damaged."""
 
 import os
+
+
+class DamagedFile(ValueError):
+    """A file that a run reads is missing or damaged. The message names it, and says what to do."""
 
 
 def write_atomically(path: str, text: str) -> None:

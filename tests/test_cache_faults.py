@@ -31,6 +31,7 @@ from sekd.cache.readers import LocalReader
 from sekd.cache.store import MANIFEST, Store, lock_folder, verify
 from sekd.cli import main
 from sekd.data.prepare import prepare
+from sekd.files import DamagedFile
 from sekd.models import freeze
 
 
@@ -131,10 +132,33 @@ def test_a_flipped_bit_is_never_trained_on(cache, tmp_path, capsys):
     (problem,) = verify(damaged.folder)
     assert problem == "shard-00001.arrow: the checksum differs; delete it and build (or pull) again"
     (key,) = [key for key, place in damaged.places.items() if place == (1, 0)]
-    with pytest.raises(ValueError, match=r"shard-00001.arrow', sample 0: the bytes are damaged: their checksum"):
+    with pytest.raises(DamagedFile, match=r"cache/shard-00001.arrow', sample 0: the bytes are damaged: their checksum"):
         damaged.read(key)
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 2
     assert "shard-00001.arrow: the checksum differs" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_damaged_in_mid_training_stops_the_run_in_one_line(cache, tmp_path, tokenizer, pairs):
+    damage_flip(tmp_path / "cache")
+    options = SETTINGS | dict(teacher_cache=str(tmp_path / "cache"), max_steps=16)
+    trainer = make_trainer(tmp_path / "run", tokenizer, pairs, **options)
+    with pytest.raises(
+        DamagedFile, match=r"shard-00001.arrow', sample \d.*; delete it and build \(or pull\) again"
+    ) as stop:
+        trainer.train()
+    assert trainer.state.global_step > 0
+    assert "\n" not in str(stop.value)
+
+
+def test_damaged_offsets_are_found_before_they_lead_out_of_the_file(cache):
+    path = cache / "shard-00001.arrow"
+    column, content = Store(str(cache)).shards[1].column("data"), bytearray(path.read_bytes())
+    offsets = column.buffers()[1].to_pybytes()[: 8 * (len(column) + 1)]
+    place = content.index(offsets) + 8 + 6  # the second offset; its sixth byte counts 2^48
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"cache/shard-00001.arrow' cannot be read"):
+        Store(str(cache))
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_flip])
