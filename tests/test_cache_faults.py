@@ -26,7 +26,7 @@ from cache_helpers import (
 )
 from helpers import VOCAB, make_model, make_tokenizer, make_trainer
 
-from sekd.cache.build import build_cache
+from sekd.cache.build import build_cache, check_build
 from sekd.cache.readers import LocalReader
 from sekd.cache.store import MANIFEST, Store, lock_folder, verify
 from sekd.cli import main
@@ -73,6 +73,22 @@ def test_kill_9_at_random_moments_loses_and_changes_nothing(tmp_path, tokenizer,
     assert len(set(progress)) > 3, f"the kills must fall into the build: {progress}"
     build("cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "shard-1.arrow", "model.safetensors"])
+def test_a_folder_with_other_files_is_refused(tmp_path, tokenizer, pairs, name):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "manifest.json.tmp").write_text("of a build that was killed")
+    (folder / name).write_text("mine")
+    for build in (make_cache, lambda folder, *_: check_build(str(folder), config(tmp_path), "local", None)):
+        with pytest.raises(
+            ValueError, match=rf"cache' is to be a cache, but holds other files \('{name}'\); name an empty"
+        ):
+            build(folder, tokenizer, pairs)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.json.tmp", name])
+    (folder / name).unlink()
+    make_cache(folder, tokenizer, pairs.select(range(8)))
 
 
 def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):

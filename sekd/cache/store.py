@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,12 +23,16 @@ import pyarrow as pa
 
 from sekd.cache.codec import Decoded, decode
 from sekd.files import DamagedFile, write_atomically
+from sekd.fingerprints import DATED_TEMPLATE
 
 FORMAT = 2
 FORM = "compressed"
 """The form of the encoded samples. There is one form, and the manifest names it."""
 
 MANIFEST = "manifest.json"
+
+OWN_FILES = r"(manifest\.json|shard-\d{5,}\.arrow)(\.tmp)?"
+"""The names of a cache's files, temporary ones included."""
 
 FINGERPRINT: dict[str, tuple[Any, str]] = {
     "teacher": (dict, "teacher_model_name_or_path, its revision or weights"),
@@ -36,7 +41,8 @@ FINGERPRINT: dict[str, tuple[Any, str]] = {
     "vocab": (int, "the common vocabulary of student and teacher"),
     "data": (
         str,
-        "the data (dataset_name, dataset_train_split, sample selection, max_length, packing or the template)",
+        "the data (dataset_name, dataset_train_split, sample selection, max_length, packing or the template; "
+        f"{DATED_TEMPLATE})",
     ),
     "max_length": (int, "max_length"),
     "packing": (bool, "packing"),
@@ -142,6 +148,24 @@ def lock_folder(folder: str) -> Iterator[None]:
 def is_cache(folder: str) -> bool:
     """Whether a folder holds a cache, complete or not."""
     return os.path.exists(os.path.join(folder, MANIFEST))
+
+
+def check_folder(folder: str) -> None:
+    """Check that a folder, if it exists and holds no cache yet, holds no other files either.
+
+    Shards and temporary files of an earlier build may be there.
+
+    Raises:
+        ValueError: other files; the error names some.
+    """
+    if is_cache(folder) or not os.path.isdir(folder):
+        return
+    others = [name for name in sorted(os.listdir(folder)) if not re.fullmatch(OWN_FILES, name)]
+    if others:
+        raise ValueError(
+            f"the folder {folder!r} is to be a cache, but holds other files ({', '.join(map(repr, others[:3]))}); name "
+            "an empty or a new folder"
+        )
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
