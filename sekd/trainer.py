@@ -38,7 +38,7 @@ from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_held_out
 from sekd.losses import DIVERGENCES
-from sekd.metrics import compute_means
+from sekd.metrics import compute_means, name_divergence
 from sekd.models import check_head, check_head_columns, load_model, run_inside
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -347,7 +347,8 @@ class SEKDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer.log``; the log gets the means of the steps since the last one."""
         if "loss" in logs and self._sums:
-            logs |= compute_means(self._sum_all(self._sums), time.monotonic() - self._last_log)
+            seconds = time.monotonic() - self._last_log
+            logs |= compute_means(self._sum_all(self._sums), seconds, name_divergence(self.args))
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)

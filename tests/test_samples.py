@@ -269,7 +269,7 @@ def test_a_sample_choice_belongs_to_the_teachers_prompts(tmp_path, tokenizer, pa
     assert found[0] != found[1] != found[2]
     args.samples_file = str(tmp_path / "w9 .json")
     with pytest.raises(
-        ValueError, match=r"was made with another value of the data \(.*teacher_prompt_prefix; .* date_string"
+        ValueError, match=r"was made with another value of the data \(.*teacher_prompt_prefix; .*date_string"
     ):
         choose_samples(data, student, teacher, tokenizer, args)
 

@@ -177,7 +177,7 @@ def test_what_a_run_leaves_behind(tmp_path, tokenizer, pairs):
     assert [log["step"] for log in logs] == [1, 2, 3, 3]
     wanted = {
         "loss",
-        "divergence",
+        "reverse_kl_selected",
         "entropy",
         "entropy_selected",
         "selected_fraction",
@@ -260,7 +260,7 @@ def test_every_mode_trains_and_learns(tmp_path, tokenizer, pairs, texts, mode, p
     data = texts if mode == "text" else pairs
     trainer = make_trainer(tmp_path, tokenizer, data, None, None, dict(peft_config=lora), **options)
     trainer.train()
-    divergences = [log["divergence"] for log in trainer.state.log_history if "divergence" in log]
+    divergences = [log[name] for log in trainer.state.log_history for name in log if name.endswith("_kl_selected")]
     assert len(divergences) == 10
     assert divergences[-1] < divergences[0]
 
