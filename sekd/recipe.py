@@ -199,7 +199,6 @@ class Run:
         from datasets import IterableDataset
         from transformers import AutoTokenizer
 
-        from sekd.data.encode import set_eos_token
         from sekd.samples import prepare_samples
 
         rows = self.rows()
@@ -207,7 +206,6 @@ class Run:
             raise ValueError("a stream has no length: set sample_pool to the number of first samples to choose from")
         name, revision = self.model.model_name_or_path, self.model.model_revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        set_eos_token(tokenizer, self.args)
         return tokenizer, prepare_samples(rows, tokenizer, self.args)
 
     def _choose(self, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> dict[str, Any]:

@@ -32,7 +32,6 @@ from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate, from_rollout
-from sekd.data.encode import set_eos_token
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
@@ -48,7 +47,7 @@ from sekd.policies.base import load_state, save_state
 from sekd.samples import choose_samples, prepare_samples
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
-from sekd.validation.inputs import check_inputs
+from sekd.validation.inputs import check_inputs, check_separate
 from sekd.validation.rollouts import engine_trait
 
 
@@ -95,6 +94,7 @@ class SEKDTrainer(Trainer):
         recipe_records: Sequence[Any] = (),
     ) -> None:
         args = args or SEKDConfig()
+        check_separate(model, teacher_model)
         source = make_teacher_source(teacher_model, args)
         if train_dataset is None:
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
@@ -103,7 +103,6 @@ class SEKDTrainer(Trainer):
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
-        set_eos_token(processing_class, args)
         source.check(processing_class)
         train_dataset = prepare_samples(train_dataset, processing_class, args)
         packed = is_packed(train_dataset)

@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EOS, ONE_SGD_STEP, LargestTensor, make_model, make_trainer, qlora_student, trained_weights
+from helpers import (
+    EOS,
+    ONE_SGD_STEP,
+    LargestTensor,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    qlora_student,
+    trained_weights,
+)
 from oracles import naive
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
@@ -299,6 +308,26 @@ def test_data_and_tokenizers_are_checked_before_models_load(no_models, tmp_path,
         start(pairs, str(tmp_path / "other"))
     with pytest.raises(AssertionError, match="a model was loaded"):
         start(pairs)
+
+
+def test_a_student_cannot_teach_itself(tmp_path, tokenizer, pairs):
+    student, sharing = make_model("untied"), make_model("untied", 1)
+    sharing.lm_head.weight = student.lm_head.weight
+    for teacher in (student, sharing):
+        with pytest.raises(ValueError, match=r"teacher_model shares weights with model, .* or pass copy.deepcopy"):
+            make_trainer(tmp_path, tokenizer, pairs, student, teacher)
+    make_trainer(tmp_path, tokenizer, pairs, student, copy.deepcopy(student), max_steps=1).train()
+
+
+def test_an_eos_token_of_the_recipe_ends_the_student_s_completions(tmp_path, pairs):
+    """The saved student stops at it, wherever it is loaded."""
+    made = make_tokenizer()
+    trainer = make_trainer(tmp_path, made, pairs, eos_token="<user>", max_steps=1, lmbda=1.0)
+    trainer.train()
+    assert 123 in trainer.engine.stop_ids
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<user>"
+    assert 123 in AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
 
 
 def test_a_teacher_is_needed(tmp_path, tokenizer, pairs):
