@@ -225,13 +225,13 @@ SHARES = ("generation", "sync", "scoring", "teacher")
 def of_all(agreement: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
     """Agreement of all sequences of a batch, where training looks at the first."""
 
-    def of_each(head: Any, positions: Positions, batch: Batch, **options: Any) -> Any:
+    def of_each(head: Any, positions: Positions, batch: Batch, allowed: torch.Tensor, **options: Any) -> Any:
         sequence = torch.arange(len(batch.valid)).repeat_interleave(batch.valid.sum(1))  # of each position
         sums = []
         for b in range(len(batch.valid)):
             fields = ("input_ids", "targets", "position_ids", "sample_ids", "student_entropy")
             one = replace(batch, **{name: getattr(batch, name)[b : b + 1] for name in fields})
-            sums.append(agreement(head, positions[sequence == b], one, **options))
+            sums.append(agreement(head, positions[sequence == b], one, allowed[b : b + 1], **options))
         return {name: sum(one[name] for one in sums) for name in sums[0]}
 
     return of_each

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -18,6 +17,7 @@ from transformers import (
 
 from sekd.files import write_atomically
 from sekd.metrics import format_line
+from sekd.run_folder import list_keys
 
 PACKAGES = (
     "sekd",
@@ -66,7 +66,7 @@ class RunFiles(TrainerCallback):
             return
         versions = {"python": platform.python_version(), **installed_versions()}
         # metrics.jsonl is written again from the checkpoint, since a resumed run logs the steps after it again.
-        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in state.log_history]
         for name, text in (
             ("recipe.yaml", as_recipe(*self.records)),
             ("versions.json", json.dumps(versions, indent=2) + "\n"),
@@ -77,17 +77,12 @@ class RunFiles(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             with open(os.path.join(args.output_dir, "metrics.jsonl"), "a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(json.dumps(state.log_history[-1], sort_keys=True) + "\n")
 
 
 def as_recipe(*records: Any) -> str:
     """All fields of the records as flat YAML, which ``sekd train`` can read."""
-    keys: dict[str, Any] = {}
-    for record in records:
-        values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
-        names = [f.name for f in fields(record) if f.init and not f.name.endswith("_token")]
-        keys |= {name: values[name] for name in names if name in values}
-    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(list_keys(records), sort_keys=False, allow_unicode=True)
 
 
 def installed_versions() -> dict[str, str]:

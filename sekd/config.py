@@ -298,6 +298,22 @@ class SEKDConfig(TrainingArguments):
     )
     log_completions_steps: int = field(default=50, metadata=_help("Print a few rollouts every N steps; 0 is never."))
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata=_help("Delete the checkpoints and the student of an earlier run in output_dir. Default: refuse."),
+    )
+    save_on_signal: bool = field(
+        default=True,
+        metadata=_help("On SIGTERM, end the current step, save a checkpoint and stop with exit status 143."),
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata=_help(
+            "At the end, write a whole student in float32, with the adapter merged into its base, instead of the "
+            "adapter alone."
+        ),
+    )
+
     # Memory
     head_chunk_rows: int = field(
         default=256, metadata=_help("Positions that an LM head computes at once; fewer need less memory.")

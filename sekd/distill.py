@@ -27,8 +27,11 @@ from sekd.scores import Rows, Scoring
 from sekd.teachers import Teacher
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState, at_temperature
 
-Inspect = Callable[[Head, Positions, Batch], dict[str, Tensor]]
-"""``inspect(head, positions, batch)`` measures something on all valid positions. Its sums join the metrics."""
+Inspect = Callable[[Head, Positions, Batch, Valid], dict[str, Tensor]]
+"""``inspect(head, positions, batch, allowed)`` measures something. Its sums join the metrics.
+
+The positions are all valid ones; ``allowed`` [B T] marks those that the policy may choose.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,9 @@ def distill(
     head = get_head(student, method.vocab).in_autocast_dtype()
     hidden = hidden_states(student, batch)[batch.valid]  # [N D], with graph
     positions = Positions(hidden, batch.targets[batch.valid], teacher.read(batch))
-    checks = inspect(head, positions, batch) if inspect else {}
-
     allowed = eligible(batch.valid, method.skip_first, batch.position_ids)
+    checks = inspect(head, positions, batch, allowed) if inspect else {}
+
     scores, entropies = score_batch(head, teacher, positions, batch, allowed, method, step)  # no graph
     weights = check_weights(method.policy(scores, allowed, step=step, generator=generator), allowed)  # [B T]
     weights = MEANS[method.mean_over](weights, batch.valid)

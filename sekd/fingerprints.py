@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,22 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_same_weights(**models: nn.Module | None) -> None:
+    """Compare the models' weights over all processes, which must all call this.
+
+    Raises:
+        ValueError: weights differ between processes, and whose. It is raised in every process.
+    """
+    own = {name: weights_fingerprint(model) for name, model in models.items() if model is not None}
+    of_processes = gather_object([own])
+    if different := [name for name in own if any(other[name] != own[name] for other in of_processes)]:
+        raise ValueError(
+            f"the weights of the {' and the '.join(different)} differ between the {len(of_processes)} processes; give "
+            "models by name, or load them in every process from the same files, with the same seed for new weights and "
+            "FSDP_CPU_RAM_EFFICIENT_LOADING=false"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,6 +3,11 @@
 import torch
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype for sums over many batches: float64, or float32 on a device that lacks it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def computes_in_bf16(on_cpu: bool) -> bool:
     """Whether this hardware computes in bf16 natively. If it only emulates bf16, float32 is faster."""
     if on_cpu:

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,7 @@ CPU_CHUNK_ROWS = 64
 class Head:
     """The step of a causal language model from its last hidden states to its logits, as a function of positions.
 
-    ``projection`` is called as a module, never by its weight, so that the hooks of LoRA and FSDP run.
+    ``projection`` is never used by its weight, so that LoRA and the hooks of FSDP run.
     ``scale`` multiplies the logits (Cohere; the inverse of Granite's divisor). ``softcap`` replaces a logit z by
     cap * tanh(z / cap) (Gemma 2). ``vocab`` is the number of classes that teacher and student share.
     """
@@ -47,7 +48,10 @@ class Head:
 
     def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """The linear layer alone, in its own dtype; :meth:`finish` turns the result into logits."""
-        return self.projection(hidden)[:, : self.vocab]
+        # Accelerate puts the final norm and the head into one unit of FSDP2. The norm has gathered the unit's weights,
+        # and they stay until the backward pass. The hooks of more calls in one step would free them before that.
+        run = self.projection.forward if _is_gathered(self.projection) else self.projection
+        return run(hidden)[:, : self.vocab]
 
     def in_autocast_dtype(self) -> "Head":
         """The same head with its weight converted to autocast's dtype once, instead of once for each chunk.
@@ -73,6 +77,11 @@ class Head:
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
     return type(layer) is nn.Linear and not hooked and not isinstance(layer.weight, DTensor)
+
+
+def _is_gathered(layer: nn.Module) -> bool:
+    """Whether FSDP2 shards the layer, and all of its weights are whole now."""
+    return isinstance(layer, FSDPModule) and not any(isinstance(weight, DTensor) for weight in layer.parameters())
 
 
 class _Converted(nn.Module):

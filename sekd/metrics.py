@@ -1,9 +1,13 @@
 """The numbers that a run logs: their names, means and short forms on the progress line."""
 
+from collections import defaultdict
 from collections.abc import Mapping
+
+from torch import Tensor
 
 from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
+from sekd.hardware import widest_float
 
 SELECTED = "_selected"
 """How the names of means over the chosen positions end."""
@@ -43,6 +47,12 @@ def format_line(logs: Mapping[str, float]) -> str:
     }
     forms = {"loss": SHOWN["loss"], **divergences, **SHOWN}
     return "  ".join(form.format(logs[name]) for name, form in forms.items() if name in logs)
+
+
+def add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
+    """Add each number of ``more`` to the sum of its name, in float64 where the device has it."""
+    for name, value in more.items():
+        sums[name] += value.to(widest_float(value.device)) if isinstance(value, Tensor) else value
 
 
 def compute_means(sums: Mapping[str, float], seconds: float, divergence: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ import yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
     from sekd.cache.store import Store
@@ -49,21 +50,22 @@ class Run:
         return run
 
     @property
-    def resume(self) -> str | None:
-        """The checkpoint that ``resume_from_checkpoint`` asks for: a folder, or for true the last one in output_dir.
+    def resume(self) -> str | bool | None:
+        """``resume_from_checkpoint``: a checkpoint's folder, True for the newest one in output_dir, or None."""
+        value = self.args.resume_from_checkpoint
+        return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
+
+    def check_folder(self) -> None:
+        """Check that the run can begin in ``output_dir``, or resume there.
 
         Raises:
-            ValueError: it is true, and output_dir has no checkpoint.
+            ValueError: another run uses the folder, its results are there, or there is no checkpoint to resume from.
         """
-        from transformers.trainer_utils import get_last_checkpoint
+        from sekd.run_folder import check_free
 
-        name, folder = self.args.resume_from_checkpoint, str(self.args.output_dir)
-        if name not in ("true", "True", True):
-            return name
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in output_dir {folder!r}")
-        return checkpoint
+        if self.args.process_index == 0:
+            inputs = self.model.model_name_or_path, self.args.teacher_model_name_or_path
+            check_free(str(self.args.output_dir), self.resume, self.args.overwrite_output_dir, inputs)
 
     def rows(self) -> "Dataset | IterableDataset":
         """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""
@@ -113,8 +115,6 @@ class Run:
 
     def trainer(self) -> "SEKDTrainer":
         """The trainer, with its data prepared and its models loaded."""
-        from trl import get_peft_config
-
         from sekd.trainer import SEKDTrainer
 
         return SEKDTrainer(
@@ -122,7 +122,7 @@ class Run:
             args=self.args,
             train_dataset=self.rows(),
             eval_dataset=self.held_out_rows(),
-            peft_config=get_peft_config(self.model),
+            peft_config=self._peft_config(),
             model_init_kwargs=self._model_init_kwargs(),
             recipe_records=(self.script, self.args, self.model),
         )
@@ -150,11 +150,12 @@ class Run:
             raise ValueError("there is no folder for the cache: add --output DIR")
         if args.teacher_model_name_or_path is None:
             raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
         from sekd.data.prepare import check_same_tokenizer, is_packed
+        from sekd.student import load_config
 
         check_build(args.teacher_cache, args, engine, workers)
         tokenizer, dataset = self._prepare()
@@ -162,7 +163,7 @@ class Run:
             dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])
         name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
         check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=revision))
-        config = AutoConfig.from_pretrained(self.model.model_name_or_path, revision=self.model.model_revision or "main")
+        config = load_config(self.model.model_name_or_path, self.model.model_revision)
         load = partial(
             load_reader,
             args,
@@ -185,12 +186,12 @@ class Run:
         if "positions" not in known and args.sample_pool is not None:
             plan["positions"] = args.sample_pool * args.max_length
         if "vocab" not in known:
-            from transformers import AutoConfig
+            from sekd.student import load_config
 
             names = {model.model_name_or_path: model.model_revision}
             if args.teacher_model_name_or_path is not None:
                 names[args.teacher_model_name_or_path] = args.teacher_model_revision
-            configs = [AutoConfig.from_pretrained(name, revision=revision) for name, revision in names.items()]
+            configs = [load_config(name, revision) for name, revision in names.items()]
             plan["vocab"] = min(config.get_text_config().vocab_size for config in configs)
         return plan
 
@@ -209,11 +210,13 @@ class Run:
         return tokenizer, prepare_samples(rows, tokenizer, self.args)
 
     def _choose(self, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> dict[str, Any]:
-        from sekd.models import load_model, load_teacher
+        from sekd.models import load_teacher
         from sekd.samples import choose_samples
+        from sekd.student import load_student
 
         args, teacher = self.args, None
-        student = load_model(self.model.model_name_or_path, **self._model_init_kwargs())
+        self._peft_config()
+        student = load_student(self.model.model_name_or_path, args, **self._model_init_kwargs())
         if self._check_sample_score():
             teacher = load_teacher(str(args.teacher_model_name_or_path), args, self.model.attn_implementation)
         return choose_samples(dataset, student, teacher, tokenizer, args)
@@ -226,6 +229,28 @@ class Run:
         if needs_teacher(score) and self.args.teacher_model_name_or_path is None:
             raise ValueError(f"sample_score {score!r} needs a teacher: set teacher_model_name_or_path")
         return needs_teacher(score)
+
+    def _peft_config(self) -> "PeftConfig | None":
+        """The new adapter that ``use_peft`` asks for; None for a whole student, and for one that is an adapter.
+
+        Raises:
+            ValueError: the student is an adapter, and ``use_peft`` or a key of its settings says otherwise.
+        """
+        from trl import ModelConfig, get_peft_config
+
+        from sekd.student import check_continued, find_adapter
+
+        model = self.model
+        wanted, saved = get_peft_config(model), find_adapter(model.model_name_or_path, model.model_revision)
+        if saved is None:
+            return wanted
+        if wanted is None:
+            raise ValueError(
+                f"model_name_or_path {model.model_name_or_path!r} is an adapter of {saved.base_model_name_or_path!r}: "
+                "set use_peft: true to train it on, or merge it into its base first to train a whole student"
+            )
+        check_continued(wanted, get_peft_config(ModelConfig(use_peft=True)), saved)
+        return None
 
     def _model_init_kwargs(self) -> dict[str, Any]:
         from trl import get_quantization_config

@@ -4,8 +4,6 @@ A sample's score is the mean of a position score over its valid positions (TopSm
 al., 2023). Only the kept samples are loaded, so batches have their full size.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable
 from fractions import Fraction
@@ -23,7 +21,7 @@ from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import score_positions
-from sekd.files import DamagedFile, write_atomically
+from sekd.files import DamagedFile, read_checked, write_checked
 from sekd.fingerprints import DATED_TEMPLATE, data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from sekd.models import common_vocab, freeze, get_head, hidden_states
 from sekd.scores import RANDOM, Scoring, needs_teacher
@@ -118,7 +116,7 @@ def choose_samples(
         "scores": scores,
     }
     if args.process_index == 0:
-        write_atomically(path, json.dumps({**choice, "checksum": _checksum(choice)}) + "\n")
+        write_checked(path, choice)
     return choice
 
 
@@ -200,22 +198,15 @@ def _fingerprint(
     return fingerprint
 
 
-def _checksum(choice: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()
-
-
 def _read(path: str, fingerprint: dict[str, Any]) -> list[float]:
     """Check a samples file, and return its scores."""
     hint = "delete it to score again, or name another samples_file"
     try:
-        with open(path) as file:
-            choice = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"samples_file {path!r} cannot be read ({error}); {hint}") from error
-    if not isinstance(choice, dict) or choice.get("format") != FORMAT:
+        choice = read_checked(path)  # every value is as it was written
+    except DamagedFile as error:
+        raise DamagedFile(f"samples_file {error}; {hint}") from error
+    if choice.get("format") != FORMAT:
         raise ValueError(f"samples_file {path!r} does not have the format of this version of sekd; {hint}")
-    if choice.pop("checksum", None) != _checksum(choice):  # so every value below is as it was written
-        raise DamagedFile(f"samples_file {path!r} is damaged or was edited: its checksum differs; {hint}")
     for name, meaning in FIELDS.items():
         if choice["fingerprint"].get(name) != fingerprint.get(name):
             raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {hint}")

@@ -1,20 +1,16 @@
-"""SEKDTrainer: ``transformers.Trainer`` around :func:`sekd.distill.distill`. No loss arithmetic lives here."""
+"""SEKDTrainer: a Trainer around :func:`sekd.distill.distill`. No loss arithmetic lives here."""
 
-import os
-import random
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from jaxtyping import Bool, Float
-from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -22,13 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from rollouts import RolloutEngine, RolloutError
-from sekd.cache.teacher import CacheSource
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate, from_rollout
@@ -36,33 +29,43 @@ from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_held_out
+from sekd.fingerprints import check_same_weights
+from sekd.hardware import widest_float
 from sekd.losses import DIVERGENCES
-from sekd.metrics import compute_means, name_divergence
-from sekd.models import check_head, check_head_columns, load_model, run_inside
+from sekd.metrics import add_sums, compute_means, name_divergence
+from sekd.models import check_head, check_head_columns, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
+from sekd.resumable import ResumableTrainer
+from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
-from sekd.teachers import ModelSource, TeacherSource
+from sekd.saving import save_merged
+from sekd.seeds import make_generators
+from sekd.student import check_folder, check_student, load_student, prepare_student
+from sekd.teacher_source import make_teacher_source
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs, check_separate
 from sekd.validation.rollouts import engine_trait
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
-class SEKDTrainer(Trainer):
+
+class SEKDTrainer(ResumableTrainer):
     """Distils a teacher into a student at selected positions.
 
     Data and tokenizers are checked before any model is loaded. Models may be given by name.
 
     Args:
-        model: the student.
+        model: the student: a model, or a folder or hub id. An adapter (or a PEFT model) is trained on.
         teacher_model: the teacher. Default: ``args.teacher_model_name_or_path``; none with ``args.teacher_cache``.
         train_dataset: rows as :mod:`sekd.data` reads them.
         eval_dataset: rows of the same kind; ``evaluate`` measures the student on them.
         processing_class: the tokenizer. Default: the student's own.
-        peft_config: trains an adapter instead of the whole student.
+        peft_config: trains a new adapter instead of the whole student.
         rollout_engine: generates in on-policy steps. Default: ``args.rollout_engine``, started when it is needed.
         model_init_kwargs: for the student's ``from_pretrained``. Default: float32 weights.
         compute_metrics: gives ``evaluate`` more metrics. It gets an ``EvalPrediction``: the student's likeliest tokens
@@ -75,17 +78,17 @@ class SEKDTrainer(Trainer):
     """
 
     args: SEKDConfig
-    control: Any
+    saved_errors = (RolloutError,)
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: "str | PreTrainedModel | PeftModel",
         teacher_model: str | PreTrainedModel | None = None,
         args: SEKDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
         rollout_engine: RolloutEngine | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -99,7 +102,8 @@ class SEKDTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
         init = {"dtype": torch.float32, **(model_init_kwargs or {})}
-        check_inputs(args, train_dataset, init, peft_config, getattr(model, "is_quantized", False), rollout_engine)
+        adapter = check_student(model, peft_config, init, args, optimizers[0])
+        check_inputs(args, train_dataset, init, adapter, getattr(model, "is_quantized", False), rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
@@ -115,15 +119,13 @@ class SEKDTrainer(Trainer):
                 eval_dataset = eval_dataset.take(args.max_eval_samples)
 
         if isinstance(model, str):
-            model = load_model(model, **init)
+            model = load_student(model, args, **init)
         source.load(init.get("attn_implementation"))
+        check_same_weights(student=model, teacher=source.model)
         if args.sample_fraction < 1:
             choice = choose_samples(train_dataset, model, source.model, processing_class, args)
             train_dataset = train_dataset.select(choice["kept"])
-        if peft_config is not None:
-            if getattr(model, "is_quantized", False):
-                model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
-            model = get_peft_model(model, peft_config)
+        model = prepare_student(model, peft_config, args, init.get("revision"), optimizers[0])
 
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the loss; `accelerate launch` uses more GPUs
         super().__init__(
@@ -143,7 +145,7 @@ class SEKDTrainer(Trainer):
             self.add_callback(ProgressLine())
 
         check_head(self.model, packed)
-        if args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
+        if args.merge_adapter or (args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model")):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
         self.method = Method.from_config(args, vocab)
@@ -160,13 +162,16 @@ class SEKDTrainer(Trainer):
         )
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
+        keys, processes = list_keys(recipe_records or [args]), self.accelerator.num_processes
+        self.facts = describe_run(keys, processes, self.model, source.describe(), self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset, times = train_dataset or self.train_dataset, self.args.rollouts_per_prompt
         if times == 1:
             return super()._get_train_sampler(dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return RepeatSampler(len(dataset), times, seed, self.args.train_sampling_strategy != "sequential")
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        return RepeatSampler(len(dataset), times, seed, shuffle, lambda: int(self.state.epoch or 0))
 
     # One optimizer step: all its micro-batches at once, then each through the loss.
 
@@ -187,39 +192,31 @@ class SEKDTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = [_generator(self.args.seed, step, name) for name in self._name_sequences(batch)]
+        generators = make_generators(batch, self.args.seed, step, several=self.args.rollouts_per_prompt > 1)
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
             inspect = partial(measure_agreement, fraction=fraction, chunk_rows=chunk_rows)
+
+        def share(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            total, sums = distill(model, self.teacher, batch, self.method, step, generators, inspect)
+            # Wrappers average gradients over processes. Multiplying by their number gives the sum.
+            return total / num_items_in_batch * self.accelerator.num_processes, sums
+
         with self.accelerator.autocast():
-            total, sums = run_inside(
-                model, lambda b: distill(model, self.teacher, b, self.method, step, generators, inspect), batch
-            )
-        if not torch.isfinite(total):
+            loss, sums = run_inside(model, share, batch)
+        if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {total.item()} at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
+                f"the loss is {loss.item()} at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
                 f"before this changes the weights. Checkpoints are in {self.args.output_dir}; a lower learning_rate or "
                 "max_grad_norm may help, or bf16: false"
             )
-        _add_sums(self._sums, sums)
-        # Wrappers average gradients over processes. Multiplying by their number gives the sum.
-        return total / num_items_in_batch * self.accelerator.num_processes
-
-    def _name_sequences(self, batch: Batch) -> list[str]:
-        """The names that seed the draws of each sequence.
-
-        A name is the sample's id. If a prompt has several rollouts, a hash of the sequence's targets follows.
-        """
-        names = [str(i) for i in batch.sample_ids.tolist()]
-        if self.args.rollouts_per_prompt == 1:
-            return names
-        hashes = [zlib.crc32(ids[valid].cpu().numpy()) for ids, valid in zip(batch.targets, batch.valid, strict=True)]
-        return [f"{name}/{code}" for name, code in zip(names, hashes, strict=True)]
+        add_sums(self._sums, sums)
+        return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As ``Trainer.training_step``; with gls, also rescale the accumulated gradient after the last micro-batch.
@@ -255,32 +252,50 @@ class SEKDTrainer(Trainer):
 
     # Around the steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``. An error also ends the rollout engine's processes.
-
-        Raises:
-            ValueError: the checkpoint lacks the state of the position policy.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        if isinstance(resume_from_checkpoint, str):
-            load_state(self.method.policy, self.args.position_policy, resume_from_checkpoint)
-        self.schedule.begin(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`ResumableTrainer.train`. An engine that the run started ends with it; an error ends any engine."""
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        except BaseException as error:
-            if isinstance(error, RolloutError) and self.state.global_step > 0:
-                self._save_checkpoint(self.model, None)  # a resumed run draws this step's samples again
+            output = super().train(*args, **kwargs)
+        except BaseException:
             self.close()
             raise
+        if not self.schedule.engine_was_given:
+            self.close()
+        return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First: once the Trainer has written its own state, a checkpoint counts as complete.
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def begin(self, checkpoint: str | None) -> None:
+        """Begin with the policy's state and the rollouts of a checkpoint, or without any."""
+        self.method = Method.from_config(self.args, self.method.vocab)  # a new policy: an attempt may have failed
+        self._sums.clear()
+        self._step_loss, self._last_log = 0.0, time.monotonic()
+        if checkpoint is not None:
+            load_state(self.method.policy, self.args.position_policy, checkpoint)
+        self.schedule.begin(checkpoint)
+
+    def save_state(self, folder: str) -> None:
+        """Write the policy's state, and the rollouts that were not trained on yet, into a checkpoint."""
         if self.args.should_save:
             save_state(self.method.policy, self.args.position_policy, folder)
         self.schedule.save(folder)
-        super()._save_checkpoint(model, trial)
+
+    def export_log(self) -> dict[str, Any]:
+        """The sums of the steps since the last log, and the seconds since then."""
+        return self._sum_all(self._sums) | {"seconds": time.monotonic() - self._last_log}
+
+    def restore_log(self, state: dict[str, Any]) -> None:
+        """Take the sums that :meth:`export_log` gave. They are of all processes, so the main process takes them."""
+        self._last_log -= state.pop("seconds")
+        if self.accelerator.is_main_process:
+            self.count(**state)
+
+    def write_student(self, written: str, folder: str) -> None:
+        """Write the student's files, which are for ``folder``: with ``merge_adapter``, those of a whole student."""
+        for adapter in getattr(unwrap(self.model_wrapped), "peft_config", {}).values():
+            check_folder(folder, {"the base of the student's adapter": adapter.base_model_name_or_path})
+        if self.args.merge_adapter:
+            save_merged(self.model_wrapped, self.processing_class, written, self.args.should_save)
+        else:
+            super().write_student(written, folder)
 
     def close(self) -> None:
         """End the rollout engine."""
@@ -293,7 +308,7 @@ class SEKDTrainer(Trainer):
 
     def count(self, **sums: float) -> None:
         """Add to the sums of the next log."""
-        _add_sums(self._sums, sums)
+        add_sums(self._sums, sums)
 
     @torch.no_grad()
     def evaluate(
@@ -319,7 +334,7 @@ class SEKDTrainer(Trainer):
             batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
             with self.accelerator.autocast():
                 part, guesses = run_inside(model, lambda b: sum_held_out(model, teacher, b, self.method), batch)
-            _add_sums(sums, part)
+            add_sums(sums, part)
             if self.compute_metrics is not None:
                 real = batch.sample_ids >= 0
                 predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
@@ -355,22 +370,13 @@ class SEKDTrainer(Trainer):
     def _sum_all(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
         """Each sum over all processes: a number, or a nested list for a tensor with several entries."""
         device = self.args.device
-        tensors = {name: torch.as_tensor(sums[name], dtype=torch.float32, device=device) for name in sorted(sums)}
+        dtype = widest_float(device)
+        tensors = {name: torch.as_tensor(sums[name], dtype=dtype, device=device) for name in sorted(sums)}
         return {name: self.accelerator.reduce(tensor, "sum").tolist() for name, tensor in tensors.items()}
 
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         pad = self.processing_class.pad_token_id
         return collate(samples, pad if pad is not None else self.processing_class.eos_token_id or 0)
-
-
-def make_teacher_source(teacher_model: str | PreTrainedModel | None, args: SEKDConfig) -> TeacherSource:
-    """The source of a run's teacher: the cache, else the given model, else the model that ``args`` name."""
-    if args.teacher_cache is not None:
-        return CacheSource(args)
-    teacher_model = teacher_model or args.teacher_model_name_or_path
-    if teacher_model is None:
-        raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
-    return ModelSource(teacher_model, args)
 
 
 class _EndOfStep(TrainerCallback):
@@ -384,13 +390,3 @@ class _EndOfStep(TrainerCallback):
 def _make_samples(rows: list[dict[str, Any]]) -> list[Sample]:
     """The loader's collator. Samples are batched later, once it is known whether their step is on-policy."""
     return [Sample(**row) for row in rows]
-
-
-def _add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
-    for name, value in more.items():
-        sums[name] += value
-
-
-def _generator(seed: int, step: int, name: str) -> torch.Generator:
-    """The generator of one sequence at one step. It is the same however sequences are batched and distributed."""
-    return torch.Generator().manual_seed(random.Random(f"{seed}/{step}/{name}").getrandbits(63))

@@ -3,73 +3,28 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from helpers import ONE_SGD_STEP, make_model, make_pairs, make_tokenizer, make_trainer, make_vllm_model, trained_weights
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from sekd.cache.teacher import CachedTeacher
-from sekd.data.batch import Sample, collate
-from sekd.distill import Method, distill
-from sekd.losses import DIVERGENCES
-from sekd.models import freeze, run_inside
 from sekd.on_policy.weights import full_weights
-from sekd.policies import make_policy
-from sekd.scores import Scoring
-from sekd.teachers.live import LiveTeacher
-from sekd.types import Batch
-
-ENTROPY = Scoring(("student_entropy",), (1.0,))
-
-
-def samples() -> list[Sample]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [(2, 9), (5, 3), (3, 12), (4, 1)]
-    return [
-        Sample(torch.randint(0, 120, (p + c,), generator=generator).tolist(), [0] * p + [1] * c, i, p)
-        for i, (p, c) in enumerate(lengths)
-    ]
-
-
-def gradients(student, rows, sequences, processes):
-    """Loss and gradients of this process's share of a step."""
-    method = Method(ENTROPY, make_policy("top_k", 0.3), DIVERGENCES["reverse_kl"], chunk_rows=4)
-    teacher = LiveTeacher(freeze(make_model("untied", 1)))
-    batch = Batch(**collate(rows, 122))
-    total, _ = run_inside(student, lambda b: distill(student, teacher, b, method), batch)
-    loss = total / sequences * processes
-    loss.backward()
-    whole = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in student.named_parameters()}
-    return loss.detach(), whole
-
-
-def fsdp2(path: str) -> None:
-    dist.init_process_group("gloo")
-    student = make_model("untied")
-    for layer in student.model.layers:
-        fully_shard(layer)
-    fully_shard(student)
-    rank = dist.get_rank()
-    # Rank 0 has the longer sequences: more rows, more chunks.
-    loss, whole = gradients(student, samples()[2 * rank : 2 * rank + 2], 4, 2)
-    dist.all_reduce(loss)
-    weights = dict(full_weights(student))
-    if rank == 0:
-        torch.save({"loss": loss / 2, "gradients": whole, "weights": weights}, path)
-    dist.destroy_process_group()
-
 
 TWO_STEPS = ONE_SGD_STEP | dict(max_steps=2, learning_rate=0.1)
 
 
-def ddp(folder: str, choices: str) -> None:
+def trained(folder: str, choices: str) -> None:
     for name, options in json.loads(choices).items():
         two_steps(f"{folder}/{name}", options)
+    resume_in_second_epoch(folder)
+    refuse_other_weights(folder)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -83,23 +38,57 @@ def record_reads(teacher) -> list[bytes]:
     return keys
 
 
+def use_fsdp2(trainer, efficient_loading: bool) -> None:
+    """Let accelerate wrap the student in FSDP2, as it does on GPUs. On a CPU it would choose DDP."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=efficient_loading
+    )
+    trainer.accelerator.state.fsdp_plugin = plugin
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
 def two_steps(path: str, choices: dict) -> None:
     """Two optimizer steps of the Trainer: 2 processes x 2 micro-batches x 2 sequences."""
+    AcceleratorState._reset_state()  # of a run in FSDP2
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2) | choices
+    kind, efficient_loading = options.pop("kind", "untied"), options.pop("fsdp2_efficient_loading", None)
     pairs = make_pairs()
     evaluation = dict(eval_dataset=pairs.select(range(5)))  # an odd number: one process has more
     trainer = make_trainer(
-        path, make_tokenizer(), pairs.select(range(32)), None, None, evaluation, **TWO_STEPS, **options
+        path, make_tokenizer(), pairs.select(range(32)), make_model(kind), None, evaluation, **TWO_STEPS, **options
     )
     assert trainer.args.world_size == 2
-    metrics = trainer.evaluate()
+    if efficient_loading is not None:
+        use_fsdp2(trainer, efficient_loading)
     read = record_reads(trainer.teacher)
-    weights = trained_weights(trainer)
-    weights = {name.removeprefix("module."): p for name, p in weights.items()}
+    trainer.train()
+    assert isinstance(trainer.model, FSDPModule) == (efficient_loading is not None)
+    weights = {name: tensor.clone() for name, tensor in full_weights(trainer.model)}
+    metrics = trainer.evaluate()
     read = gather_object([read])
     if trainer.is_world_process_zero():
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         torch.save({"losses": losses, "weights": weights, "metrics": metrics, "read": read}, f"{path}.pt")
+
+
+def resume_in_second_epoch(folder: str) -> None:
+    """Two rollouts a prompt, in epochs of 4 steps: an undisturbed run, and the same run resumed after step 6."""
+    AcceleratorState._reset_state()
+    options = ONE_SGD_STEP | dict(lmbda=1.0, rollouts_per_prompt=2, max_prompt_length=16, per_device_train_batch_size=2)
+    saving = dict(max_steps=8, learning_rate=0.1, save_strategy="steps", save_steps=6, save_rollouts=True)
+    for name, checkpoint in (("undisturbed", None), ("resumed", f"{folder}/undisturbed/checkpoint-6")):
+        trainer = make_trainer(f"{folder}/{name}", make_tokenizer(), make_pairs().select(range(8)), **options | saving)
+        trainer.train(checkpoint)
+
+
+def refuse_other_weights(folder: str) -> None:
+    """Each process writes the error that it raises for a teacher that the other process has with other weights."""
+    rank = dist.get_rank()
+    try:
+        make_trainer(folder, make_tokenizer(), make_pairs(), teacher=make_model("untied", 1 + rank))
+    except ValueError as error:
+        Path(folder, f"refusal_{rank}.txt").write_text(str(error))
 
 
 def served(path: str, url: str) -> None:
@@ -129,4 +118,4 @@ SERVED = TWO_STEPS | dict(
 
 
 if __name__ == "__main__":
-    {"fsdp2": fsdp2, "ddp": ddp, "served": served}[sys.argv[1]](*sys.argv[2:])
+    {"trained": trained, "served": served}[sys.argv[1]](*sys.argv[2:])

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from sekd import SEKDConfig, SEKDTrainer
@@ -40,7 +42,7 @@ WORDS = 120
 EOS = 120
 
 
-_SMALL = dict(
+SMALL = dict(
     vocab_size=VOCAB,
     hidden_size=32,
     intermediate_size=48,
@@ -54,14 +56,14 @@ _SMALL = dict(
 
 
 ARCHITECTURES = {
-    "tied": lambda: Qwen3ForCausalLM(Qwen3Config(**_SMALL, head_dim=16, tie_word_embeddings=True)),
-    "untied": lambda: LlamaForCausalLM(LlamaConfig(**_SMALL, tie_word_embeddings=False)),
-    "bias": lambda: PhiForCausalLM(PhiConfig(**_SMALL, partial_rotary_factor=0.5)),
+    "tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True)),
+    "untied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False)),
+    "bias": lambda: PhiForCausalLM(PhiConfig(**SMALL, partial_rotary_factor=0.5)),
     "softcap": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**_SMALL, head_dim=16, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=64)
+        Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=64)
     ),
-    "logit_scale": lambda: CohereForCausalLM(CohereConfig(**_SMALL, logit_scale=0.25)),
-    "logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**_SMALL, logits_scaling=4.0)),
+    "logit_scale": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
+    "logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
 }
 
 
@@ -82,9 +84,20 @@ def make_vllm_model(seed: int = 0, vocab: int = VOCAB, intermediate: int = 48) -
     """A tiny model that vLLM can run: it needs heads of size 64 (and bitsandbytes an intermediate size like that)."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": vocab, "hidden_size": 64, "intermediate_size": intermediate, "num_key_value_heads": 1}
-    config = Qwen3Config(**_SMALL | sizes, head_dim=64)
+    config = Qwen3Config(**SMALL | sizes, head_dim=64)
     config.tie_word_embeddings = True
     return Qwen3ForCausalLM(config).eval()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""The parameters of a mixture of experts' one module that holds all experts."""
+
+
+def make_moe(seed: int = 0) -> PreTrainedModel:
+    """A tiny mixture of experts."""
+    torch.manual_seed(seed)
+    sizes = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **sizes)).eval()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -251,5 +264,9 @@ def run_two_processes(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(here / "distributed_worker.py"), *arguments]
+    run_command(command, environment)
+
+
+def run_command(command, environment):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,10 +29,10 @@ from helpers import VOCAB, make_model, make_tokenizer, make_trainer
 
 from sekd.cache.build import build_cache, check_build
 from sekd.cache.readers import LocalReader
-from sekd.cache.store import MANIFEST, Store, lock_folder, verify
+from sekd.cache.store import MANIFEST, Store, verify
 from sekd.cli import main
 from sekd.data.prepare import prepare
-from sekd.files import DamagedFile
+from sekd.files import DamagedFile, lock_folder
 from sekd.models import freeze
 
 
@@ -93,7 +94,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path, tokenizer, pairs, name):
 
 def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
     with (
-        lock_folder(str(tmp_path / "cache")),
+        lock_folder(str(tmp_path / "cache"), "taken"),
         pytest.raises(ValueError, match="another process is building the cache in"),
     ):
         make_cache(tmp_path / "cache", tokenizer, pairs)
@@ -101,7 +102,7 @@ def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
 
 
 def test_the_lock_does_not_claim_the_errors_of_others(tmp_path):
-    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path)):
+    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path), "taken"):
         raise BlockingIOError("of another file")
 
 
@@ -164,6 +165,18 @@ def test_a_shard_that_is_damaged_in_mid_training_stops_the_run_in_one_line(cache
         trainer.train()
     assert trainer.state.global_step > 0
     assert "\n" not in str(stop.value)
+
+
+def test_damage_in_mid_training_is_one_line_of_the_command(recipe, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    assert main(["cache", "build", recipe, "--output", str(folder)]) == 0
+    damage_flip(folder, shard=0)
+    capsys.readouterr()
+    assert main(["train", recipe, "--teacher_cache", str(folder), "--max_steps", "16", "--save_steps", "1"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"sekd: stopped after step \d+: cache shard '.*/cache/shard-00000.arrow', sample 0: .*; delete", line
+    )
 
 
 def test_damaged_offsets_are_found_before_they_lead_out_of_the_file(cache):

@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +75,7 @@ def test_replayed_rollouts_are_evaluated_on_data_of_their_own(recipe, rollouts, 
     assert [log["eval_positions"] for log in logs if "eval_positions" in log] == [positions]
     keys = yaml.safe_load(Path(recipe).read_text())
     del keys["dataset_name"]
+    keys["output_dir"] += "_2"
     Path(recipe).write_text(yaml.safe_dump(keys))
     assert main(["train", recipe, *flags]) == 2
     assert "evaluation needs data of its own: set eval_dataset_name" in capsys.readouterr().err
@@ -101,6 +104,51 @@ def test_resume_from_the_last_checkpoint(recipe, tmp_path):
     whole_run = ["--lr_scheduler_type", "constant", "--output_dir", str(tmp_path / "whole")]
     assert main(["train", recipe, *whole_run]) == 0
     assert torch.equal(resumed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (signal.SIGTERM, 143, "sekd: stopped by SIGTERM after step "),
+        (signal.SIGINT, 130, "sekd: stopped after step "),
+    ],
+)
+def test_a_signal_ends_with_one_line_and_the_command_that_resumes(recipe, tmp_path, capsys, number, status, message):
+    def send():
+        while not (tmp_path / "run" / "checkpoint-4").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    assert main(["train", recipe, "--max_steps", "100000", "--disable_tqdm", "true"]) == status
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(message)
+    assert last.endswith(f"sekd train {recipe} --max_steps 100000 --disable_tqdm true --resume_from_checkpoint true")
+    step = re.search(r"the newest checkpoint is of step (\d+)", last)[1]
+    assert (tmp_path / "run" / f"checkpoint-{step}").exists()
+    assert (f"after step {step}," in last) == (number == signal.SIGTERM)
+
+
+def test_errors_of_resuming_are_one_line(recipe, tmp_path, capsys):
+    assert main(["train", recipe]) == 0
+    os.remove(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
+    for flags, status, message in (
+        ([], 2, "has the results of an earlier run"),
+        (
+            ["--resume_from_checkpoint", "true", "--learning_rate", "1"],
+            2,
+            "differs in learning_rate 1.0 (it",
+        ),
+        (["--resume_from_checkpoint", "true", "--max_steps", "1"], 2, "is of step 2, but max_steps"),
+        (["--resume_from_checkpoint", str(tmp_path / "nowhere")], 2, "there is no such folder"),
+        (["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4")], 2, "damaged: optimizer.pt is missing"),
+        (["--resume_from_checkpoint", "true"], 0, ""),
+        (["--resume_from_checkpoint", "true"], 0, ""),
+    ):
+        assert main(["train", recipe, *flags]) == status, flags
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert "Traceback" not in errors
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import torch
 from rollout_helpers import make_run, read_rollouts
 
 from sekd.on_policy.sampler import RepeatSampler
+from sekd.seeds import make_generators
+from sekd.types import Batch
 
 
 def test_several_rollouts_of_a_prompt_meet_in_a_step(tmp_path, tokenizer, pairs):
@@ -23,12 +25,13 @@ def test_several_rollouts_of_a_prompt_meet_in_a_step(tmp_path, tokenizer, pairs)
 
 
 def test_a_repeating_sampler():
-    assert list(RepeatSampler(3, 2, seed=0, shuffle=False)) == [0, 0, 1, 1, 2, 2]
-    sampler = RepeatSampler(50, 2, seed=0)
+    assert list(RepeatSampler(3, 2, seed=0, shuffle=False, get_epoch=lambda: 0)) == [0, 0, 1, 1, 2, 2]
+    epoch = 0
+    sampler = RepeatSampler(50, 2, seed=0, shuffle=True, get_epoch=lambda: epoch)
     first = list(sampler)
     assert sorted(first) == sorted([*range(50)] * 2)
     assert first[::2] == first[1::2]
-    sampler.set_epoch(1)
+    epoch = 1
     assert list(sampler) != first
 
 
@@ -42,7 +45,5 @@ def test_draws_of_a_prompts_rollouts_differ(tmp_path, tokenizer, pairs):
     trainer = make_run(tmp_path, tokenizer, pairs, rollouts_per_prompt=2)
     trainer.state.max_steps = 8
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    from sekd.types import Batch
-
-    names = trainer._name_sequences(Batch.from_inputs(batches[0]))
-    assert len(names) == len(set(names)) == 4
+    generators = make_generators(Batch.from_inputs(batches[0]), seed=0, step=0, several=True)
+    assert len({torch.rand(1, generator=generator).item() for generator in generators}) == 4

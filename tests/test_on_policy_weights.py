@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import add_lora, make_model
+from helpers import EXPERTS, add_lora, make_model, make_moe
 from peft.tuners.lora import LoraLayer
 
 from sekd.on_policy.weights import check_mergeable, extract_adapter, full_weights
@@ -41,12 +41,20 @@ def test_full_weights_merges_copies_of_an_adapter(kind, options):
         ({"target_modules": ["embed_tokens"]}, "the adapter changes embed_tokens, but this student has one weight"),
         ({"target_modules": ["q_proj", "lm_head"]}, "the adapter changes lm_head"),
         ({"modules_to_save": ["embed_tokens"]}, "the adapter changes embed_tokens"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices cannot be sent"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices cannot be merged"),
     ],
 )
 def test_adapters_that_no_checkpoint_can_hold_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check_mergeable(add_lora(make_model("tied"), **options))
+
+
+def test_adapters_of_several_parameters_of_one_module_are_all_merged():
+    adapted = add_lora(make_moe(), target_modules=["q_proj"], target_parameters=EXPERTS)
+    plain = make_moe(seed=5)
+    plain.load_state_dict(dict(full_weights(adapted)), strict=True)
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(plain(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def unfreeze_norms(model):

@@ -107,13 +107,23 @@ def test_a_run_needs_a_student_and_data(recipe, tmp_path):
             Run.parse(str(path))
 
 
-def test_resume_names_a_checkpoint(recipe, tmp_path):
+def test_what_resume_from_checkpoint_may_be(recipe):
     assert Run.parse(recipe).resume is None
-    assert Run.parse(recipe, ["--resume_from_checkpoint", "runs/x"]).resume == "runs/x"
-    for step in (2, 10):
-        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
-    resume = Run.parse(recipe, ["--resume_from_checkpoint", "true"]).resume
-    assert resume == str(tmp_path / "run" / "checkpoint-10")
+    for text, value in (("true", True), ("True", True), ("false", None), ("runs/x", "runs/x")):
+        assert Run.parse(recipe, ["--resume_from_checkpoint", text]).resume == value
+
+
+def test_the_folder_is_checked_before_models_load(recipe, tmp_path):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has the results of an earlier run \(checkpoint-2\): resume it with"):
+        Run.parse(recipe).check_folder()
+    Run.parse(recipe, ["--resume_from_checkpoint", "true"]).check_folder()
+    with pytest.raises(ValueError, match=r"checkpoint-2' has no checkpoint\.json"):
+        Run.parse(recipe, ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]).check_folder()
+    with pytest.raises(ValueError, match="there is no checkpoint in output_dir"):
+        Run.parse(recipe, ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "new")]).check_folder()
+    with pytest.raises(ValueError, match="overwrite_output_dir would delete"):
+        Run.parse(recipe, ["--overwrite_output_dir", "true", "--output_dir", str(tmp_path)]).check_folder()
 
 
 @pytest.mark.parametrize("folder", ["beside the recipe", "here"])

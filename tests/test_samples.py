@@ -172,11 +172,11 @@ def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):
         ("student", r"another value of the student's weights \(model_name_or_path, model_revision or dtype\)"),
         ("teacher", r"another value of the teacher's weights \(teacher_model_name_or_path, its revision"),
         ("score", "another value of sample_score"),
-        ("format", "does not have the format of this version"),
-        ("cut", "cannot be read"),
-        ("empty", "is damaged or was edited: its checksum differs; delete it to score again, or name another"),
-        ("digit", "its checksum differs"),
-        ("deep", "cannot be read"),
+        ("format", "has no checksum; delete it to score again, or name another samples_file"),
+        ("cut", "is damaged: it is not JSON"),
+        ("empty", "is damaged: its checksum differs"),
+        ("digit", "is damaged: its checksum differs"),
+        ("deep", "is damaged: it is not JSON"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change, message):
@@ -198,7 +198,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change,
     elif change == "format":
         path.write_text(json.dumps({"format": 0}))
     elif change == "empty":
-        path.write_text(json.dumps({"format": 2}))
+        path.write_text(json.dumps({"checksum": "0"}))
     elif change == "digit":
         found = json.loads(path.read_text())
         path.write_text(json.dumps(found | {"scores": [found["scores"][0] + 1e-6, *found["scores"][1:]]}))

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from rollouts import Rollout
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.batch import Sample
+from sekd.on_policy.engines import make_sampling
 from sekd.on_policy.schedule import is_on_policy
 
 
@@ -282,7 +283,7 @@ def no_models(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sekd.trainer.load_model", refuse)
+    monkeypatch.setattr("sekd.student.load_model", refuse)
 
 
 @pytest.fixture
@@ -324,7 +325,7 @@ def test_an_eos_token_of_the_recipe_ends_the_student_s_completions(tmp_path, pai
     made = make_tokenizer()
     trainer = make_trainer(tmp_path, made, pairs, eos_token="<user>", max_steps=1, lmbda=1.0)
     trainer.train()
-    assert 123 in trainer.engine.stop_ids
+    assert 123 in make_sampling(trainer.model, trainer.processing_class, trainer.args).stop_token_ids
     trainer.save_model()
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<user>"
     assert 123 in AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id

@@ -18,7 +18,6 @@ from sekd.cache.store import (
     check_folder,
     hash_file,
     is_cache,
-    lock_folder,
     name_samples,
     name_shard,
     read_manifest,
@@ -28,6 +27,7 @@ from sekd.cache.store import (
     write_shard,
 )
 from sekd.config import SEKDConfig
+from sekd.files import lock_folder
 from sekd.fingerprints import sample_key, tokenizer_fingerprint
 
 
@@ -92,7 +92,8 @@ def build_cache(
     parts = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
     paths = [os.path.join(folder, name_shard(number)) for number in range(len(parts))]
     shards: dict[int, dict[str, Any]] = {}
-    with lock_folder(folder):
+    refusal = f"another process is building the cache in {folder!r}; wait for it, or name another folder"
+    with lock_folder(folder, refusal):
         fingerprint = build_fingerprint(keys, reader.facts, tokenizer, args, shard_samples)
         checksums = _claim_folder(folder, fingerprint)
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)

@@ -9,13 +9,11 @@ Format 2 stores the number of positions as ``rows``, in the shards and in the ma
 caches can be read.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,27 +120,6 @@ def hash_file(path: str) -> str:
     """The SHA-256 of a file, as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def lock_folder(folder: str) -> Iterator[None]:
-    """Let one builder alone use a folder, which is made if it is missing. The lock ends with the process.
-
-    Raises:
-        ValueError: another process has the lock.
-    """
-    os.makedirs(folder, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is building the cache in {folder!r}; wait for it, or name another folder"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def is_cache(folder: str) -> bool:

@@ -137,3 +137,7 @@ class CacheSource:
                 "build it with this student as model_name_or_path"
             )
         return CachedTeacher(self.store, {row["sample_id"]: sample_key(row) for row in dataset}), vocab
+
+    def describe(self) -> dict[str, Any]:
+        assert self.store is not None
+        return self.store.fingerprint

@@ -27,7 +27,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit status is 0, 1 (training stopped), 2 (an invalid input) or 130 (Ctrl-C)."""
+    """Run a command.
+
+    The exit status is 0, 1 (training stopped), 2 (an invalid input), 130 (Ctrl-C) or 143 (SIGTERM).
+    """
     argv = sys.argv[1:] if argv is None else [*argv]
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -55,4 +58,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (WrongInput, Stopped, FloatingPointError) as error:
         print(f"sekd: {error}", file=sys.stderr)
-        return 2 if isinstance(error, WrongInput) else 1
+        return 2 if isinstance(error, WrongInput) else getattr(error, "status", 1)

@@ -10,7 +10,11 @@ class WrongInput(Exception):
 
 
 class Stopped(Exception):
-    """Something outside the training stopped it. The message says why."""
+    """Something outside the training stopped it. The message says why; ``status`` is the exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 import argparse
 import os
+import shlex
+import signal
+from functools import partial
 
 from sekd.cli.common import Stopped, WrongInput, add_recipe, reading_input
 
@@ -35,23 +38,39 @@ def run(options: argparse.Namespace) -> int:
 
     with reading_input():
         recipe = Run.parse(options.recipe, options.overrides)
-        resume = recipe.resume
+        recipe.check_folder()
         trainer = recipe.trainer()
-    from transformers.trainer_utils import get_last_checkpoint
-
     from rollouts import RolloutConfigError, RolloutError
+    from sekd.checkpoints import CannotResume
+    from sekd.files import DamagedFile
+    from sekd.resumable import Interrupted
 
+    folder, hint = str(trainer.args.output_dir), partial(hint_at_resuming, options)
     try:
-        trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-    except RolloutError as error:
-        folder = str(trainer.args.output_dir)
-        hint = ". --resume_from_checkpoint true resumes from here" * (get_last_checkpoint(folder) is not None)
-        raise Stopped(f"{error}{hint}") from error
-    except RolloutConfigError as error:
+        with trainer.hold_folder():
+            trainer.train(recipe.resume)
+            trainer.save_model()
+    except (CannotResume, RolloutConfigError) as error:
         raise WrongInput(str(error)) from error
+    except Interrupted as error:
+        raise Stopped(f"{error}{hint(folder)}", 128 + signal.SIGTERM) from error
+    except KeyboardInterrupt as error:
+        raise Stopped(f"stopped after step {trainer.state.global_step}{hint(folder)}", 128 + signal.SIGINT) from error
+    except (RolloutError, DamagedFile, OSError) as error:
+        raise Stopped(f"stopped after step {trainer.state.global_step}: {error}{hint(folder)}") from error
     finally:
         trainer.close()
     if trainer.is_world_process_zero():
-        print(f"the student is in {trainer.args.output_dir}")
+        print(f"the student is in {folder}")
     return 0
+
+
+def hint_at_resuming(options: argparse.Namespace, folder: str) -> str:
+    """The end of an error: the newest checkpoint, and the command that resumes from it."""
+    from sekd.checkpoints import list_checkpoints
+
+    steps = [*list_checkpoints(folder)]
+    if not steps:
+        return f"; no checkpoint is in {folder!r} yet"
+    command = shlex.join(["sekd", "train", options.recipe, *options.overrides, "--resume_from_checkpoint", "true"])
+    return f"; the newest checkpoint is of step {steps[-1]}. To resume: {command}"

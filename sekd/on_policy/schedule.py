@@ -103,7 +103,7 @@ class RolloutSchedule:
     ) -> None:
         self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
         self.get_student, self.classes, self.count = get_student, classes, count
-        self.engine = engine
+        self.engine, self.engine_was_given = engine, engine is not None
         self.shared_engine = args.world_size > 1 and not engine_trait(args, engine, "per_process")
         self.ready: deque[Step] = deque()
         self.pending: _Round | None = None

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,17 +16,23 @@ from rollouts import Adapter
 from sekd.models import causal_lm, unwrap
 
 
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The student's weights under their checkpoint names, one whole tensor at a time.
+def full_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights under their names in transformers, one whole tensor at a time.
 
-    Shards are gathered, and adapters are merged into copies. The training weights never change, so they cannot drift.
+    Shards are gathered, and adapters are merged into copies, in ``dtype`` if it is given. The training weights never
+    change, so they cannot drift.
     Under FSDP2 every rank must consume the whole iterator.
     """
     lm = causal_lm(model)
-    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers: dict[str, Any] = {}
+    for name, layer in lm.named_modules():  # parents come first
+        if isinstance(layer, BaseTunerLayer) and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = layer
     for name, layer in layers.items():
-        merged = copy.deepcopy(layer)  # one layer at a time; PEFT's merge handles DoRA, biases and embeddings
-        merged.merge()
+        merged = copy.deepcopy(layer).to(dtype)  # one layer at a time; PEFT's merge handles DoRA, biases and embeddings
+        for part in merged.modules():  # lora_target_parameters of one module are layers within each other
+            if isinstance(part, BaseTunerLayer):
+                part.merge()
         for leaf, tensor in merged.get_base_layer().state_dict().items():
             yield f"{name}.{leaf}", _gather(tensor)
     for name, tensor in lm.state_dict().items():
@@ -92,16 +99,17 @@ def _is_as_configured(layer: Any) -> bool:
 
 def check_mergeable(model: nn.Module) -> None:
     """Raise ValueError for an adapter whose merged weights no checkpoint of the student's kind can hold."""
+    remedy = "use rollout_engine: hf without merge_adapter"
     lm = causal_lm(model)
     adapted = [n for n, m in lm.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     tied = {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapted}
     if any(name.endswith("token_adapter") for name in adapted):
-        raise ValueError("trainable_token_indices cannot be sent to a rollout engine; use rollout_engine: hf")
+        raise ValueError(f"trainable_token_indices cannot be merged into whole weights; {remedy}")
     if tied and lm.config.get_text_config().tie_word_embeddings:
         raise ValueError(
             f"the adapter changes {' and '.join(sorted(tied))}, but this student has one weight for input and output, "
-            "so engines cannot load the merged weights; leave them out of lora_target_modules and "
-            "lora_modules_to_save, or use rollout_engine: hf"
+            "so nothing can load the merged weights; leave them out of lora_target_modules and lora_modules_to_save, "
+            f"or {remedy}"
         )
 
 

@@ -55,3 +55,6 @@ class TeacherSource(Protocol):
 
     def connect(self, student: nn.Module, dataset: Any, packed: bool) -> tuple[Teacher, int]:
         """The teacher for this student and these prepared samples, and the number of classes that both models share."""
+
+    def describe(self) -> Any:
+        """What tells this teacher from another one, as JSON, once it is loaded. A resumed run must have the same."""

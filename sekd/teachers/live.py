@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from sekd.classes import ClassSelection, trim
 from sekd.config import SEKDConfig
 from sekd.data.prepare import check_same_tokenizer
+from sekd.fingerprints import weights_fingerprint
 from sekd.heads import in_chunks
 from sekd.models import check_head, common_vocab, freeze, get_head, hidden_states, load_teacher
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState
@@ -84,3 +85,7 @@ class ModelSource:
         check_head(teacher, packed)
         vocab = common_vocab(student, teacher)
         return LiveTeacher(teacher, vocab), vocab
+
+    def describe(self) -> str:
+        assert self.model is not None
+        return weights_fingerprint(self.model)

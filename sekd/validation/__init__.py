@@ -32,5 +32,16 @@ def check_config(args: "SEKDConfig") -> None:
             raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
     if args.torch_compile:
         raise ValueError("torch_compile: true is not supported: sekd calls the student in parts; set it to false")
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint: true is not supported; leave it out: save_on_signal saves a whole checkpoint on "
+            "SIGTERM"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: true is not supported: when memory runs out, it starts again with the weights and "
+            "optimizer of the failed attempt; set it to false, halve per_device_train_batch_size and double "
+            "gradient_accumulation_steps"
+        )
     if any(name in str(args.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
         raise ValueError(f"optim {args.optim} needs bitsandbytes: run `pip install bitsandbytes`")

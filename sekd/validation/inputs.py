@@ -50,7 +50,7 @@ def check_inputs(
     args: "SEKDConfig",
     train_dataset: "Dataset | IterableDataset",
     init: dict[str, Any],
-    peft_config: "PeftConfig | None",
+    adapter: "PeftConfig | None",
     is_quantized: bool,
     rollout_engine: "RolloutEngine | None",
 ) -> None:
@@ -58,11 +58,20 @@ def check_inputs(
     from datasets import IterableDataset
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise ValueError(f"peft_type {peft_config.peft_type} adds virtual tokens, which shift the positions; use LoRA")
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(f"peft_type {adapter.peft_type} adds virtual tokens, which shift the positions; use LoRA")
     quantized = init.get("quantization_config") is not None or is_quantized
-    if quantized and peft_config is None:
+    if quantized and adapter is None:
         raise ValueError("a quantized student cannot be trained in full: set use_peft: true")
+    if args.merge_adapter and adapter is None:
+        raise ValueError(
+            "merge_adapter true, but the student has no adapter; set use_peft: true, or remove merge_adapter"
+        )
+    if args.merge_adapter and quantized:
+        raise ValueError(
+            "merge_adapter true with a quantized student: the merged weights would be rounded again; remove "
+            "merge_adapter, and merge the adapter into the unquantized base with PEFT after training"
+        )
     requires = ENGINES[args.rollout_engine].requires
     if args.lmbda > 0 and rollout_engine is None and requires is not None and not is_installed(requires):
         raise ValueError(

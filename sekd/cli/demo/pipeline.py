@@ -66,6 +66,7 @@ def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
             "teacher_model_name_or_path": os.path.join(folder, "teacher"),
             "dataset_name": data,
             "output_dir": os.path.join(folder, "sekd" if policy == "top_k" else "full_kd"),
+            "overwrite_output_dir": "true",
             "position_policy": policy,
             "seed": str(seed),
             "rollout_engine": choose_engine(),

@@ -1,0 +1,147 @@
+"""Checkpoints in the folder of a run: a folder with the name ``checkpoint-N`` is whole, or it is not used.
+
+A checkpoint is written under :data:`UNFINISHED`. When all its files are on the disk, :func:`finish_checkpoint` adds
+``checkpoint.json``, which lists every file with its size and checksum, and gives the folder its name. A process that
+dies earlier leaves no folder with that name. :func:`find_checkpoint` compares every byte.
+"""
+
+import os
+import re
+import shutil
+from typing import Any
+
+from transformers.utils import logging
+
+from sekd.files import hash_quickly, read_checked, sync, write_checked
+
+logger = logging.get_logger(__name__)
+
+UNFINISHED = "unfinished"
+"""The folder, in the folder of a run, in which a checkpoint is written."""
+
+MANIFEST = "checkpoint.json"
+FORMAT = 1
+
+
+class CannotResume(ValueError):
+    """There is no checkpoint to resume from, or this run cannot resume from it. The message says why."""
+
+
+def name_checkpoint(folder: str, step: int) -> str:
+    """The path of the checkpoint of a step."""
+    return os.path.join(folder, f"checkpoint-{step}")
+
+
+def list_checkpoints(folder: str) -> dict[int, str]:
+    """The paths of the checkpoints in a folder by their steps, the first step first. They may be damaged."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
+    return {step: name_checkpoint(folder, step) for step in sorted(steps)}
+
+
+def finish_checkpoint(written: str, facts: dict[str, Any]) -> str:
+    """Give a completely written checkpoint its final name, and return its path.
+
+    ``written`` is ``FOLDER/unfinished/checkpoint-N``. ``facts`` becomes a part of ``checkpoint.json``. An older
+    checkpoint of this step is replaced.
+    """
+    files = {}
+    for folder, _, names in os.walk(written):
+        for name in names:
+            path = os.path.join(folder, name)
+            files[os.path.relpath(path, written)] = [os.path.getsize(path), hash_quickly(path)]
+            sync(path)
+        sync(folder)
+    write_checked(os.path.join(written, MANIFEST), {"format": FORMAT, "files": files, **facts})
+    sync(written)
+    parent, name = os.path.split(written)
+    final = os.path.join(os.path.dirname(parent), name)
+    if os.path.exists(final):
+        remove_folder(final)
+    os.replace(written, final)
+    sync(os.path.dirname(parent))
+    return final
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder. It loses its name first: if the process dies meanwhile, no part of it can be mistaken."""
+    parent, name = os.path.split(path)
+    doomed = os.path.join(parent, UNFINISHED, f"{name}.deleted")
+    os.makedirs(os.path.dirname(doomed), exist_ok=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(folder: str) -> None:
+    """Delete what a process that died left half written or half deleted in the folder of a run."""
+    shutil.rmtree(os.path.join(folder, UNFINISHED), ignore_errors=True)
+
+
+def rotate_checkpoints(folder: str, limit: int | None, protected: set[str]) -> None:
+    """Delete the oldest checkpoints until ``limit`` are left. ``protected`` paths stay; None or 0 keeps all."""
+    checkpoints = [*list_checkpoints(folder).values()]
+    excess = len(checkpoints) - limit if limit else 0
+    for path in [path for path in checkpoints if path not in protected][: max(0, excess)]:
+        remove_folder(path)
+
+
+def read_facts(checkpoint: str) -> dict[str, Any]:
+    """The content of ``checkpoint.json``.
+
+    Raises:
+        CannotResume: the folder is missing, or has no valid ``checkpoint.json``.
+    """
+    if not os.path.isdir(checkpoint):
+        raise CannotResume(f"resume_from_checkpoint {checkpoint!r}: there is no such folder")
+    path = os.path.join(checkpoint, MANIFEST)
+    if not os.path.isfile(path):
+        raise CannotResume(f"{checkpoint!r} has no {MANIFEST}, so it is not a whole checkpoint of this version of sekd")
+    try:
+        facts = read_checked(path)
+    except (ValueError, OSError) as error:
+        raise CannotResume(str(error)) from error
+    if facts["format"] != FORMAT:
+        raise CannotResume(f"{checkpoint!r} was written by another version of sekd (format {facts['format']})")
+    return facts
+
+
+def check_checkpoint(checkpoint: str) -> dict[str, Any]:
+    """Compare every file of a checkpoint with ``checkpoint.json``, and return its content.
+
+    Raises:
+        CannotResume: a file is missing, or has other content. The message names it.
+    """
+    facts = read_facts(checkpoint)
+    for name, (size, checksum) in facts["files"].items():
+        path = os.path.join(checkpoint, name)
+        if not os.path.isfile(path):
+            raise CannotResume(f"{checkpoint!r} is damaged: {name} is missing")
+        if os.path.getsize(path) != size or hash_quickly(path) != checksum:
+            raise CannotResume(f"{checkpoint!r} is damaged: {name} has other content than was written")
+    return facts
+
+
+def find_checkpoint(folder: str) -> str:
+    """The newest whole checkpoint in a folder. Each one that is left out is named in a warning.
+
+    Raises:
+        CannotResume: there is none.
+    """
+    for checkpoint in reversed(list_checkpoints(folder).values()):
+        try:
+            check_checkpoint(checkpoint)
+            return checkpoint
+        except CannotResume as error:
+            logger.warning(f"{error}; the checkpoint before it is used")
+    raise CannotResume(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {folder!r}; start again")
+
+
+def set_later_aside(folder: str, step: int) -> None:
+    """Rename the checkpoints after ``step``, from which a run goes on, so that nobody takes them for its own."""
+    for later, checkpoint in list_checkpoints(folder).items():
+        if later > step:
+            old = f"{checkpoint}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(checkpoint, old)
+            logger.warning(f"the run goes on from step {step}, so {checkpoint!r} is {old!r} now")

@@ -1,0 +1,247 @@
+"""The folder of a run: it has one owner at a time, and holds the results of one run.
+
+A run gets a random name, which stands in ``run.json`` and in each of its checkpoints. A new run does not begin in a
+folder with results, unless it may delete them. A run resumes only from a checkpoint whose recipe is its own, except for
+choices that change no result, or that may differ and are then named.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers.utils import logging
+
+from sekd.checkpoints import (
+    CannotResume,
+    check_checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    read_facts,
+    remove_folder,
+    remove_unfinished,
+)
+from sekd.files import lock_folder, read_checked, write_checked
+from sekd.fingerprints import sample_key
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "run.json"
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.*"),
+)
+"""What a model or an adapter may have left in a folder, as patterns."""
+
+LEFTOVERS = (RUN_FILE, "metrics.jsonl", "recipe.yaml", "versions.json")
+"""What belongs to a run, but is no result of value without a checkpoint or a model."""
+
+FREE = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_on_signal", "merge_adapter"),
+    *("samples_file", "head_chunk_rows", "import_modules", "rollouts", "rollout_server_urls"),
+    *("rollout_timeout", "rollout_transfer", "per_device_eval_batch_size", "max_eval_samples"),
+    *("prediction_loss_only", "project", "run_name", "report_to", "use_cpu", "disable_tqdm", "local_rank"),
+    *("debug", "skip_memory_metrics", "torch_empty_cache_steps", "push_to_hub", "do_train", "do_eval"),
+    *("do_predict", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "teacher_cache"),
+    *("model_name_or_path", "model_revision", "teacher_model_name_or_path", "teacher_model_revision"),
+}
+FREE_BEGINNINGS = ("log", "eval_", "save_", "hub_", "trackio_", "vllm_", "ddp_", "dataloader_", "dataset_")
+"""Fields, and beginnings of fields, that change nothing that a run learns. Data and models have fingerprints."""
+
+MAY_DIFFER = {
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
+    *("fp16", "tf32", "dtype", "teacher_dtype", "attn_implementation", "gradient_checkpointing"),
+    *("rollout_engine", "fsdp", "fsdp_config", "deepspeed", "accelerator_config", "full_determinism"),
+}
+"""Fields that a resumed run may change. The change is named in a warning. All other fields must stay."""
+
+
+HASHES = "the student's architecture or adapter", "the teacher", "the data"
+"""What :func:`describe_run` knows by a hash. It means nothing to a reader."""
+
+
+def lock_run(folder: str) -> AbstractContextManager[None]:
+    """Let one run alone write into a folder; ValueError if another run does."""
+    refusal = f"another run is writing into output_dir {folder!r}; wait for it, or name another folder"
+    return lock_folder(folder, refusal)
+
+
+def check_free(folder: str, resume: str | bool | None, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
+    """Check quickly, before models load, that a run can begin in a folder, or resume. It changes nothing.
+
+    ``inputs`` are the models that the run reads.
+
+    Raises:
+        ValueError: another run writes into the folder, it has the results of an earlier run, or ``overwrite`` would
+            delete a model that the run reads.
+        CannotResume: there is no checkpoint to resume from.
+    """
+    if os.path.isdir(folder):
+        with lock_run(folder):
+            pass
+    if isinstance(resume, str):
+        read_facts(resume)
+    elif resume:
+        if not list_checkpoints(folder):
+            raise CannotResume(f"resume_from_checkpoint: there is no checkpoint in output_dir {folder!r}")
+    else:
+        check_results(folder, overwrite, inputs)
+
+
+def check_results(folder: str, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
+    """Check that a new run may begin in a folder: it has no results, or they may be deleted.
+
+    Raises:
+        ValueError: there are results, or ``overwrite`` would delete a model of ``inputs``.
+    """
+    if not overwrite:
+        _refuse_results(folder)
+    elif read := [path for path in inputs if path and _is_inside(path, folder)]:
+        raise ValueError(
+            f"overwrite_output_dir would delete {read[0]!r}, which this run reads; name another output_dir than "
+            f"{folder!r}"
+        )
+
+
+def begin_run(folder: str) -> str:
+    """Begin a new run in a locked folder, and return the run's name. The results of an earlier run are deleted."""
+    remove_unfinished(folder)
+    for checkpoint in (*list_checkpoints(folder).values(), *glob.glob(_inside(folder, "checkpoint-*.old"))):
+        remove_folder(checkpoint)
+    for pattern in (*MODEL_FILES, *LEFTOVERS):
+        for path in glob.glob(_inside(folder, pattern)):
+            os.remove(path)
+    remove_unfinished(folder)
+    return _name_run(folder, uuid.uuid4().hex)
+
+
+def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwrite: bool) -> tuple[str, str]:
+    """The checkpoint to resume from, and the run's name.
+
+    ``resume`` is a checkpoint's path, or True for the newest whole checkpoint of the folder. A checkpoint of another
+    folder begins a new run here.
+
+    Raises:
+        CannotResume: no whole checkpoint, or one of another run. The message names what differs.
+        ValueError: the checkpoint is from another folder, and this folder has results.
+    """
+    remove_unfinished(folder)
+    checkpoint = resume if isinstance(resume, str) else find_checkpoint(folder)
+    known = check_checkpoint(checkpoint)
+    if known["weights_alone"]:
+        raise CannotResume(f"{checkpoint!r} has no optimizer state (save_only_model), so no run can resume from it")
+    compare_facts(checkpoint, known["run_facts"], facts)
+    own = list_checkpoints(folder)
+    if not any(os.path.samefile(path, checkpoint) for path in own.values()):
+        check_results(folder, overwrite, [checkpoint])
+        return checkpoint, begin_run(folder)
+    name = _read_name(folder)
+    if name not in (None, known["run"]):
+        raise CannotResume(f"{checkpoint!r} belongs to another run than output_dir {folder!r}; start again")
+    return checkpoint, _name_run(folder, known["run"])
+
+
+def list_keys(records: Sequence[Any]) -> dict[str, Any]:
+    """All fields of a recipe's records, by key and as plain values. Tokens of accounts are left out."""
+    keys: dict[str, Any] = {}
+    for record in records:
+        values = record.to_dict() if hasattr(record, "to_dict") else vars(record)
+        names = [f.name for f in fields(record) if f.init and not f.name.endswith("_token")]
+        keys |= {name: values[name] for name in names if name in values}
+    return keys
+
+
+def describe_run(
+    keys: Mapping[str, Any], processes: int, student: nn.Module, teacher: Any, data: Dataset | IterableDataset
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the run, as JSON: its keys, models and data.
+
+    ``teacher`` is what tells the teacher from another one (:meth:`sekd.teachers.TeacherSource.describe`). Only names
+    and shapes of the student count, since the weights are those of the checkpoint. Some samples stand for the data.
+    """
+    shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
+    step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
+    hashes = [_hash(shapes), _hash([json.dumps(teacher)]), _hash(sample_key(row).hex() for row in _take_some(data))]
+    facts = {"sequences a step": step, **dict(zip(HASHES, hashes, strict=True))}
+    return json.loads(json.dumps({**keys, **facts}, default=str))
+
+
+def _take_some(data: Dataset | IterableDataset, count: int = 256) -> Iterable[Mapping[str, Any]]:
+    """About ``count`` samples from the whole data, and the last one; the first ones of a stream."""
+    if isinstance(data, IterableDataset):
+        return islice(data, 8)
+    return data.select([*range(0, len(data), max(1, len(data) // count)), len(data) - 1])
+
+
+def _hash(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint was trained with, and what the run would go on with.
+
+    Raises:
+        CannotResume: they differ in a field that decides what the run learns.
+    """
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    differing = [name for name in names if name not in FREE and not name.startswith(FREE_BEGINNINGS)]
+    lines = [_contrast(name, before.get(name), now.get(name)) for name in differing]
+    if refused := [line for name, line in zip(differing, lines, strict=True) if name not in MAY_DIFFER]:
+        raise CannotResume(
+            f"this run cannot resume from {checkpoint!r}, which differs in {', '.join(refused)}; take its values, or "
+            "begin a new run from its weights (model_name_or_path) in another output_dir"
+        )
+    if differing:
+        logger.warning(f"resuming from {checkpoint!r}, which differs in {', '.join(lines)}")
+
+
+def _refuse_results(folder: str) -> None:
+    found = [*map(os.path.basename, list_checkpoints(folder).values())]
+    found += [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
+    if found:
+        more = " and more" * (len(found) > 2)
+        raise ValueError(
+            f"output_dir {folder!r} has the results of an earlier run ({', '.join(found[:2])}{more}): resume it with "
+            "resume_from_checkpoint: true, delete them with overwrite_output_dir: true, or name another output_dir"
+        )
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.isdir(path) and os.path.commonpath([path, folder]) == folder
+
+
+def _inside(folder: str, pattern: str) -> str:
+    return os.path.join(glob.escape(folder), pattern)
+
+
+def _name_run(folder: str, name: str) -> str:
+    write_checked(os.path.join(folder, RUN_FILE), {"run": name})
+    return name
+
+
+def _read_name(folder: str) -> str | None:
+    path = os.path.join(folder, RUN_FILE)
+    try:
+        return read_checked(path)["run"] if os.path.isfile(path) else None
+    except ValueError:
+        return None
+
+
+def _contrast(name: str, before: Any, now: Any) -> str:
+    if name in HASHES:
+        return name
+    return f"{name} {_shorten(now)} (it has {_shorten(before)})"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

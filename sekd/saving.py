@@ -1,0 +1,46 @@
+"""The files of a trained student: a whole model, or an adapter. A folder never holds files of both."""
+
+import copy
+import glob
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sekd.files import move_files
+from sekd.models import causal_lm
+from sekd.on_policy.weights import full_weights
+from sekd.run_folder import MODEL_FILES
+
+
+def replace_student(written: str, folder: str) -> None:
+    """Move the files of a written student into a folder, in place of any student there."""
+    for pattern in MODEL_FILES:  # first: an adapter's files beside those of a whole model would be loaded with them
+        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            os.remove(path)
+    move_files(written, folder)
+
+
+def save_merged(model: torch.nn.Module, tokenizer: Any, folder: str, should_save: bool) -> None:
+    """Save a student with an adapter as a whole one. Every process must call this; those that ``should_save`` write."""
+    merged = merge_adapter(model)
+    if should_save:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def merge_adapter(model: torch.nn.Module) -> PreTrainedModel:
+    """A whole student in float32, on the CPU: the base weights with the adapter added. ``model`` does not change.
+
+    Every process must call this.
+    """
+    lm = causal_lm(model)
+    weights = {name: tensor.to("cpu", torch.float32) for name, tensor in full_weights(model, torch.float32)}
+    with torch.device("meta"):
+        whole = type(lm)(copy.deepcopy(lm.config))
+    whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
+    whole.generation_config = lm.generation_config
+    whole._weight_conversions = getattr(lm, "_weight_conversions", None)  # from these names to those of checkpoints
+    return whole

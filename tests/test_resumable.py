@@ -1,0 +1,154 @@
+"""A run that was killed, stopped or out of disk goes on as if nothing had happened."""
+
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from helpers import make_trainer, trained_weights
+from transformers import TrainerCallback
+
+from sekd.checkpoints import CannotResume, list_checkpoints
+from sekd.resumable import Interrupted
+
+OPTIONS = dict(max_steps=7, save_strategy="steps", save_steps=2, logging_steps=3, position_policy="random")
+
+
+class At(TrainerCallback):
+    """Does something when a step has ended."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(control)
+
+
+def make(folder, tokenizer, pairs, step=None, action=None, **changes):
+    more = {} if action is None else dict(callbacks=[At(step, action)])
+    return make_trainer(folder, tokenizer, pairs, trainer_options=more, **OPTIONS | changes)
+
+
+def stop(control):
+    control.should_training_stop = True
+
+
+def terminate(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second"}
+
+
+def log(folder):
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{name: value for name, value in entry.items() if name not in TIMINGS} for entry in entries]
+
+
+def assert_same_end(trainer, folder, whole_weights, whole_folder):
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, whole_weights[name]), name
+    assert log(folder) == log(whole_folder), "train_loss, and the sums since the last log, included"
+    assert [*list_checkpoints(str(folder))] == [*list_checkpoints(str(whole_folder))]
+
+
+@pytest.fixture
+def whole(tmp_path, tokenizer, pairs):
+    return trained_weights(make(tmp_path / "whole", tokenizer, pairs))
+
+
+def test_what_is_logged_after_a_resume_is_the_runs(tmp_path, tokenizer, pairs, whole):
+    make(tmp_path / "cut", tokenizer, pairs, 5, stop).train()
+    resumed = make(tmp_path / "cut", tokenizer, pairs)
+    output = resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", whole, tmp_path / "whole")
+    assert output.training_loss == log(tmp_path / "whole")[-1]["train_loss"]
+
+
+def test_sigterm_saves_the_step_and_stops(tmp_path, tokenizer, pairs, whole):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 3, whose checkpoint is saved"):
+        make(tmp_path / "cut", tokenizer, pairs, 3, terminate).train()
+    assert [*list_checkpoints(str(tmp_path / "cut"))] == [2, 3]
+    resumed = make(tmp_path / "cut", tokenizer, pairs)
+    resumed.train(True)
+    (tmp_path / "cut" / "checkpoint-3").rename(tmp_path / "extra")
+    assert_same_end(resumed, tmp_path / "cut", whole, tmp_path / "whole")
+
+
+def test_sigterm_keeps_its_handler_without_save_on_signal_and_after_training(tmp_path, tokenizer, pairs):
+    seen = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        make(tmp_path, tokenizer, pairs, 3, terminate, save_on_signal=False).train()
+        make(tmp_path / "b", tokenizer, pairs).train()
+        terminate(None)
+        assert seen == [1, 1]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, tokenizer, pairs, whole):
+    make(tmp_path / "cut", tokenizer, pairs, 5, stop).train()
+    os.remove(tmp_path / "cut" / "checkpoint-4" / "optimizer.pt")
+    resumed = make(tmp_path / "cut", tokenizer, pairs)
+    resumed.train(True)
+    assert (tmp_path / "cut" / "checkpoint-4.old").exists()
+    assert_same_end(resumed, tmp_path / "cut", whole, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("limit", [20_000, 100_000], ids=["the weights", "the optimizer"])
+def test_a_checkpoint_that_does_not_fit(tmp_path, tokenizer, pairs, whole, limit):
+    """Files above a size fail to be written, as on a full disk. The checkpoint before stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint of step 4 could not be written to "):
+            make(tmp_path / "cut", tokenizer, pairs, 3, fill).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [*list_checkpoints(str(tmp_path / "cut"))] == [2]
+    assert not (tmp_path / "cut" / "unfinished").exists(), "room for the next try"
+    resumed = make(tmp_path / "cut", tokenizer, pairs)
+    resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", whole, tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path, tokenizer, pairs):
+    weights = trained_weights(make(tmp_path, tokenizer, pairs, max_steps=4))
+    before = log(tmp_path)
+    resumed = make(tmp_path, tokenizer, pairs, max_steps=4)
+    resumed.train(True)
+    assert resumed.state.global_step == 4
+    assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.named_parameters())
+    assert log(tmp_path) == before
+    with pytest.raises(CannotResume, match=r"is of step 4, but max_steps .* ends at step 3: raise it to train on"):
+        make(tmp_path, tokenizer, pairs, max_steps=3).train(True)
+
+
+def test_checkpoints_with_weights_alone_cannot_resume(tmp_path, tokenizer, pairs):
+    make(tmp_path, tokenizer, pairs, save_only_model=True).train()
+    with pytest.raises(CannotResume, match=r"has no optimizer state \(save_only_model\)"):
+        make(tmp_path, tokenizer, pairs, save_only_model=True).train(True)
+
+
+def test_the_best_checkpoint_has_its_final_name_and_stays(tmp_path, tokenizer, pairs):
+    options = dict(eval_strategy="steps", eval_steps=2, save_total_limit=1, load_best_model_at_end=True)
+    options |= dict(greater_is_better=True, metric_for_best_model="eval_student_ce", learning_rate=1e-2)
+    evaluation = dict(eval_dataset=pairs.select(range(8)))
+    trainer = make_trainer(tmp_path, tokenizer, pairs, trainer_options=evaluation, **OPTIONS | options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    assert best in list_checkpoints(str(tmp_path)).values()
+
+
+def test_an_unfinished_checkpoint_of_a_killed_run_is_removed(tmp_path, tokenizer, pairs):
+    os.makedirs(tmp_path / "unfinished" / "checkpoint-2")
+    make(tmp_path, tokenizer, pairs).train()
+    assert not any((tmp_path / "unfinished").glob("*"))
