@@ -69,7 +69,7 @@ class Run:
 
     def rows(self) -> "Dataset | IterableDataset":
         """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""
-        from sekd.data.encode import ROLLOUT_COLUMNS
+        from sekd.data.kinds import ROLLOUT_COLUMNS
         from sekd.data.load import load_rows
 
         script, rollouts = self.script, self.args.rollouts

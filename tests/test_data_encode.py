@@ -107,6 +107,18 @@ def test_an_eos_token_must_be_a_token(tokenizer):
         set_eos_token(tokenizer, config(eos_token="<end>"))
 
 
+def test_a_prompt_for_generation_that_an_answer_does_not_begin_with(caplog):
+    """Templates of thinking models begin the answer for the model; on-policy nothing else follows the prompt."""
+    thinking = make_turn_tokenizer()
+    thinking.chat_template = thinking.chat_template.replace("%}<assistant> {%", "%}<assistant> w77 {%")
+    logger.warning_once.cache_clear()
+    row = {"prompt": ONE_TURN["messages"][:1]}
+    assert first([row], thinking, lmbda=1.0).input_ids == [123, 1, 124, 77]
+    assert "ends answers with '<turn_end>'" in caplog.text
+    row = {"prompt": ONE_TURN["messages"]}
+    assert first([row], make_tokenizer(), lmbda=1.0).input_ids == [123, 1, 124, 2, EOS, 124]
+
+
 def test_turns_that_end_without_any_special_token(tokenizer, caplog):
     endless = copy.deepcopy(tokenizer)
     endless.chat_template = tokenizer.chat_template.replace(" <eos>", "")

@@ -17,7 +17,8 @@ from trl.data_utils import pack_dataset
 
 from sekd.config import SEKDConfig
 from sekd.data import encode
-from sekd.data.encode import ENCODERS, check_kind, describe_turn_end, detect_kind, has_empty_answer, set_eos_token
+from sekd.data.encode import ENCODERS, describe_turn_end, has_empty_answer, set_eos_token
+from sekd.data.kinds import check_kind, detect_kind
 
 logger = logging.get_logger(__name__)
 
