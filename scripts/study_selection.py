@@ -168,7 +168,7 @@ def run(
     if steps:
         trainer.train()
     metrics = trainer.evaluate(evaluation)
-    found = {name: metrics[f"eval_{name}"] for name in (*METRICS, "reverse_kl", "student_entropy", "rows")}
+    found = {name: metrics[f"eval_{name}"] for name in (*METRICS, "reverse_kl", "student_entropy", "positions")}
     return found | {"seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None}
 
 

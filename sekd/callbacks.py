@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sekd.files import write_atomically
-from sekd.metrics import SHOWN
+from sekd.metrics import format_line
 from sekd.run_folder import list_keys
 
 PACKAGES = (
@@ -44,8 +44,7 @@ class ProgressLine(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        logs = logs or {}
-        line = "  ".join(form.format(logs[name]) for name, form in SHOWN.items() if name in logs)
+        line = format_line(logs or {})
         if not line or not state.is_world_process_zero:
             return
         if self.training_bar is not None:

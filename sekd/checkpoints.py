@@ -23,8 +23,8 @@ MANIFEST = "checkpoint.json"
 FORMAT = 1
 
 
-class CannotResume(ValueError):
-    """There is no checkpoint to resume from, or this run cannot resume from it. The message says why."""
+class RunRefused(ValueError):
+    """A run cannot begin in its folder, or cannot resume from a checkpoint. The message says why, and what to do."""
 
 
 def name_checkpoint(folder: str, step: int) -> str:
@@ -92,19 +92,19 @@ def read_facts(checkpoint: str) -> dict[str, Any]:
     """The content of ``checkpoint.json``.
 
     Raises:
-        CannotResume: the folder is missing, or has no valid ``checkpoint.json``.
+        RunRefused: the folder is missing, or has no valid ``checkpoint.json``.
     """
     if not os.path.isdir(checkpoint):
-        raise CannotResume(f"resume_from_checkpoint {checkpoint!r}: there is no such folder")
+        raise RunRefused(f"resume_from_checkpoint {checkpoint!r}: there is no such folder")
     path = os.path.join(checkpoint, MANIFEST)
     if not os.path.isfile(path):
-        raise CannotResume(f"{checkpoint!r} has no {MANIFEST}, so it is not a whole checkpoint of this version of sekd")
+        raise RunRefused(f"{checkpoint!r} has no {MANIFEST}, so it is not a whole checkpoint of this version of sekd")
     try:
         facts = read_checked(path)
     except (ValueError, OSError) as error:
-        raise CannotResume(str(error)) from error
+        raise RunRefused(str(error)) from error
     if facts["format"] != FORMAT:
-        raise CannotResume(f"{checkpoint!r} was written by another version of sekd (format {facts['format']})")
+        raise RunRefused(f"{checkpoint!r} was written by another version of sekd (format {facts['format']})")
     return facts
 
 
@@ -112,15 +112,15 @@ def check_checkpoint(checkpoint: str) -> dict[str, Any]:
     """Compare every file of a checkpoint with ``checkpoint.json``, and return its content.
 
     Raises:
-        CannotResume: a file is missing, or has other content. The message names it.
+        RunRefused: a file is missing, or has other content. The message names it.
     """
     facts = read_facts(checkpoint)
     for name, (size, checksum) in facts["files"].items():
         path = os.path.join(checkpoint, name)
         if not os.path.isfile(path):
-            raise CannotResume(f"{checkpoint!r} is damaged: {name} is missing")
+            raise RunRefused(f"{checkpoint!r} is damaged: {name} is missing")
         if os.path.getsize(path) != size or hash_quickly(path) != checksum:
-            raise CannotResume(f"{checkpoint!r} is damaged: {name} has other content than was written")
+            raise RunRefused(f"{checkpoint!r} is damaged: {name} has other content than was written")
     return facts
 
 
@@ -128,15 +128,15 @@ def find_checkpoint(folder: str) -> str:
     """The newest whole checkpoint in a folder. Each one that is left out is named in a warning.
 
     Raises:
-        CannotResume: there is none.
+        RunRefused: there is none.
     """
     for checkpoint in reversed(list_checkpoints(folder).values()):
         try:
             check_checkpoint(checkpoint)
             return checkpoint
-        except CannotResume as error:
+        except RunRefused as error:
             logger.warning(f"{error}; the checkpoint before it is used")
-    raise CannotResume(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {folder!r}; start again")
+    raise RunRefused(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {folder!r}; start again")
 
 
 def set_later_aside(folder: str, step: int) -> None:

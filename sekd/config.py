@@ -181,6 +181,13 @@ class SEKDConfig(TrainingArguments):
         default=None, metadata=_help("Variables of the chat template, such as {enable_thinking: false}.")
     )
     system_prompt: str | None = field(default=None, metadata=_help("System turn before each chat prompt."))
+    eos_token: str | None = field(
+        default=None,
+        metadata=_help(
+            "Token that ends a completion, such as '<|im_end|>' where the chat template ends turns with it. Default: "
+            "the tokenizer's EOS token."
+        ),
+    )
     teacher_system_prompt: str | None = field(
         default=None,
         metadata=_help("System turn that the teacher reads in chat prompts, instead of the student's."),
@@ -189,7 +196,7 @@ class SEKDConfig(TrainingArguments):
         default=None,
         metadata=_help(
             "Text before the prompt (in a chat, before the last user turn) that only the teacher reads. {column} "
-            "becomes the row's value of that column, as in 'The answer is {answer}. '; other braces stay as they are."
+            "becomes the row's value of that column, as in 'The answer is {answer}. '; {{ and }} stand for { and }."
         ),
     )
     text_prompt_length: int | None = field(

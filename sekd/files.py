@@ -16,6 +16,10 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 """Errors of file systems that have no locks."""
 
 
+class DamagedFile(ValueError):
+    """A file that a run reads is missing or damaged. The message names it, and says what to do."""
+
+
 def write_atomically(path: str, text: str) -> None:
     """Write a text file. If the process dies meanwhile, the previous file stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -35,17 +39,17 @@ def read_checked(path: str) -> dict[str, Any]:
     """The mapping that :func:`write_checked` wrote.
 
     Raises:
-        ValueError: the file is damaged, or something else wrote it.
+        DamagedFile: the file is damaged, or something else wrote it.
     """
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path!r} is damaged: it is not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(f"{path!r} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict) or "checksum" not in content:
-        raise ValueError(f"{path!r} has no checksum")
+        raise DamagedFile(f"{path!r} has no checksum")
     if content.pop("checksum") != _hash_content(content):
-        raise ValueError(f"{path!r} is damaged: its checksum differs")
+        raise DamagedFile(f"{path!r} is damaged: its checksum differs")
     return content
 
 
@@ -81,13 +85,13 @@ def move_files(source: str, target: str) -> None:
 
 
 @contextmanager
-def lock_folder(folder: str, refusal: str) -> Iterator[None]:
+def lock_folder(folder: str, refusal: ValueError) -> Iterator[None]:
     """Let one process alone use a folder, which is made if it is missing. The lock ends with the process.
 
     On a file system without locks there is only a warning.
 
     Raises:
-        ValueError: another process has the lock; ``refusal`` is the message.
+        ValueError: another process has the lock: ``refusal``.
     """
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -95,7 +99,7 @@ def lock_folder(folder: str, refusal: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(refusal) from error
+            raise refusal from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise

@@ -13,6 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from sekd.models import causal_lm
 
+DATED_TEMPLATE = (
+    "a chat template that writes today's date, as Llama 3's does, needs chat_template_kwargs: {date_string: ...}"
+)
+"""Why the same data may have other tokens on another day. Errors about other data say so."""
+
 
 def weights_fingerprint(model: nn.Module) -> str:
     """A quick hash of a model: the name and shape of every weight, and about 1,024 of its values in float32."""

@@ -5,11 +5,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sekd.classes import CLASS_SELECTIONS
+from sekd.config import SEKDConfig
 from sekd.hardware import widest_float
+
+SELECTED = "_selected"
+"""How the names of means over the chosen positions end."""
 
 SHOWN = {
     "loss": "loss {:.4f}",
-    "divergence": "div {:.4f}",
     "entropy": "H {:.2f}",
     "entropy_selected": "H_sel {:.2f}",
     "selected_fraction": "sel {:.0%}",
@@ -24,17 +28,41 @@ SHOWN = {
 }
 
 
+def name_divergence(args: SEKDConfig) -> str:
+    """The name under which the mean divergence is logged. It says what is measured, and on which classes.
+
+    ``forward_kl_selected`` compares whole distributions. ``rs_kd_forward_kl_selected``, the estimate on sampled classes
+    that a cache gives too, is another quantity.
+    """
+    is_sampled = CLASS_SELECTIONS[args.class_selection].select is not None
+    return f"{f'{args.class_selection}_' * is_sampled}{args.divergence}{SELECTED}"
+
+
+def format_line(logs: Mapping[str, float]) -> str:
+    """The short form of a log; empty if it has nothing to show."""
+    divergences = {
+        name: name.removesuffix(SELECTED) + "_sel {:.4f}"
+        for name in logs
+        if name.endswith(SELECTED) and name not in SHOWN
+    }
+    forms = {"loss": SHOWN["loss"], **divergences, **SHOWN}
+    return "  ".join(form.format(logs[name]) for name, form in forms.items() if name in logs)
+
+
 def add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
     """Add each number of ``more`` to the sum of its name, in float64 where the device has it."""
     for name, value in more.items():
         sums[name] += value.to(widest_float(value.device)) if isinstance(value, Tensor) else value
 
 
-def compute_means(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """The logged numbers, from sums over the steps since the last log, which was ``seconds`` ago."""
+def compute_means(sums: Mapping[str, float], seconds: float, divergence: str) -> dict[str, float]:
+    """The logged numbers, from sums over the steps since the last log, which was ``seconds`` ago.
+
+    ``divergence`` is the name of the mean divergence (:func:`name_divergence`).
+    """
     selected = max(sums["selected"], 1)
     metrics = {
-        "divergence": sums["divergence"] / selected,
+        divergence: sums["divergence"] / selected,
         "selected_fraction": sums["selected"] / max(sums["positions"], 1),
         "tokens_per_second": sums["tokens"] / seconds,
     }

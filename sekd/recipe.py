@@ -69,7 +69,7 @@ class Run:
 
     def rows(self) -> "Dataset | IterableDataset":
         """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""
-        from sekd.data.encode import ROLLOUT_COLUMNS
+        from sekd.data.kinds import ROLLOUT_COLUMNS
         from sekd.data.load import load_rows
 
         script, rollouts = self.script, self.args.rollouts
@@ -89,21 +89,29 @@ class Run:
         """The rows to evaluate on; None without evaluation.
 
         Raises:
-            ValueError: evaluation without held-out data.
+            ValueError: evaluation without held-out data, or on rows that are trained on.
         """
-        from sekd.data.load import is_local, load_rows
+        from sekd.data.load import is_local, load_rows, share_rows
 
         script, args = self.script, self.args
         if not args.eval_on_start and args.eval_strategy == "no":
             return None
         name = args.eval_dataset_name or script.dataset_name
-        is_slice = "[" in script.dataset_test_split
-        if name is None or (args.eval_dataset_name is None and is_local(name) and not is_slice):
+        split, test_split = script.dataset_train_split, script.dataset_test_split
+        if name is None or (args.eval_dataset_name is None and is_local(name) and "[" not in test_split):
             raise ValueError(
                 "evaluation needs data of its own: set eval_dataset_name, or slice the file, for example "
                 "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
             )
-        return load_rows(name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
+        rows = load_rows(name, script.dataset_config, test_split, script.dataset_streaming)
+        trained = script.dataset_name if args.rollouts is None else None
+        if trained is not None and share_rows(trained, split, name, test_split, rows):
+            raise ValueError(
+                f"dataset_test_split {test_split!r} of {name!r} has rows that dataset_train_split {split!r} trains on; "
+                "set eval_dataset_name to other data, or take slices that share no row, such as dataset_train_split: "
+                "train[64:] and dataset_test_split: train[:64]"
+            )
+        return rows
 
     def trainer(self) -> "SEKDTrainer":
         """The trainer, with its data prepared and its models loaded."""

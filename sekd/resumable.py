@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from sekd.checkpoints import (
     UNFINISHED,
-    CannotResume,
+    RunRefused,
     finish_checkpoint,
     name_checkpoint,
     remove_unfinished,
@@ -91,7 +91,7 @@ class ResumableTrainer(Trainer):
         """Let no other run write into ``output_dir``. Every process must call it. It may be nested.
 
         Raises:
-            ValueError: another run holds the folder.
+            RunRefused: another run holds the folder.
         """
         if self._holds_folder:
             yield
@@ -108,8 +108,8 @@ class ResumableTrainer(Trainer):
         """As ``Trainer.train``. True resumes from the newest whole checkpoint in ``output_dir``.
 
         Raises:
-            ValueError: ``output_dir`` has the results of another run, or another run is writing into it.
-            CannotResume: there is no whole checkpoint, or the run differs from the checkpoint's. The message says how.
+            RunRefused: ``output_dir`` has the results of another run, another run is writing into it, or there is no
+                whole checkpoint of this run.
             Interrupted: SIGTERM came, and the checkpoint of the last step is saved (``save_on_signal``).
         """
         with self.hold_folder(), self._noting_sigterm():
@@ -272,7 +272,7 @@ class _Resumption(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > state.max_steps:
-            raise CannotResume(
+            raise RunRefused(
                 f"{self.trainer.checkpoint!r} is of step {state.global_step}, but max_steps (or num_train_epochs) ends "
                 f"at step {state.max_steps}: raise it to train on"
             )

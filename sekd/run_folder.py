@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from sekd.checkpoints import (
-    CannotResume,
+    RunRefused,
     check_checkpoint,
     find_checkpoint,
     list_checkpoints,
@@ -69,9 +69,9 @@ HASHES = "the student's architecture or adapter", "the teacher", "the data"
 
 
 def lock_run(folder: str) -> AbstractContextManager[None]:
-    """Let one run alone write into a folder; ValueError if another run does."""
-    refusal = f"another run is writing into output_dir {folder!r}; wait for it, or name another folder"
-    return lock_folder(folder, refusal)
+    """Let one run alone write into a folder; RunRefused if another run does."""
+    message = f"another run is writing into output_dir {folder!r}; wait for it, or name another folder"
+    return lock_folder(folder, RunRefused(message))
 
 
 def check_free(folder: str, resume: str | bool | None, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
@@ -80,9 +80,9 @@ def check_free(folder: str, resume: str | bool | None, overwrite: bool, inputs: 
     ``inputs`` are the models that the run reads.
 
     Raises:
-        ValueError: another run writes into the folder, it has the results of an earlier run, or ``overwrite`` would
+        RunRefused: another run writes into the folder, it has the results of an earlier run, or ``overwrite`` would
             delete a model that the run reads.
-        CannotResume: there is no checkpoint to resume from.
+        RunRefused: there is no checkpoint to resume from.
     """
     if os.path.isdir(folder):
         with lock_run(folder):
@@ -91,7 +91,7 @@ def check_free(folder: str, resume: str | bool | None, overwrite: bool, inputs: 
         read_facts(resume)
     elif resume:
         if not list_checkpoints(folder):
-            raise CannotResume(f"resume_from_checkpoint: there is no checkpoint in output_dir {folder!r}")
+            raise RunRefused(f"resume_from_checkpoint: there is no checkpoint in output_dir {folder!r}")
     else:
         check_results(folder, overwrite, inputs)
 
@@ -100,12 +100,12 @@ def check_results(folder: str, overwrite: bool, inputs: Sequence[str | None] = (
     """Check that a new run may begin in a folder: it has no results, or they may be deleted.
 
     Raises:
-        ValueError: there are results, or ``overwrite`` would delete a model of ``inputs``.
+        RunRefused: there are results, or ``overwrite`` would delete a model of ``inputs``.
     """
     if not overwrite:
         _refuse_results(folder)
     elif read := [path for path in inputs if path and _is_inside(path, folder)]:
-        raise ValueError(
+        raise RunRefused(
             f"overwrite_output_dir would delete {read[0]!r}, which this run reads; name another output_dir than "
             f"{folder!r}"
         )
@@ -130,14 +130,14 @@ def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwr
     folder begins a new run here.
 
     Raises:
-        CannotResume: no whole checkpoint, or one of another run. The message names what differs.
-        ValueError: the checkpoint is from another folder, and this folder has results.
+        RunRefused: there is no whole checkpoint; the recipe is not the checkpoint's (the message says where); or the
+            checkpoint is from another folder, and this one has results.
     """
     remove_unfinished(folder)
     checkpoint = resume if isinstance(resume, str) else find_checkpoint(folder)
     known = check_checkpoint(checkpoint)
     if known["weights_alone"]:
-        raise CannotResume(f"{checkpoint!r} has no optimizer state (save_only_model), so no run can resume from it")
+        raise RunRefused(f"{checkpoint!r} has no optimizer state (save_only_model), so no run can resume from it")
     compare_facts(checkpoint, known["run_facts"], facts)
     own = list_checkpoints(folder)
     if not any(os.path.samefile(path, checkpoint) for path in own.values()):
@@ -145,7 +145,7 @@ def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwr
         return checkpoint, begin_run(folder)
     name = _read_name(folder)
     if name not in (None, known["run"]):
-        raise CannotResume(f"{checkpoint!r} belongs to another run than output_dir {folder!r}; start again")
+        raise RunRefused(f"{checkpoint!r} belongs to another run than output_dir {folder!r}; start again")
     return checkpoint, _name_run(folder, known["run"])
 
 
@@ -189,13 +189,13 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
     """Compare what a checkpoint was trained with, and what the run would go on with.
 
     Raises:
-        CannotResume: they differ in a field that decides what the run learns.
+        RunRefused: they differ in a field that decides what the run learns.
     """
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     differing = [name for name in names if name not in FREE and not name.startswith(FREE_BEGINNINGS)]
     lines = [_contrast(name, before.get(name), now.get(name)) for name in differing]
     if refused := [line for name, line in zip(differing, lines, strict=True) if name not in MAY_DIFFER]:
-        raise CannotResume(
+        raise RunRefused(
             f"this run cannot resume from {checkpoint!r}, which differs in {', '.join(refused)}; take its values, or "
             "begin a new run from its weights (model_name_or_path) in another output_dir"
         )
@@ -208,7 +208,7 @@ def _refuse_results(folder: str) -> None:
     found += [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
     if found:
         more = " and more" * (len(found) > 2)
-        raise ValueError(
+        raise RunRefused(
             f"output_dir {folder!r} has the results of an earlier run ({', '.join(found[:2])}{more}): resume it with "
             "resume_from_checkpoint: true, delete them with overwrite_output_dir: true, or name another output_dir"
         )

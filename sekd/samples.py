@@ -4,7 +4,6 @@ A sample's score is the mean of a position score over its valid positions (TopSm
 al., 2023). Only the kept samples are loaded, so batches have their full size.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from fractions import Fraction
@@ -22,20 +21,20 @@ from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import score_positions
-from sekd.files import write_atomically
-from sekd.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from sekd.files import DamagedFile, read_checked, write_checked
+from sekd.fingerprints import DATED_TEMPLATE, data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from sekd.models import common_vocab, freeze, get_head, hidden_states
 from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch, Positions
 
-FORMAT = 1
+FORMAT = 2
 FIELDS = {
     "sample_score": "sample_score",
     "seed": "seed",
     "tokenizer": "the tokenizer",
     "data": "the data (dataset_name, its split, max_length, packing, supervise_prompt, sample_pool, the template, "
-    "teacher_system_prompt or teacher_prompt_prefix)",
+    f"teacher_system_prompt or teacher_prompt_prefix; {DATED_TEMPLATE})",
     "student": "the student's weights (model_name_or_path, model_revision or dtype)",
     "teacher": "the teacher's weights (teacher_model_name_or_path, its revision or teacher_dtype)",
     "precision": "bf16 or fp16",
@@ -99,12 +98,13 @@ def choose_samples(
     does not need it.
 
     Raises:
-        ValueError: the file belongs to other data, models or settings; the error says which.
+        DamagedFile: the file is damaged.
+        ValueError: it belongs to other data, models or settings; the error says which.
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
     # Only the first process reads the file, since processes may not share the folder.
-    existing = [_read(path, fingerprint, len(dataset)) if args.process_index == 0 and os.path.exists(path) else None]
+    existing = [_read(path, fingerprint) if args.process_index == 0 and os.path.exists(path) else None]
     scores = broadcast_object_list(existing)[0]
     if scores is None:
         scores = score_samples(dataset, student, teacher, args).tolist()
@@ -116,7 +116,7 @@ def choose_samples(
         "scores": scores,
     }
     if args.process_index == 0:
-        write_atomically(path, json.dumps(choice) + "\n")
+        write_checked(path, choice)
     return choice
 
 
@@ -198,19 +198,16 @@ def _fingerprint(
     return fingerprint
 
 
-def _read(path: str, fingerprint: dict[str, Any], samples: int) -> list[float]:
+def _read(path: str, fingerprint: dict[str, Any]) -> list[float]:
     """Check a samples file, and return its scores."""
     hint = "delete it to score again, or name another samples_file"
     try:
-        with open(path) as file:
-            choice = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"samples_file {path!r} cannot be read ({error}); {hint}") from error
-    if not isinstance(choice, dict) or choice.get("format") != FORMAT or not {"fingerprint", "scores"} <= choice.keys():
+        choice = read_checked(path)  # every value is as it was written
+    except DamagedFile as error:
+        raise DamagedFile(f"samples_file {error}; {hint}") from error
+    if choice.get("format") != FORMAT:
         raise ValueError(f"samples_file {path!r} does not have the format of this version of sekd; {hint}")
     for name, meaning in FIELDS.items():
         if choice["fingerprint"].get(name) != fingerprint.get(name):
             raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {hint}")
-    if len(choice["scores"]) != samples:
-        raise ValueError(f"samples_file {path!r} has {len(choice['scores'])} scores for {samples} samples; {hint}")
     return choice["scores"]

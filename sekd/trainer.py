@@ -32,7 +32,7 @@ from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_hel
 from sekd.fingerprints import check_same_weights
 from sekd.hardware import widest_float
 from sekd.losses import DIVERGENCES
-from sekd.metrics import add_sums, compute_means
+from sekd.metrics import add_sums, compute_means, name_divergence
 from sekd.models import check_head, check_head_columns, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -47,7 +47,7 @@ from sekd.seeds import make_generators
 from sekd.student import check_context, check_folder, check_student, load_student, prepare_student
 from sekd.teacher_source import make_teacher_source
 from sekd.types import Batch, TeacherState
-from sekd.validation.inputs import check_inputs
+from sekd.validation.inputs import check_inputs, check_separate
 from sekd.validation.rollouts import engine_trait
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class SEKDTrainer(ResumableTrainer):
         recipe_records: Sequence[Any] = (),
     ) -> None:
         args = args or SEKDConfig()
+        check_separate(model, teacher_model)
         source = make_teacher_source(teacher_model, args)
         if train_dataset is None:
             raise ValueError("there is no training data: set dataset_name, or pass train_dataset")
@@ -361,7 +362,8 @@ class SEKDTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer.log``; the log gets the means of the steps since the last one."""
         if "loss" in logs and self._sums:
-            logs |= compute_means(self._sum_all(self._sums), time.monotonic() - self._last_log)
+            seconds = time.monotonic() - self._last_log
+            logs |= compute_means(self._sum_all(self._sums), seconds, name_divergence(self.args))
             logs |= self.schedule.weight_check.take_log()
             self._sums.clear()
             self._last_log = time.monotonic()

@@ -37,12 +37,12 @@ def damage_truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def damage_flip(folder):
-    path = folder / "shard-00001.arrow"
+def damage_flip(folder, shard=1):
+    path = folder / f"shard-{shard:05d}.arrow"
     store = Store(str(folder))
     data = path.read_bytes()
     # In the middle of a sample's bytes, where Arrow itself notices nothing.
-    place = data.index(store.shards[1].column("data")[0].as_py()) + 30
+    place = data.index(store.shards[shard].column("data")[0].as_py()) + 30
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
 
 

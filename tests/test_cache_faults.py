@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,11 +27,12 @@ from cache_helpers import (
 )
 from helpers import VOCAB, make_model, make_tokenizer, make_trainer
 
-from sekd.cache.build import build_cache
+from sekd.cache.build import build_cache, check_build
 from sekd.cache.readers import LocalReader
 from sekd.cache.store import MANIFEST, Store, verify
 from sekd.cli import main
 from sekd.data.prepare import prepare
+from sekd.files import DamagedFile, lock_folder
 from sekd.models import freeze
 
 
@@ -74,9 +76,25 @@ def test_kill_9_at_random_moments_loses_and_changes_nothing(tmp_path, tokenizer,
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "shard-1.arrow", "model.safetensors"])
+def test_a_folder_with_other_files_is_refused(tmp_path, tokenizer, pairs, name):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "manifest.json.tmp").write_text("of a build that was killed")
+    (folder / name).write_text("mine")
+    for build in (make_cache, lambda folder, *_: check_build(str(folder), config(tmp_path), "local", None)):
+        with pytest.raises(
+            ValueError, match=rf"cache' is to be a cache, but holds other files \('{name}'\); name an empty"
+        ):
+            build(folder, tokenizer, pairs)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.json.tmp", name])
+    (folder / name).unlink()
+    make_cache(folder, tokenizer, pairs.select(range(8)))
+
+
 def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
     with (
-        lock_folder(str(tmp_path / "cache"), "taken"),
+        lock_folder(str(tmp_path / "cache"), ValueError("taken")),
         pytest.raises(ValueError, match="another process is building the cache in"),
     ):
         make_cache(tmp_path / "cache", tokenizer, pairs)
@@ -84,7 +102,7 @@ def test_two_builders_in_one_folder(tmp_path, tokenizer, pairs):
 
 
 def test_the_lock_does_not_claim_the_errors_of_others(tmp_path):
-    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path), "taken"):
+    with pytest.raises(BlockingIOError, match="of another file"), lock_folder(str(tmp_path), ValueError("taken")):
         raise BlockingIOError("of another file")
 
 
@@ -131,10 +149,45 @@ def test_a_flipped_bit_is_never_trained_on(cache, tmp_path, capsys):
     (problem,) = verify(damaged.folder)
     assert problem == "shard-00001.arrow: the checksum differs; delete it and build (or pull) again"
     (key,) = [key for key, place in damaged.places.items() if place == (1, 0)]
-    with pytest.raises(ValueError, match=r"shard-00001.arrow', sample 0: the bytes are damaged: their checksum"):
+    with pytest.raises(DamagedFile, match=r"cache/shard-00001.arrow', sample 0: the bytes are damaged: their checksum"):
         damaged.read(key)
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 2
     assert "shard-00001.arrow: the checksum differs" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_damaged_in_mid_training_stops_the_run_in_one_line(cache, tmp_path, tokenizer, pairs):
+    damage_flip(tmp_path / "cache")
+    options = SETTINGS | dict(teacher_cache=str(tmp_path / "cache"), max_steps=16)
+    trainer = make_trainer(tmp_path / "run", tokenizer, pairs, **options)
+    with pytest.raises(
+        DamagedFile, match=r"shard-00001.arrow', sample \d.*; delete it and build \(or pull\) again"
+    ) as stop:
+        trainer.train()
+    assert trainer.state.global_step > 0
+    assert "\n" not in str(stop.value)
+
+
+def test_damage_in_mid_training_is_one_line_of_the_command(recipe, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    assert main(["cache", "build", recipe, "--output", str(folder)]) == 0
+    damage_flip(folder, shard=0)
+    capsys.readouterr()
+    assert main(["train", recipe, "--teacher_cache", str(folder), "--max_steps", "16", "--save_steps", "1"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"sekd: stopped after step \d+: cache shard '.*/cache/shard-00000.arrow', sample 0: .*; delete", line
+    )
+
+
+def test_damaged_offsets_are_found_before_they_lead_out_of_the_file(cache):
+    path = cache / "shard-00001.arrow"
+    column, content = Store(str(cache)).shards[1].column("data"), bytearray(path.read_bytes())
+    offsets = column.buffers()[1].to_pybytes()[: 8 * (len(column) + 1)]
+    place = content.index(offsets) + 8 + 6  # the second offset; its sixth byte counts 2^48
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"cache/shard-00001.arrow' cannot be read"):
+        Store(str(cache))
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_flip])

@@ -51,6 +51,21 @@ def test_a_small_cache_says_what_a_large_one_takes(tmp_path, tokenizer, pairs, c
     assert "50 % of the samples" in shown
 
 
+def test_names_are_shown_as_they_are(tmp_path, tokenizer, pairs, capsys):
+    """Neither as markup nor as emoji, nor as an escape sequence: a pulled manifest may hold any text."""
+    folder = tmp_path / "c[v2][" / "v2]:warning:"
+    make_cache(folder, tokenizer, pairs)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["fingerprint"]["teacher"]["name"] = "org/t[red]eacher[/v2] \x1b[2J"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["cache", "info", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "c[v2][/v2]:warning:" in "".join(shown.splitlines())
+    assert "org/t[red]eacher[/v2] \\x1b[2J" in shown
+    assert "\x1b" not in shown
+
+
 def test_a_recipe_says_its_own_numbers(tmp_path, tokenizer, capsys):
     for name, kind in (("student", "tied"), ("teacher", "untied")):
         make_model(kind).save_pretrained(tmp_path / name)

@@ -14,9 +14,15 @@ def state(step, history=()):
 
 
 def test_a_log_is_one_short_line(capsys):
-    logs = {"loss": 0.25, "divergence": 0.5, "selected_fraction": 0.2, "tokens_per_second": 12345.6, "epoch": 1.0}
+    logs = {
+        "loss": 0.25,
+        "forward_kl_selected": 0.5,
+        "selected_fraction": 0.2,
+        "tokens_per_second": 12345.6,
+        "epoch": 1.0,
+    }
     ProgressLine().on_log(TrainingArguments(output_dir="unused"), state(7), TrainerControl(), logs=logs)
-    assert capsys.readouterr().out == "step     7  loss 0.2500  div 0.5000  sel 20%  12,346 tok/s\n"
+    assert capsys.readouterr().out == "step     7  loss 0.2500  forward_kl_sel 0.5000  sel 20%  12,346 tok/s\n"
 
 
 def test_metrics_keep_what_the_checkpoint_knows_only(tmp_path):

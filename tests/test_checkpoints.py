@@ -7,7 +7,7 @@ import pytest
 
 from sekd.checkpoints import (
     UNFINISHED,
-    CannotResume,
+    RunRefused,
     check_checkpoint,
     find_checkpoint,
     finish_checkpoint,
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, name, damage):
     first, second = write(tmp_path, 2), write(tmp_path, 4)
     assert find_checkpoint(str(tmp_path)) == second
     DAMAGES[damage](tmp_path / "checkpoint-4" / name)
-    with pytest.raises(CannotResume, match="checkpoint-4"):
+    with pytest.raises(RunRefused, match="checkpoint-4"):
         check_checkpoint(second)
     assert find_checkpoint(str(tmp_path)) == first
 
@@ -62,22 +62,22 @@ def test_a_file_that_grew_is_damage(tmp_path):
     checkpoint = write(tmp_path, 2)
     with open(os.path.join(checkpoint, "empty.bin"), "w") as file:
         file.write("x")
-    with pytest.raises(CannotResume, match=r"empty\.bin has other content than was written"):
+    with pytest.raises(RunRefused, match=r"empty\.bin has other content than was written"):
         check_checkpoint(checkpoint)
 
 
 def test_an_unfinished_one_has_no_name_and_leaves_nothing(tmp_path):
     os.makedirs(tmp_path / UNFINISHED / "checkpoint-6")
     assert list_checkpoints(str(tmp_path)) == {}
-    with pytest.raises(CannotResume, match="there is no whole checkpoint in output_dir"):
+    with pytest.raises(RunRefused, match="there is no whole checkpoint in output_dir"):
         find_checkpoint(str(tmp_path))
 
 
 def test_no_checkpoint_and_a_foreign_one(tmp_path):
-    with pytest.raises(CannotResume, match="there is no such folder"):
+    with pytest.raises(RunRefused, match="there is no such folder"):
         read_facts(str(tmp_path / "checkpoint-1"))
     os.makedirs(tmp_path / "checkpoint-1")
-    with pytest.raises(CannotResume, match=r"has no checkpoint\.json, so it is not a whole checkpoint"):
+    with pytest.raises(RunRefused, match=r"has no checkpoint\.json, so it is not a whole checkpoint"):
         read_facts(str(tmp_path / "checkpoint-1"))
 
 

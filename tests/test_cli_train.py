@@ -71,8 +71,8 @@ def test_replayed_rollouts_are_evaluated_on_data_of_their_own(recipe, rollouts, 
     assert main(["train", recipe, *flags, "--dataset_test_split", "train[:8]"]) == 0
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()][:8]
-    rows = sum(len(row["completion"].split()) + 1 for row in pairs)
-    assert [log["eval_rows"] for log in logs if "eval_rows" in log] == [rows]
+    positions = sum(len(row["completion"].split()) + 1 for row in pairs)
+    assert [log["eval_positions"] for log in logs if "eval_positions" in log] == [positions]
     keys = yaml.safe_load(Path(recipe).read_text())
     del keys["dataset_name"]
     keys["output_dir"] += "_2"

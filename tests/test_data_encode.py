@@ -9,8 +9,9 @@ from helpers import EOS, config, first, make_tokenizer, messages, rollout_row
 from tokenizers.processors import TemplateProcessing
 
 from sekd.data.batch import Sample, collate
+from sekd.data.encode import _format_prefix, set_eos_token
 from sekd.data.load import load_rows
-from sekd.data.prepare import prepare
+from sekd.data.prepare import logger, prepare
 
 
 def test_prompt_and_completion(tokenizer):
@@ -63,6 +64,102 @@ def test_what_the_template_writes_after_the_end_is_not_supervised(tokenizer):
     trailing = copy.deepcopy(tokenizer)
     trailing.chat_template = trailing.chat_template.replace("<eos>{% endgeneration %}", "<eos>{% endgeneration %} w99")
     assert first([messages(("user", "w1"), ("assistant", "w2"))], trailing).input_ids == [123, 1, 124, 2, EOS]
+
+
+def make_turn_tokenizer():
+    """Its chat template ends turns with another token than EOS, as that of Qwen's base models does."""
+    made = make_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<turn_end>"]})
+    made.chat_template = made.chat_template.replace("<eos>{% endgeneration %}", "<turn_end>{% endgeneration %} w99")
+    return made
+
+
+ONE_TURN = messages(("user", "w1"), ("assistant", "w2"))
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        (ONE_TURN, {}),
+        ({"prompt": "w1", "completion": "w2"}, dict(use_chat_template=True)),
+        ({"prompt": "w1"}, dict(use_chat_template=True, lmbda=1.0)),
+        ({"prompt": ONE_TURN["messages"][:1]}, dict(lmbda=1.0)),
+    ],
+)
+def test_turns_that_end_with_another_token_than_eos(caplog, row, options):
+    other, plain = make_turn_tokenizer(), make_tokenizer()
+    first([row], plain, **options)
+    assert "EOS" not in caplog.text
+    logger.warning_once.cache_clear()
+    first([row], other, **options)
+    assert "ends answers with '<turn_end>', but the tokenizer's EOS token is '<eos>', so EOS is never" in caplog.text
+    caplog.clear()
+    set_eos_token(other, config(eos_token="<turn_end>"))
+    sample = first([row], other, **options)
+    assert not caplog.text
+    if not options:
+        assert sample.input_ids == [123, 1, 124, 2, other.eos_token_id]
+        assert sample.supervised == [0, 0, 0, 1, 1]
+
+
+def test_an_eos_token_must_be_a_token(tokenizer):
+    with pytest.raises(ValueError, match="eos_token '<end>' is not a token of the student's tokenizer"):
+        set_eos_token(tokenizer, config(eos_token="<end>"))
+
+
+def test_a_prompt_for_generation_that_an_answer_does_not_begin_with(caplog):
+    """Templates of thinking models begin the answer for the model; on-policy nothing else follows the prompt."""
+    thinking = make_turn_tokenizer()
+    thinking.chat_template = thinking.chat_template.replace("%}<assistant> {%", "%}<assistant> w77 {%")
+    logger.warning_once.cache_clear()
+    row = {"prompt": ONE_TURN["messages"][:1]}
+    assert first([row], thinking, lmbda=1.0).input_ids == [123, 1, 124, 77]
+    assert "ends answers with '<turn_end>'" in caplog.text
+    row = {"prompt": ONE_TURN["messages"]}
+    assert first([row], make_tokenizer(), lmbda=1.0).input_ids == [123, 1, 124, 2, EOS, 124]
+
+
+def test_turns_that_end_without_any_special_token(tokenizer, caplog):
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = tokenizer.chat_template.replace(" <eos>", "")
+    logger.warning_once.cache_clear()
+    first([ONE_TURN], endless)
+    assert "neither with the EOS token '<eos>' nor with another special token" in caplog.text
+
+
+def test_an_eos_that_the_tokenizer_adds_is_left_out():
+    """Before a completion it would end the prompt, and after a document there is one already."""
+    plain, with_eos = make_tokenizer(), make_tokenizer()
+    with_eos.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    assert with_eos("w1")["input_ids"] == [1, EOS]
+    pair = {"prompt": "w1 w2", "completion": "w3"}
+    for row, options in (
+        (pair, dict(teacher_prompt_prefix="w9 ")),
+        ({"prompt": "w1 <eos>", "completion": "w3"}, {}),
+        ({"text": "w1 w2 w3"}, {}),
+        ({"text": "w1 w2 w3"}, dict(text_prompt_length=1, teacher_prompt_prefix="w9 ")),
+        (ONE_TURN, {}),
+    ):
+        assert first([row], with_eos, **options) == first([row], plain, **options)
+
+
+def test_messages_of_sharegpt(tokenizer):
+    turns = [("human", "w1"), ("gpt", "w2"), ("human", "w3"), ("gpt", "w4")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    ours = messages(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"))
+    assert first([row], tokenizer, messages_column="conversations") == first([ours], tokenizer)
+    with pytest.raises(ValueError, match=r"its columns are 'conversations'. Set the field to one of them, or convert"):
+        first([row], tokenizer)
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "completion"])
+@pytest.mark.parametrize("bad", [[], [{"text": "w1"}], [{"role": None, "content": "w1"}]])
+def test_messages_that_are_none(tokenizer, column, bad):
+    row = {"prompt": ONE_TURN["messages"][:1], "completion": ONE_TURN["messages"][1:], column: bad}
+    if column == "messages":
+        row = {"messages": bad}
+    with pytest.raises(ValueError, match=rf"column '{column}' holds .*, which is not a (list of messages|message)"):
+        first([row], tokenizer, system_prompt="w7")
 
 
 # Text whose first tokens are prompts
@@ -187,10 +284,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
 def test_text_prompts_show_the_teacher_columns_of_the_row(tokenizer):
     row = {"prompt": "w1", "completion": "w2", "answer": "{note}", "note": "w5", "n": 7}
     sample = first(
-        [row], tokenizer, teacher_prompt_prefix="w9 {note} {answer} {nothing} ", prompt_template="w8 {prompt}"
+        [row], tokenizer, teacher_prompt_prefix="w9 {note} {answer} {{note}} ", prompt_template="w8 {prompt}"
     )
-    # A value is not read again, and what is no column stays.
+    # A value is not read again.
     assert sample == Sample([8, 1, 2, EOS], [0, 0, 1, 1], 0, 2, teacher_prompt_ids=[9, 5, 121, 121, 8, 1])
+    prefix = "{{{n}}} {{note}} { {note}"
+    assert _format_prefix(row, config(teacher_prompt_prefix=prefix)) == "{7} {note} { w5"
     assert first([row], tokenizer, teacher_prompt_prefix="w{n} ").teacher_prompt_ids == [7, 1]
     assert first([row], tokenizer, teacher_prompt_prefix="").teacher_prompt_ids == [1]
     assert first([row], tokenizer).teacher_prompt_ids is None
@@ -223,6 +322,17 @@ def test_the_prefix_of_a_text_prompt_begins_the_text():
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 121)])
     sample = first([row], with_bos, **options)
     assert sample == Sample([121, 1, 2, 3, 4, EOS], [0, 0, 0, 1, 1, 1], 0, 3, teacher_prompt_ids=[121, 9, 8, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["answr", "", "1"])
+def test_a_prefix_that_names_no_column_is_refused(tokenizer, name):
+    """It would teach from the braces themselves."""
+    row = {"prompt": "w1", "completion": "w2", "answer": "w5"}
+    message = (
+        rf"names the column '{name}', and the data's columns are 'prompt', 'completion', 'answer'; .* \{{\{{{name}"
+    )
+    with pytest.raises(ValueError, match=message):
+        first([row], tokenizer, teacher_prompt_prefix=f"w9 {{{name}}} ")
 
 
 def test_only_the_students_sequence_is_cut(tokenizer):

@@ -81,6 +81,37 @@ def test_empty_rollouts_are_dropped_and_counted(tokenizer, caplog):
     assert "dropped 1 of 2 samples that have no token to learn from" in caplog.text
 
 
+def test_packed_sequences_without_a_target_are_dropped_and_counted(tokenizer, caplog):
+    """A document of one token has no target, and neither has the last token of a document that is cut into two."""
+    rows = Dataset.from_list([{"text": text} for text in ["", "", "w1 w2 w3 w4", "w5 w6 w7"]])
+    for data in (rows, rows.to_iterable_dataset()):
+        found = [*prepare(data, tokenizer, config(max_length=4, max_prompt_length=2))]
+        assert [row["input_ids"] for row in found] == [[1, 2, 3, 4], [5, 6, 7, EOS]]
+        assert [row["sample_id"] for row in found] == [0, 1]
+        assert "packed sequences that have no token to learn from" in caplog.text
+        caplog.clear()
+    with pytest.raises(ValueError, match="no sample has a token to learn from"):
+        prepare(rows.select([0, 1]), tokenizer, config())
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat", "messages"])
+def test_empty_completions_are_counted_and_refused_if_there_are_no_others(tokenizer, caplog, kind):
+    def make(answer):
+        prompt, completion = {"role": "user", "content": "w1"}, {"role": "assistant", "content": answer}
+        chat = {"prompt": [prompt], "completion": [completion]}
+        return {"pair": {"prompt": "w1", "completion": answer}, "chat": chat}.get(
+            kind, {"messages": [prompt, completion]}
+        )
+
+    mixed = Dataset.from_list([make(answer) for answer in ["", "w2", " "]])
+    assert len(prepare(mixed, tokenizer, config())) == 3
+    assert "2 of 3 completions are empty" in caplog.text
+    empty = mixed.select([0, 2])
+    with pytest.raises(ValueError, match=r"all 2 completions are empty, so .*; set completion_column"):
+        prepare(empty, tokenizer, config())
+    assert len(prepare(empty, tokenizer, config(lmbda=1.0))) == 2, "the student generates completions of its own"
+
+
 def test_empty_data(tokenizer):
     for empty in (Dataset.from_dict({"text": []}), IterableDataset.from_generator(lambda: iter(()))):
         with pytest.raises(ValueError, match="the data is empty"):

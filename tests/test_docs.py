@@ -176,7 +176,8 @@ def test_links_lead_somewhere():
 def test_runs_explains_every_logged_number():
     page = (ROOT / "docs" / "runs.md").read_text()
     code = "".join((ROOT / "sekd" / name).read_text() for name in ("metrics.py", "eval/held_out.py"))
-    names = set(re.findall(r'metrics\["(\w+)"\]', code)) | {"divergence", "selected_fraction", "rollout_age", "loss"}
+    names = set(re.findall(r'metrics\["(\w+)"\]', code)) | {"selected_fraction", "rollout_age", "loss", "positions"}
+    names |= {f"{divergence}_selected" for divergence in DIVERGENCES}
     for name in names | {"cut_fraction", "empty_completions", "completion_length", "tokens_per_second"}:
         assert f"`{name}`" in page or f"`eval_{name}`" in page, name
 

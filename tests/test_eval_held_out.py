@@ -32,7 +32,7 @@ def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
         forward += (p.exp() * (p - q)).sum(-1)[where].sum().item()
         reverse += (q.exp() * (q - p)).sum(-1)[where].sum().item()
         rows += len(where)
-    assert metrics["eval_rows"] == rows
+    assert metrics["eval_positions"] == rows
     assert metrics["eval_forward_kl"] == pytest.approx(forward / rows, rel=1e-4)
     assert metrics["eval_reverse_kl"] == pytest.approx(reverse / rows, rel=1e-4)
     assert metrics["eval_loss"] == metrics["eval_forward_kl"]
@@ -67,7 +67,7 @@ def test_an_on_policy_run_evaluates_fresh_rollouts_and_repeats_them(tmp_path, to
     assert first == second, "the same weights and noise give the same rollouts"
     assert first["eval_loss"] == first["eval_reverse_kl"] > 0
     trainer.train()
-    assert trainer.evaluate()["eval_rows"] > 0
+    assert trainer.evaluate()["eval_positions"] > 0
 
 
 def test_compute_metrics_gets_the_likeliest_tokens_and_the_targets(tmp_path, tokenizer, pairs):

@@ -92,6 +92,10 @@ def test_a_run_has_rows_and_held_out_rows(recipe):
     flags = ["--eval_strategy", "epoch", "--dataset_train_split", "train[8:]", "--dataset_test_split", "train[:8]"]
     run = Run.parse(recipe, flags)
     assert (len(run.rows()), len(run.held_out_rows())) == (56, 8)
+    flags = ["--eval_on_start", "true", "--dataset_test_split", "train[:8]"]
+    message = r"dataset_test_split 'train\[:8\]' of .*pairs.jsonl' has rows that dataset_train_split 'train' trains on"
+    with pytest.raises(ValueError, match=message):
+        Run.parse(recipe, flags).held_out_rows()
 
 
 def test_a_run_needs_a_student_and_data(recipe, tmp_path):

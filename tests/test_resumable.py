@@ -10,7 +10,7 @@ import torch
 from helpers import make_trainer, trained_weights
 from transformers import TrainerCallback
 
-from sekd.checkpoints import CannotResume, list_checkpoints
+from sekd.checkpoints import RunRefused, list_checkpoints
 from sekd.resumable import Interrupted
 
 OPTIONS = dict(max_steps=7, save_strategy="steps", save_steps=2, logging_steps=3, position_policy="random")
@@ -127,13 +127,13 @@ def test_resuming_a_finished_run_trains_nothing(tmp_path, tokenizer, pairs):
     assert resumed.state.global_step == 4
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.named_parameters())
     assert log(tmp_path) == before
-    with pytest.raises(CannotResume, match=r"is of step 4, but max_steps .* ends at step 3: raise it to train on"):
+    with pytest.raises(RunRefused, match=r"is of step 4, but max_steps .* ends at step 3: raise it to train on"):
         make(tmp_path, tokenizer, pairs, max_steps=3).train(True)
 
 
 def test_checkpoints_with_weights_alone_cannot_resume(tmp_path, tokenizer, pairs):
     make(tmp_path, tokenizer, pairs, save_only_model=True).train()
-    with pytest.raises(CannotResume, match=r"has no optimizer state \(save_only_model\)"):
+    with pytest.raises(RunRefused, match=r"has no optimizer state \(save_only_model\)"):
         make(tmp_path, tokenizer, pairs, save_only_model=True).train(True)
 
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import make_model, make_trainer
 from peft import LoraConfig
 
-from sekd.checkpoints import CannotResume, list_checkpoints
+from sekd.checkpoints import RunRefused, list_checkpoints
 from sekd.run_folder import check_free, compare_facts, describe_run, lock_run
 
 SAVED = dict(save_strategy="steps", save_steps=1, max_steps=2)
@@ -65,7 +65,7 @@ def test_the_models_of_a_run_are_not_deleted(tmp_path):
 def test_resuming_from_an_earlier_step_sets_the_later_ones_aside(tmp_path, tokenizer, pairs):
     make_trainer(tmp_path, tokenizer, pairs, **SAVED | dict(max_steps=3)).train()
     options = SAVED | dict(max_steps=2, lr_scheduler_type="constant")
-    with pytest.raises(CannotResume, match=r"differs in lr_scheduler_type"):
+    with pytest.raises(RunRefused, match=r"differs in lr_scheduler_type"):
         make_trainer(tmp_path, tokenizer, pairs, **options).train(str(tmp_path / "checkpoint-1"))
     make_trainer(tmp_path, tokenizer, pairs, **SAVED).train(str(tmp_path / "checkpoint-1"))
     assert [*list_checkpoints(str(tmp_path))] == [1, 2]
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, pairs):
     for name in ("a", "b"):
         make_trainer(tmp_path / name, tokenizer, pairs, **SAVED).train()
     (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "b" / "checkpoint-9")
-    with pytest.raises(CannotResume, match="belongs to another run than output_dir"):
+    with pytest.raises(RunRefused, match="belongs to another run than output_dir"):
         make_trainer(tmp_path / "b", tokenizer, pairs, **SAVED).train(True)
 
 
@@ -108,7 +108,7 @@ REFUSED = [
 def test_another_recipe_cannot_resume(tmp_path, tokenizer, pairs, change):
     before = make_trainer(tmp_path, tokenizer, pairs).facts
     name = "sequences a step" if "per_device_train_batch_size" in change else next(iter(change))
-    with pytest.raises(CannotResume, match=f"differs in .*{name}"):
+    with pytest.raises(RunRefused, match=f"differs in .*{name}"):
         compare_facts("checkpoint-1", before, make_trainer(tmp_path, tokenizer, pairs, **change).facts)
 
 
@@ -122,7 +122,7 @@ def test_other_data_models_and_adapters_cannot_resume(tmp_path, tokenizer, pairs
         ("the student's architecture", make_trainer(tmp_path, tokenizer, pairs, make_model("tied"))),
         ("the student's architecture", make_trainer(tmp_path, tokenizer, pairs, trainer_options=adapter)),
     ):
-        with pytest.raises(CannotResume, match=f"differs in .*{what}"):
+        with pytest.raises(RunRefused, match=f"differs in .*{what}"):
             compare_facts("checkpoint-1", before, other.facts)
 
 

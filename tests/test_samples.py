@@ -172,10 +172,11 @@ def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):
         ("student", r"another value of the student's weights \(model_name_or_path, model_revision or dtype\)"),
         ("teacher", r"another value of the teacher's weights \(teacher_model_name_or_path, its revision"),
         ("score", "another value of sample_score"),
-        ("format", "does not have the format of this version"),
-        ("cut", "cannot be read"),
-        ("empty", "does not have the format of this version"),
-        ("short", "has 5 scores for 64 samples"),
+        ("format", "has no checksum; delete it to score again, or name another samples_file"),
+        ("cut", "is damaged: it is not JSON"),
+        ("empty", "is damaged: its checksum differs"),
+        ("digit", "is damaged: its checksum differs"),
+        ("deep", "is damaged: it is not JSON"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change, message):
@@ -197,14 +198,28 @@ def test_a_file_of_something_else_is_refused(tmp_path, tokenizer, pairs, change,
     elif change == "format":
         path.write_text(json.dumps({"format": 0}))
     elif change == "empty":
-        path.write_text(json.dumps({"format": 1}))
-    elif change == "short":
+        path.write_text(json.dumps({"checksum": "0"}))
+    elif change == "digit":
         found = json.loads(path.read_text())
-        path.write_text(json.dumps(found | {"scores": found["scores"][:5]}))
+        path.write_text(json.dumps(found | {"scores": [found["scores"][0] + 1e-6, *found["scores"][1:]]}))
+    elif change == "deep":
+        path.write_text("[" * 100_000)
     else:
         path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match=message):
         choose_samples(prepare(pairs, tokenizer, args), models["student"], models["teacher"], tokenizer, args)
+
+
+@pytest.mark.parametrize("entry", ["format", "fingerprint", "kept", "scores", "checksum", "sample_fraction"])
+@pytest.mark.parametrize("value", [None, "x", 1e21, [], {}, [[]], [0.5, []]])
+def test_odd_values_in_the_file_are_one_line(tmp_path, tokenizer, pairs, entry, value):
+    args = sample_config(tmp_path, sample_fraction=0.5, sample_score="random")
+    data = prepare(pairs.select(range(2)), tokenizer, args)
+    choose_samples(data, make_model("untied"), None, tokenizer, args)
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    with pytest.raises(ValueError, match=r"^samples_file .*; delete it to score again, or name another samples_file$"):
+        choose_samples(data, make_model("untied"), None, tokenizer, args)
 
 
 def test_a_stream_needs_a_pool(tmp_path, tokenizer, pairs):
@@ -253,7 +268,9 @@ def test_a_sample_choice_belongs_to_the_teachers_prompts(tmp_path, tokenizer, pa
     assert len(set(names)) == 3
     assert found[0] != found[1] != found[2]
     args.samples_file = str(tmp_path / "w9 .json")
-    with pytest.raises(ValueError, match=r"was made with another value of the data \(.*teacher_prompt_prefix\)"):
+    with pytest.raises(
+        ValueError, match=r"was made with another value of the data \(.*teacher_prompt_prefix; .*date_string"
+    ):
         choose_samples(data, student, teacher, tokenizer, args)
 
 

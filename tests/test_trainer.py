@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EOS, ONE_SGD_STEP, LargestTensor, make_model, make_trainer, qlora_student, trained_weights
+from helpers import (
+    EOS,
+    ONE_SGD_STEP,
+    LargestTensor,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+    qlora_student,
+    trained_weights,
+)
 from oracles import naive
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
@@ -15,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from rollouts import Rollout
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.batch import Sample
+from sekd.on_policy.engines import make_sampling
 from sekd.on_policy.schedule import is_on_policy
 
 
@@ -177,7 +187,7 @@ def test_what_a_run_leaves_behind(tmp_path, tokenizer, pairs):
     assert [log["step"] for log in logs] == [1, 2, 3, 3]
     wanted = {
         "loss",
-        "divergence",
+        "reverse_kl_selected",
         "entropy",
         "entropy_selected",
         "selected_fraction",
@@ -260,7 +270,7 @@ def test_every_mode_trains_and_learns(tmp_path, tokenizer, pairs, texts, mode, p
     data = texts if mode == "text" else pairs
     trainer = make_trainer(tmp_path, tokenizer, data, None, None, dict(peft_config=lora), **options)
     trainer.train()
-    divergences = [log["divergence"] for log in trainer.state.log_history if "divergence" in log]
+    divergences = [log[name] for log in trainer.state.log_history for name in log if name.endswith("_kl_selected")]
     assert len(divergences) == 10
     assert divergences[-1] < divergences[0]
 
@@ -299,6 +309,26 @@ def test_data_and_tokenizers_are_checked_before_models_load(no_models, tmp_path,
         start(pairs, str(tmp_path / "other"))
     with pytest.raises(AssertionError, match="a model was loaded"):
         start(pairs)
+
+
+def test_a_student_cannot_teach_itself(tmp_path, tokenizer, pairs):
+    student, sharing = make_model("untied"), make_model("untied", 1)
+    sharing.lm_head.weight = student.lm_head.weight
+    for teacher in (student, sharing):
+        with pytest.raises(ValueError, match=r"teacher_model shares weights with model, .* or pass copy.deepcopy"):
+            make_trainer(tmp_path, tokenizer, pairs, student, teacher)
+    make_trainer(tmp_path, tokenizer, pairs, student, copy.deepcopy(student), max_steps=1).train()
+
+
+def test_an_eos_token_of_the_recipe_ends_the_student_s_completions(tmp_path, pairs):
+    """The saved student stops at it, wherever it is loaded."""
+    made = make_tokenizer()
+    trainer = make_trainer(tmp_path, made, pairs, eos_token="<user>", max_steps=1, lmbda=1.0)
+    trainer.train()
+    assert 123 in make_sampling(trainer.model, trainer.processing_class, trainer.args).stop_token_ids
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<user>"
+    assert 123 in AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
 
 
 def test_a_teacher_is_needed(tmp_path, tokenizer, pairs):

@@ -115,7 +115,7 @@ def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokeni
     assert samples["kept"] == expected_samples["kept"]
     assert samples["scores"] == pytest.approx(expected_samples["scores"], rel=1e-5)
     for log, expected in zip(logs[:2], expected_logs[:2], strict=True):
-        for key in ("loss", "divergence", "selected_fraction", "entropy", "entropy_selected"):
+        for key in ("loss", "forward_kl_selected", "selected_fraction", "entropy", "entropy_selected"):
             assert log[key] == pytest.approx(expected[key], rel=1e-5), key
     for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from helpers import ONE_SGD_STEP, make_model, make_trainer, trained_weights
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from sekd.checkpoints import CannotResume
+from sekd.checkpoints import RunRefused
 from sekd.policies import POLICIES
 
 THREE_STEPS = ONE_SGD_STEP | dict(max_steps=3, learning_rate=0.1)
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_policy_is_refused(tmp_path, tokenizer, pairs, p
     options = dict(save_strategy="steps", save_steps=1)
     make_trainer(tmp_path, tokenizer, pairs, **options).train()
     other = make_trainer(tmp_path, tokenizer, pairs, position_policy=policy, **options)
-    with pytest.raises(CannotResume, match=f"differs in position_policy '{policy}' \\(it has 'top_k'\\)"):
+    with pytest.raises(RunRefused, match=f"differs in position_policy '{policy}' \\(it has 'top_k'\\)"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -15,6 +15,7 @@ from sekd.cache.store import (
     FINGERPRINT,
     FORM,
     Store,
+    check_folder,
     hash_file,
     is_cache,
     name_samples,
@@ -78,7 +79,7 @@ def build_cache(
     Samples that repeat are stored once. ``shard_samples`` is the number of samples of a shard.
 
     Raises:
-        ValueError: settings that cannot be cached, a folder with another cache, or another builder in the folder.
+        ValueError: settings that cannot be cached; a folder with another cache, other files or another builder.
         OSError: a full disk. The finished shards stay, and the next call resumes the build.
     """
     if args.class_samples > MAX_DRAWS:
@@ -91,7 +92,7 @@ def build_cache(
     parts = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
     paths = [os.path.join(folder, name_shard(number)) for number in range(len(parts))]
     shards: dict[int, dict[str, Any]] = {}
-    refusal = f"another process is building the cache in {folder!r}; wait for it, or name another folder"
+    refusal = ValueError(f"another process is building the cache in {folder!r}; wait for it, or name another folder")
     with lock_folder(folder, refusal):
         fingerprint = build_fingerprint(keys, reader.facts, tokenizer, args, shard_samples)
         checksums = _claim_folder(folder, fingerprint)
@@ -124,6 +125,7 @@ def _claim_folder(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
 
     Returns the checksum of each file that the manifest lists.
     """
+    check_folder(folder)
     if not is_cache(folder):
         write_manifest(folder, fingerprint, None)
     manifest = read_manifest(folder)
@@ -171,7 +173,7 @@ def check_build(folder: str, args: SEKDConfig, engine: str, workers: int | None)
     """Check the folder, the settings and the engine of a build, before data and models are loaded.
 
     Raises:
-        ValueError: a folder with another cache, or an engine that cannot work.
+        ValueError: a folder with another cache or other files, or an engine that cannot work.
     """
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError('--engine ray needs Ray, which is not installed: run `pip install "sekd[ray]"`')
@@ -179,5 +181,6 @@ def check_build(folder: str, args: SEKDConfig, engine: str, workers: int | None)
         raise ValueError(f"--num-workers {workers}: it is the number of Ray actors; add --engine ray, and at least 1")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--output {folder!r} is a file; name a folder for the cache")
+    check_folder(folder)
     if is_cache(folder):
         _compare(folder, read_manifest(folder)["fingerprint"], _settings(args))

@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sekd.cache.codec import MAX_DRAWS, count_id_bytes
 from sekd.cache.store import Store
+from sekd.tables import escape_controls, print_table
 
 BYTES_A_DRAW = 3
 """The paper's fixed slots take 3 bytes a draw (arXiv 2602.01395, section 7.1)."""
@@ -21,7 +21,7 @@ def show_cache(store: Store) -> None:
     position_bytes, logits_bytes, slots_bytes = size / max(positions, 1), 2 * vocab, BYTES_A_DRAW * draws
     entropy = "a byte a position" if fingerprint["teacher_entropy"] else "not kept"
     teacher = fingerprint["teacher"]
-    table = Table(title=f"teacher cache {store.folder}", title_justify="left", show_header=False)
+    table = Table(title=escape_controls(f"teacher cache {store.folder}"), title_justify="left", show_header=False)
     for name, value in {
         "samples": f"{samples:,} in {len(store.shards)} shards",
         "positions": f"{positions:,}",
@@ -38,8 +38,8 @@ def show_cache(store: Store) -> None:
         "temperature, seed": f"{fingerprint['temperature']}, {fingerprint['seed']}",
         "data": f"{fingerprint['data']}, max_length {fingerprint['max_length']}, packing {fingerprint['packing']}",
     }.items():
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(name, escape_controls(value))
+    print_table(table)
 
 
 def measure_cache(folder: str) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def show_plan(positions: float, vocab: int, draws: int, fraction: float, positio
         "no teacher, token ids alone": BYTES_A_DRAW,
     }.items():
         table.add_row(name, f"{size:,.1f}", _format_size(size * positions), f"{100 * size / full:.3g} %")
-    Console().print(table)
+    print_table(table)
 
 
 def _format_size(size: float) -> str:

@@ -12,6 +12,7 @@ caches can be read.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,17 @@ import numpy as np
 import pyarrow as pa
 
 from sekd.cache.codec import Decoded, decode
-from sekd.files import write_atomically
+from sekd.files import DamagedFile, write_atomically
+from sekd.fingerprints import DATED_TEMPLATE
 
 FORMAT = 2
 FORM = "compressed"
 """The form of the encoded samples. There is one form, and the manifest names it."""
 
 MANIFEST = "manifest.json"
+
+OWN_FILES = r"(manifest\.json|shard-\d{5,}\.arrow)(\.tmp)?"
+"""The names of a cache's files, temporary ones included."""
 
 FINGERPRINT: dict[str, tuple[Any, str]] = {
     "teacher": (dict, "teacher_model_name_or_path, its revision or weights"),
@@ -34,7 +39,8 @@ FINGERPRINT: dict[str, tuple[Any, str]] = {
     "vocab": (int, "the common vocabulary of student and teacher"),
     "data": (
         str,
-        "the data (dataset_name, dataset_train_split, sample selection, max_length, packing or the template)",
+        "the data (dataset_name, dataset_train_split, sample selection, max_length, packing or the template; "
+        f"{DATED_TEMPLATE})",
     ),
     "max_length": (int, "max_length"),
     "packing": (bool, "packing"),
@@ -96,15 +102,17 @@ def read_shard(path: str) -> pa.RecordBatch:
     """Memory-map a shard; its record batch.
 
     Raises:
-        ValueError: a missing or damaged file; the error names it.
+        DamagedFile: a missing or damaged file; the error names it.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(path))
         batch = reader.get_batch(0)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"cache shard {path!r} cannot be read ({error}); {REBUILD_HINT}") from error
+        batch.validate(full=True)  # a wrong offset would read outside of the file
+    except (OSError, pa.ArrowException) as error:
+        cause = " ".join(str(error).split())
+        raise DamagedFile(f"cache shard {path!r} cannot be read ({cause}); {REBUILD_HINT}") from error
     if batch.schema != SCHEMA:
-        raise ValueError(f"cache shard {path!r} does not have the columns of this version; {REBUILD_HINT}")
+        raise DamagedFile(f"cache shard {path!r} does not have the columns of this version; {REBUILD_HINT}")
     return batch
 
 
@@ -117,6 +125,24 @@ def hash_file(path: str) -> str:
 def is_cache(folder: str) -> bool:
     """Whether a folder holds a cache, complete or not."""
     return os.path.exists(os.path.join(folder, MANIFEST))
+
+
+def check_folder(folder: str) -> None:
+    """Check that a folder, if it exists and holds no cache yet, holds no other files either.
+
+    Shards and temporary files of an earlier build may be there.
+
+    Raises:
+        ValueError: other files; the error names some.
+    """
+    if is_cache(folder) or not os.path.isdir(folder):
+        return
+    others = [name for name in sorted(os.listdir(folder)) if not re.fullmatch(OWN_FILES, name)]
+    if others:
+        raise ValueError(
+            f"the folder {folder!r} is to be a cache, but holds other files ({', '.join(map(repr, others[:3]))}); name "
+            "an empty or a new folder"
+        )
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -204,33 +230,34 @@ class Store:
         """The positions of a sample.
 
         Raises:
-            ValueError: a damaged sample; the error names its shard.
+            DamagedFile: a damaged sample; the error names its shard.
         """
         number, place = self.places[key]
-        return read_sample(self.shards[number], place, self.manifest["shards"][number]["file"], self.fingerprint)
+        path = os.path.join(self.folder, self.manifest["shards"][number]["file"])
+        return read_sample(self.shards[number], place, path, self.fingerprint)
 
 
 def open_shard(folder: str, shard: Mapping[str, Any]) -> pa.RecordBatch:
     """Memory-map a shard that the manifest lists.
 
     Raises:
-        ValueError: a shard that is missing, damaged, or of another size.
+        DamagedFile: a shard that is missing, damaged, or of another size.
     """
     path = os.path.join(folder, shard["file"])
     if not os.path.exists(path):
-        raise ValueError(f"cache shard {path!r} is missing; build (or pull) the cache again, which keeps the others")
+        raise DamagedFile(f"cache shard {path!r} is missing; build (or pull) the cache again, which keeps the others")
     if os.path.getsize(path) != shard["bytes"]:
-        raise ValueError(
+        raise DamagedFile(
             f"cache shard {path!r} has {os.path.getsize(path)} bytes instead of {shard['bytes']}; {REBUILD_HINT}"
         )
     return read_shard(path)
 
 
-def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mapping[str, Any]) -> Decoded:
-    """The positions of the sample at index ``place`` of a shard; ``name`` is the shard's file.
+def read_sample(batch: pa.RecordBatch, place: int, path: str, fingerprint: Mapping[str, Any]) -> Decoded:
+    """The positions of the sample at index ``place`` of the shard in ``path``.
 
     Raises:
-        ValueError: a damaged sample; the error names its shard.
+        DamagedFile: a damaged sample; the error names its shard.
     """
     try:
         sample = decode(memoryview(batch.column("data")[place].as_buffer()), fingerprint["vocab"])
@@ -238,8 +265,8 @@ def read_sample(batch: pa.RecordBatch, place: int, name: str, fingerprint: Mappi
             raise ValueError("counts do not add up to the number of draws")
         if (sample.entropy is not None) != fingerprint["teacher_entropy"]:
             raise ValueError("the manifest and the sample disagree on whether teacher entropy is kept")
-    except ValueError as error:
-        raise ValueError(f"cache shard {name!r}, sample {place}: {error}; {REBUILD_HINT}") from error
+    except (ValueError, OSError) as error:  # OSError: zstd cannot read the bytes
+        raise DamagedFile(f"cache shard {path!r}, sample {place}: {error}; {REBUILD_HINT}") from error
     return sample
 
 
@@ -255,14 +282,15 @@ def verify(folder: str) -> list[str]:
     manifest = read_manifest(folder)
     problems, keys = [], []
     for shard in manifest["shards"]:
+        path = os.path.join(folder, shard["file"])
         try:
             batch = open_shard(folder, shard)
-            if hash_file(os.path.join(folder, shard["file"])) != shard["sha256"]:
-                raise ValueError(f"{shard['file']}: the checksum differs; {REBUILD_HINT}")
+            if hash_file(path) != shard["sha256"]:
+                raise DamagedFile(f"{shard['file']}: the checksum differs; {REBUILD_HINT}")
             for place in range(batch.num_rows):
-                read_sample(batch, place, shard["file"], manifest["fingerprint"])
+                read_sample(batch, place, path, manifest["fingerprint"])
             keys += batch.column("key").to_pylist()
-        except ValueError as error:
+        except DamagedFile as error:
             problems.append(str(error))
     if not manifest["complete"]:
         problems.append(f"{MANIFEST}: the cache is not complete; run its `sekd cache build` again to resume it")

@@ -14,7 +14,7 @@ from sekd.cache.codec import entropy_from_bytes
 from sekd.cache.store import FINGERPRINT, Store
 from sekd.classes import trim
 from sekd.config import SEKDConfig
-from sekd.fingerprints import sample_key, tokenizer_fingerprint
+from sekd.fingerprints import DATED_TEMPLATE, sample_key, tokenizer_fingerprint
 from sekd.models import count_classes
 from sekd.scores import SCORES
 from sekd.types import Batch, Positions, SparseTargets, TeacherState
@@ -36,7 +36,8 @@ class CachedTeacher:
         if missing:
             raise ValueError(
                 f"teacher_cache {store.folder!r} lacks {len(missing)} of the {len(keys)} samples, for example "
-                f"sample {missing[0]}; build it with this recipe's data, max_length and sample_fraction"
+                f"sample {missing[0]}; build it with this recipe's data, template, max_length and sample_fraction "
+                f"({DATED_TEMPLATE})"
             )
         self.store, self.keys = store, keys
 

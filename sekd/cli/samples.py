@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sekd.cli.common import add_recipe, reading_input
+from sekd.tables import print_table
 
 DESCRIPTION = """\
 Score every sample of a recipe once, with the models as they are before training, and keep the best.
@@ -51,7 +51,7 @@ def show_samples(choice: dict[str, Any], score: str) -> None:
     table.add_row("all", *_summarize(scores))
     table.add_row("kept", *_summarize([value for i, value in enumerate(scores) if i in kept]))
     table.add_row("left out", *_summarize([value for i, value in enumerate(scores) if i not in kept]))
-    Console().print(table)
+    print_table(table)
 
 
 def _summarize(scores: Sequence[float]) -> list[str]:

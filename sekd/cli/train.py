@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
         recipe.check_folder()
         trainer = recipe.trainer()
     from rollouts import RolloutConfigError, RolloutError
-    from sekd.checkpoints import CannotResume
+    from sekd.checkpoints import RunRefused
+    from sekd.files import DamagedFile
     from sekd.resumable import Interrupted
 
     folder, hint = str(trainer.args.output_dir), partial(hint_at_resuming, options)
@@ -49,13 +50,13 @@ def run(options: argparse.Namespace) -> int:
         with trainer.hold_folder():
             trainer.train(recipe.resume)
             trainer.save_model()
-    except (CannotResume, RolloutConfigError) as error:
+    except (RunRefused, RolloutConfigError) as error:
         raise WrongInput(str(error)) from error
     except Interrupted as error:
         raise Stopped(f"{error}{hint(folder)}", 128 + signal.SIGTERM) from error
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped after step {trainer.state.global_step}{hint(folder)}", 128 + signal.SIGINT) from error
-    except (RolloutError, OSError) as error:
+    except (RolloutError, DamagedFile, OSError) as error:
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}{hint(folder)}") from error
     finally:
         trainer.close()

@@ -16,78 +16,72 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sekd.config import SEKDConfig
+from sekd.data.kinds import ROLLOUT_COLUMNS
 
 Encoder = Callable[[Mapping[str, Any], PreTrainedTokenizerBase, SEKDConfig], dict[str, Any]]
-ROLLOUT_COLUMNS = ("prompt_ids", "completion_ids")
-"""A row with these columns is a rollout that was generated before. Its tokens are used unchanged."""
+ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of the roles, and those of chat templates."""
 
 
-def detect_kind(first: Mapping[str, Any], args: SEKDConfig) -> str:
-    """Detect the kind of a dataset's rows from the columns of the first row; a key of :data:`ENCODERS`.
-
-    Raises:
-        ValueError: a missing column (the error lists the columns of the data), or plain text where prompts are needed.
-    """
-    if all(column in first for column in ROLLOUT_COLUMNS):
-        return "rollout"
-    if args.prompt_column in first:
-        if args.completion_column not in first and args.lmbda < 1:
-            raise _missing_column_error(args, first, ["completion_column"])
-        return "chat" if args.use_chat_template or isinstance(first[args.prompt_column], list) else "pair"
-    if args.messages_column in first:
-        return "messages"
-    if args.text_column not in first:
-        raise _missing_column_error(args, first, ["prompt_column", "messages_column", "text_column"])
-    if args.text_prompt_length is not None:
-        return "text_prompt"
-    if args.lmbda > 0:
-        raise ValueError(
-            f"lmbda {args.lmbda} needs prompts, and the data is plain text (text_column {args.text_column!r}): set "
-            "text_prompt_length to the number of first tokens of a document that are its prompt, or set lmbda: 0"
-        )
-    return "text"
-
-
-def check_kind(kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> None:
-    """Check that rows of this kind work with the tokenizer, the limits on length and the teacher's context.
+def set_eos_token(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> None:
+    """Set the tokenizer's EOS token to ``args.eos_token``, if that is set.
 
     Raises:
-        ValueError: a combination that cannot work; the error says what to set.
+        ValueError: the tokenizer has no such token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so the student cannot learn to stop: set tokenizer.eos_token")
-    if kind == "text_prompt" and args.max_length <= (args.text_prompt_length or 0):
-        raise ValueError(
-            f"max_length {args.max_length} leaves no room after a text_prompt_length of {args.text_prompt_length}; "
-            "raise the first or lower the second"
-        )
-    if kind not in ("text", "text_prompt") and args.lmbda < 1 and args.max_length <= args.max_prompt_length:
-        raise ValueError(
-            f"max_length {args.max_length} leaves no room for completions after prompts of max_prompt_length "
-            f"{args.max_prompt_length}; raise the first or lower the second"
-        )
-    if kind in ("chat", "messages") and tokenizer.chat_template is None:
-        raise ValueError(
-            "the data is a conversation, but the tokenizer has no chat template: set one, or use text prompts"
-        )
-    if kind == "text" and args.teacher_context:
-        raise ValueError(
-            f"{' and '.join(args.teacher_context)}: plain text has no prompt that the teacher's context could change; "
-            "set text_prompt_length, use data with prompts, or remove the teacher's context"
-        )
-    if kind in ("pair", "text_prompt") and args.teacher_system_prompt is not None:
-        alternative = ", or set use_chat_template: true" if kind == "pair" else ""
-        raise ValueError(
-            f"teacher_system_prompt {args.teacher_system_prompt!r} is a turn of a chat, and the prompts are text: use "
-            f"teacher_prompt_prefix{alternative}"
-        )
+    if args.eos_token is None:
+        return
+    if args.eos_token not in tokenizer.get_vocab():
+        raise ValueError(f"eos_token {args.eos_token!r} is not a token of the student's tokenizer; name one that is")
+    tokenizer.eos_token = args.eos_token
 
 
-def _missing_column_error(args: SEKDConfig, first: Mapping[str, Any], fields: list[str]) -> ValueError:
-    missing = " or ".join(f"{name}: {getattr(args, name)!r}" for name in fields)
-    return ValueError(
-        f"the data lacks {missing}; its columns are {', '.join(map(repr, first))}. Set the field to one of them"
+def describe_turn_end(
+    first: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
+) -> str | None:
+    """A warning if the chat template ends answers with another token than EOS, so that no target is EOS; or None.
+
+    The answer of the first row decides, or an answer that is made up if the row has none.
+    """
+    if kind not in ("chat", "messages"):
+        return None
+    if kind == "chat" and first.get(args.completion_column) is None:
+        prompt, _ = _read_chat(first, args)
+        if prompt[-1]["role"] == "assistant":
+            return None
+        # The answer need not begin with the prompt for generation: some templates begin it with a thinking part.
+        conversation = _render([*prompt, {"role": "assistant", "content": "1"}], tokenizer, args)
+        ids = conversation[len(_render(prompt, tokenizer, args)) :]
+    else:
+        sample = ENCODERS[kind](first, tokenizer, args)
+        ids = sample["input_ids"][sample["prompt_length"] :]
+    if tokenizer.eos_token_id in ids:
+        return None
+    special = tokenizer.added_tokens_decoder
+    ends = [str(special[i]) for i in ids if i in special]
+    if not ends:
+        return (
+            f"the chat template ends answers neither with the EOS token {tokenizer.eos_token!r} nor with another "
+            "special token, so the student does not learn to stop; use a template that ends answers with EOS"
+        )
+    return (
+        f"the chat template ends answers with {ends[-1]!r}, but the tokenizer's EOS token is {tokenizer.eos_token!r}, "
+        "so EOS is never a target, and text is supervised that the template writes after the end. Set eos_token: "
+        f"{ends[-1]!r}, which also ends rollouts there"
     )
+
+
+def has_empty_answer(row: Mapping[str, Any], kind: str, args: SEKDConfig) -> bool:
+    """Whether the completion (or the last answer of the conversation) has no text, so that only its end is learned."""
+    if kind == "messages":
+        turns = [m for m in _get_messages(row, args.messages_column) if m["role"] == "assistant"][-1:]
+    elif kind in ("pair", "chat"):
+        answer = row.get(args.completion_column)
+        turns = answer if isinstance(answer, list) else [{"content": answer}]
+    else:
+        return False
+    contents = [turn.get("content") or turn.get("tool_calls") for turn in turns]
+    return not any(content.strip() if isinstance(content, str) else content for content in contents)
 
 
 def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
@@ -97,22 +91,32 @@ def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, arg
         ids = tokenizer(_get_text(row, args.completion_column), add_special_tokens=False)["input_ids"]
         completion = [*ids, tokenizer.eos_token_id]
     if args.teacher_prompt_prefix is not None:
-        teacher = tokenizer(_format_prefix(row, args) + text)["input_ids"]
-    return _make_sample(tokenizer(text)["input_ids"], completion, args.supervise_prompt, teacher)
+        teacher, _ = _tokenize(_format_prefix(row, args) + text, tokenizer)
+    prompt, _ = _tokenize(text, tokenizer)
+    return _make_sample(prompt, completion, args.supervise_prompt, teacher)
 
 
 def _encode_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+    prompt, answer = _read_chat(row, args)
+    return _encode_turn(prompt, answer, row, tokenizer, args)
+
+
+def _read_chat(row: Mapping[str, Any], args: SEKDConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The messages of the prompt, and those of the answer if there is one."""
     prompt, answer = row[args.prompt_column], row.get(args.completion_column)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": args.prompt_template.replace("{prompt}", prompt)}]
         answer = [{"role": "assistant", "content": answer}] if answer is not None else None
-    return _encode_turn(_add_system_turn(prompt, args), answer, row, tokenizer, args)
+    else:
+        prompt = _get_messages(row, args.prompt_column)
+        answer = _get_messages(row, args.completion_column) if answer is not None else None
+    return _add_system_turn(prompt, args), answer
 
 
 def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     """Everything before the last answer is the prompt. Earlier answers are targets too, unless the template changes
     them when the conversation continues (Qwen3 drops their thinking): a student does not generate the changed text."""
-    messages = _add_system_turn(row[args.messages_column], args)
+    messages = _add_system_turn(_get_messages(row, args.messages_column), args)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
         raise ValueError(f"messages_column {args.messages_column!r}: a conversation has no assistant turn: {messages}")
@@ -128,15 +132,15 @@ def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
-    ids = [*tokenizer(_get_text(row, args.text_column))["input_ids"], tokenizer.eos_token_id]
+    ids = [*_tokenize(_get_text(row, args.text_column), tokenizer)[0], tokenizer.eos_token_id]
     sample = {"input_ids": ids, "supervised": [1] * len(ids)}
     return sample if args.packing else {**sample, "prompt_length": 0}
 
 
 def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
     """The first tokens of a document are the prompt, and the rest is the completion, which may be empty."""
-    encoding = tokenizer(_get_text(row, args.text_column), return_special_tokens_mask=True)
-    ids, length, teacher = encoding["input_ids"], args.text_prompt_length, None
+    ids, added = _tokenize(_get_text(row, args.text_column), tokenizer)
+    length, teacher = args.text_prompt_length, None
     prompt, completion = ids[:length], ids[length:]
     if completion:
         completion = [*completion, tokenizer.eos_token_id]
@@ -144,8 +148,8 @@ def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
         completion = completion[: args.max_length - len(prompt)]
     if args.teacher_prompt_prefix is not None:
         # Joined as tokens: the prompt may end within a word. Special tokens go, since the text begins with the prefix.
-        words = [i for i, special in zip(prompt, encoding["special_tokens_mask"], strict=False) if not special]
-        teacher = [*tokenizer(_format_prefix(row, args))["input_ids"], *words]
+        words = [i for i, special in zip(prompt, added, strict=False) if not special]
+        teacher = [*_tokenize(_format_prefix(row, args), tokenizer)[0], *words]
     return _make_sample(prompt, completion, args.supervise_prompt, teacher)
 
 
@@ -195,6 +199,35 @@ def _make_sample(prompt: list[int], completion: list[int], supervise_prompt: boo
     return sample if teacher is None else {**sample, "teacher_prompt_ids": teacher}
 
 
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and for each whether the tokenizer added it.
+
+    An EOS that the tokenizer adds is left out: only what ends a completion or a document is EOS.
+    """
+    encoding = tokenizer(text, return_special_tokens_mask=True)
+    ids, added = encoding["input_ids"], encoding["special_tokens_mask"]
+    if len(ids) > 1 and added[-1] and ids[-1] == tokenizer.eos_token_id:
+        ids, added = ids[:-1], added[:-1]
+    return ids, added
+
+
+def _get_messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """The messages of a conversation. Messages as ShareGPT writes them (``from``, ``value``) are converted."""
+    messages = row[column]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"column {column!r} holds {messages!r}, which is not a list of messages; drop such rows")
+    converted = []
+    for message in messages:
+        if isinstance(message, dict) and "role" not in message and {"from", "value"} <= message.keys():
+            message = {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"column {column!r} holds {message!r}, which is not a message: a message has role and content"
+            )
+        converted.append(message)
+    return converted
+
+
 def _get_text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(row[column], str):
         raise ValueError(f"column {column!r} holds {row[column]!r}, which is not text")
@@ -213,18 +246,25 @@ def _get_token_ids(row: Mapping[str, Any], column: str) -> list[int]:
 
 def _format_prefix(row: Mapping[str, Any], args: SEKDConfig) -> str:
     """``teacher_prompt_prefix`` with the row's values in its braces, in one pass: a value may itself contain braces."""
+    prefix = str(args.teacher_prompt_prefix)
 
     def get_value(match: re.Match) -> str:
-        if match[1] not in row:
-            return match[0]
-        if not isinstance(row[match[1]], str | int | float):
+        name = match[1]
+        if name is None:  # {{ or }}
+            return match[0][0]
+        if name not in row:
             raise ValueError(
-                f"column {match[1]!r} holds {row[match[1]]!r}, which teacher_prompt_prefix cannot insert as text; "
+                f"teacher_prompt_prefix {prefix!r} names the column {name!r}, and the data's columns are "
+                f"{', '.join(map(repr, row))}; name one of them, or write {{{{{name}}}}} for braces in the text"
+            )
+        if not isinstance(row[name], str | int | float):
+            raise ValueError(
+                f"column {name!r} holds {row[name]!r}, which teacher_prompt_prefix cannot insert as text; "
                 "drop such rows, or name another column"
             )
-        return str(row[match[1]])
+        return str(row[name])
 
-    return re.sub(r"\{([^{}]+)\}", get_value, str(args.teacher_prompt_prefix))
+    return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", get_value, prefix)
 
 
 def _add_system_turn(messages: list[dict[str, str]], args: SEKDConfig) -> list[dict[str, str]]:

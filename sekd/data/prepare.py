@@ -17,7 +17,8 @@ from trl.data_utils import pack_dataset
 
 from sekd.config import SEKDConfig
 from sekd.data import encode
-from sekd.data.encode import ENCODERS, check_kind, detect_kind
+from sekd.data.encode import ENCODERS, describe_turn_end, has_empty_answer, set_eos_token
+from sekd.data.kinds import check_kind, detect_kind
 
 logger = logging.get_logger(__name__)
 
@@ -28,26 +29,33 @@ def prepare(
     """Turn rows into samples: tokenized, cut to length, and packed if they are text without prompts.
 
     The columns of the result are the fields of :class:`sekd.data.Sample`; ``sample_id`` counts from 0.
+    ``args.eos_token``, if it is set, becomes the tokenizer's EOS token.
 
     Raises:
         ValueError: an empty dataset, a missing column, a row that cannot be encoded, a prompt over
-            ``max_prompt_length``, or no sample with a token to learn from.
+            ``max_prompt_length``, completions that are all empty, or no sample with a token to learn from.
     """
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("the data is empty: the dataset and its split select no rows")
+    set_eos_token(tokenizer, args)
     kind = detect_kind(first, args)
     check_kind(kind, tokenizer, args)
+    if warning := describe_turn_end(first, kind, tokenizer, args):
+        logger.warning_once(warning)
     in_memory = isinstance(dataset, Dataset)
     progress: dict[str, Any] = {"desc": "Tokenizing"} if in_memory else {}
     arguments = {"kind": kind, "tokenizer": tokenizer, "args": args, "code": CODE}
     dataset = dataset.map(_encode_row, fn_kwargs=arguments, remove_columns=list(first), **progress)
+    dataset = _check_answers(dataset, args)
     if kind == "text_prompt":
         dataset = _drop_short_documents(dataset, args)
     if kind == "text" and args.packing:
         if in_memory:
             progress = {"desc": "Packing"}
         dataset = pack_dataset(dataset, args.max_length, "bfd_split", progress)
+        description = "packed sequences that have no token to learn from"
+        dataset = _filter_rows(dataset, ["seq_lengths"], _has_long_document, description)
     else:
         dataset = _apply_limits(dataset, args)
     if in_memory and not len(dataset):
@@ -81,6 +89,20 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"teacher and student have different tokenizers: {len(different)} tokens differ, for example {token!r} "
             f"(student {student_ids.get(token)}, teacher {teacher_ids.get(token)}); choose models of one family"
         )
+
+
+def _check_answers(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
+    """Refuse data whose completions are all empty, and count the empty ones. Those of a stream are not counted."""
+    if isinstance(dataset, Dataset) and args.lmbda < 1:
+        empty = sum(dataset["is_empty"])
+        if empty and empty == len(dataset):
+            raise ValueError(
+                f"all {empty} completions are empty, so the student would learn to say nothing; set completion_column "
+                "(or messages_column) to the column of the answers"
+            )
+        if empty:
+            logger.warning(f"{empty} of {len(dataset)} completions are empty: the student learns to say nothing there")
+    return dataset.remove_columns("is_empty")
 
 
 def _drop_short_documents(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
@@ -128,7 +150,7 @@ CODE = hashlib.sha256(Path(str(encode.__file__)).read_bytes() + Path(__file__).r
 def _encode_row(
     row: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, code: str
 ) -> dict[str, Any]:
-    return ENCODERS[kind](row, tokenizer, args)
+    return {**ENCODERS[kind](row, tokenizer, args), "is_empty": has_empty_answer(row, kind, args)}
 
 
 def _has_completion(input_ids: list[int], prompt_length: int) -> bool:
@@ -147,6 +169,10 @@ def _cut_row(row: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 def _has_target(supervised: list[int]) -> bool:
     return any(supervised[1:])
+
+
+def _has_long_document(seq_lengths: list[int]) -> bool:
+    return max(seq_lengths) > 1
 
 
 def _number_sample(_: Mapping[str, Any], index: int) -> dict[str, int]:

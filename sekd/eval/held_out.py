@@ -57,16 +57,16 @@ def sum_held_out(
 
 
 def compute_held_out_means(sums: dict[str, Any]) -> dict[str, float]:
-    """The mean of each sum over the positions, ``perplexity`` = exp(student_ce), ``ece``, and ``rows``.
+    """The mean of each sum over the positions, ``perplexity`` = exp(student_ce), ``ece``, and ``positions``.
 
     ``ece`` is the expected calibration error (Guo et al., 2017): the sum over bins of |hits - confidence| / positions.
-    ``rows`` is the number of positions. The name is an old one, kept for existing logs.
+    ``positions`` is their number.
     """
     number = max(sums["positions"], 1)
     metrics = {name: sums[name] / number for name in (*STUDENT_MEANS, *TEACHER_MEANS) if name in sums}
     metrics["perplexity"] = math.exp(min(metrics["student_ce"], 700))
     metrics["ece"] = sum(abs(hits - confidence) for _, confidence, hits in sums["calibration"]) / number
-    return {**metrics, "rows": number}
+    return {**metrics, "positions": number}
 
 
 def join_predictions(samples: list[tuple[Tensor, Tensor]]) -> EvalPrediction:

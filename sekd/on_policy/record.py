@@ -3,21 +3,19 @@
 import itertools
 import json
 import os
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rollouts import Rollout
 from sekd.data.batch import Sample
 from sekd.files import write_atomically
+from sekd.tables import escape_controls, print_table
 
 logger = logging.get_logger(__name__)
 
@@ -28,19 +26,8 @@ def show_completions(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Roll
     table.add_column("prompt", ratio=2)
     table.add_column("completion", ratio=3)
     for rollout in rollouts:
-        texts = (tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.completion_ids))
-        table.add_row(*(Text(escape_controls(text)) for text in texts))
-    Console().print(table)
-
-
-def escape_controls(text: str) -> str:
-    """The text with control and format characters as escape sequences (``\\x1b``), so that it cannot steer a terminal.
-
-    Line breaks stay. A model may generate any character.
-    """
-    return "".join(
-        c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text
-    )
+        table.add_row(*(escape_controls(tokenizer.decode(ids)) for ids in (rollout.prompt_ids, rollout.completion_ids)))
+    print_table(table)
 
 
 # The file of all rollouts that were trained on, one JSON object per line

@@ -36,6 +36,16 @@ def check_prompts(args: "SEKDConfig") -> None:
         )
 
 
+def check_separate(student: Any, teacher: Any) -> None:
+    """Check that a teacher and a student that are given as models share no weights: training changes the student's."""
+    weights = [{id(p) for p in model.parameters()} for model in (student, teacher) if hasattr(model, "parameters")]
+    if len(weights) == 2 and weights[0] & weights[1]:
+        raise ValueError(
+            "teacher_model shares weights with model, and training would change both; load the teacher a second time, "
+            "or pass copy.deepcopy(model)"
+        )
+
+
 def check_inputs(
     args: "SEKDConfig",
     train_dataset: "Dataset | IterableDataset",

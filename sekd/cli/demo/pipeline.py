@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import datasets
 import torch
-from rich.console import Console
 from rich.table import Table
 from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
@@ -21,6 +20,7 @@ from sekd.data.batch import Sample, collate
 from sekd.data.load import load_rows
 from sekd.data.prepare import prepare
 from sekd.recipe import Run, list_recipes
+from sekd.tables import print_table
 from sekd.types import IGNORE
 
 TRAIN, HELD_OUT = 4000, 200
@@ -161,4 +161,4 @@ def show_matches(matches: dict[str, float], seconds: dict[str, float], seed: int
     table.add_column("seconds", justify="right")
     for name, value in matches.items():
         table.add_row(name, f"{value:.1f} %", f"{seconds[name]:.0f}")
-    Console().print(table)
+    print_table(table)

@@ -1,0 +1,21 @@
+"""Print tables. A text is shown as it is: it is no markup, and it cannot steer the terminal."""
+
+import unicodedata
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(table: Table) -> None:
+    """Print a table. Brackets and colons in its title and cells are no markup."""
+    Console(markup=False, emoji=False).print(table)
+
+
+def escape_controls(text: str) -> str:
+    """The text with control and format characters as escape sequences (``\\x1b``), except line breaks.
+
+    Names in files of others, and generated texts, may have any character.
+    """
+    return "".join(
+        c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text
+    )
