@@ -8,16 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from jaxtyping import Bool, Float
-from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,17 +36,21 @@ from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_held_out
 from sekd.losses import DIVERGENCES
 from sekd.metrics import compute_means
-from sekd.models import check_head, check_head_columns, load_model, run_inside
+from sekd.models import check_head, check_head_columns, load_model, log_dtypes, run_inside
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
+from sekd.pretrained import STUDENT, load_tokenizer
 from sekd.samples import choose_samples, prepare_samples
 from sekd.teachers import ModelSource, TeacherSource
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs
 from sekd.validation.rollouts import engine_trait
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class SEKDTrainer(Trainer):
@@ -85,7 +87,7 @@ class SEKDTrainer(Trainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
         rollout_engine: RolloutEngine | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -101,7 +103,7 @@ class SEKDTrainer(Trainer):
         check_inputs(args, train_dataset, init, peft_config, getattr(model, "is_quantized", False), rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
+            processing_class = load_tokenizer(STUDENT, name, init.get("revision"))
         source.check(processing_class)
         train_dataset = prepare_samples(train_dataset, processing_class, args)
         packed = is_packed(train_dataset)
@@ -120,6 +122,8 @@ class SEKDTrainer(Trainer):
             choice = choose_samples(train_dataset, model, source.model, processing_class, args)
             train_dataset = train_dataset.select(choice["kept"])
         if peft_config is not None:
+            from peft import get_peft_model, prepare_model_for_kbit_training
+
             if getattr(model, "is_quantized", False):
                 model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
             model = get_peft_model(model, peft_config)
@@ -145,6 +149,7 @@ class SEKDTrainer(Trainer):
         if args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
+        log_dtypes(self.model, source.model, args, generates=args.lmbda > 0 and rollout_engine is None)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
         if self.method.mean_over == "step" and self.is_deepspeed_enabled:

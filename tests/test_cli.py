@@ -68,7 +68,8 @@ def test_overrides_reach_the_recipe_in_their_order(recipe, monkeypatch):
     overrides = ["--max_steps", "-1", "--stop_strings", "a", "b", "--learning_rate=1e-3", "--top_k", "5"]
     assert main(["train", recipe, *overrides]) == 2
     assert main(["cache", "build", recipe, "--seed", "1", "--output", "out", *overrides]) == 2
-    assert parsed == [(recipe, overrides), (recipe, ["--seed", "1", *overrides, "--teacher_cache", "out"])]
+    built = ["--seed", "1", *overrides, "--teacher_cache", "out"]
+    assert parsed == [(recipe, overrides, False), (recipe, built, True)]
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--max_steps", "3", "--help"])
     assert stop.value.code == 0

@@ -74,7 +74,9 @@ def run_build(options: argparse.Namespace) -> int:
     if options.output is not None:
         overrides = [*overrides, "--teacher_cache", options.output]
     with reading_input():
-        show_cache(Run.parse(options.recipe, overrides).build_cache(options.engine, options.num_workers))
+        show_cache(
+            Run.parse(options.recipe, overrides, builds_cache=True).build_cache(options.engine, options.num_workers)
+        )
     return 0
 
 

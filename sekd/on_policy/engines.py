@@ -21,7 +21,7 @@ from rollouts import (
     get_trait,
 )
 from sekd.config import SEKDConfig
-from sekd.models import causal_lm, unwrap
+from sekd.models import causal_lm, compute_dtype, unwrap
 from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
 
 MAX_LOGPROB_DIFFERENCE = 0.1
@@ -40,7 +40,7 @@ def make_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKD
         sampling=make_sampling(lm, tokenizer, args),
         output_dir=str(args.output_dir),
         max_prompt_length=args.max_prompt_length,
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        dtype=compute_dtype(args),
         get_adapter=partial(extract_adapter, model),
         get_base_weights=partial(base_weights, model),
         options=MappingProxyType(vars(args)),

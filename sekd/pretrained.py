@@ -1,0 +1,48 @@
+"""Names of models: folders and hub ids, their tokenizers and configurations. Errors name the key of the recipe."""
+
+import os
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+STUDENT, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
+CONFIGS = ("config.json", "adapter_config.json")
+"""A folder with one of these files holds a model."""
+
+
+def check_model_name(field: str, name: str) -> None:
+    """Raise ValueError for a name that can only be a folder's, if there is no such folder or no model in it."""
+    if os.path.isdir(name):
+        if not any(os.path.isfile(os.path.join(name, config)) for config in CONFIGS):
+            raise ValueError(f"{field} {name!r}: the folder holds no model, since it has no {CONFIGS[0]}")
+    elif os.path.exists(name):
+        raise ValueError(f"{field} {name!r} is a file; name the folder of the model, or its hub id")
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise ValueError(f"{field} {name!r}: no such folder")
+
+
+def load_tokenizer(field: str, name: str, revision: str | None) -> Any:
+    """The tokenizer of a model; ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, "tokenizer", field, name, revision)
+
+
+def load_config(field: str, name: str, revision: str | None) -> Any:
+    """The configuration of a model; ValueError if there is none."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig.from_pretrained, "configuration", field, name, revision)
+
+
+def _load(load: Callable[..., Any], what: str, field: str, name: str, revision: str | None) -> Any:
+    check_model_name(field, name)
+    try:
+        return load(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+        if os.path.isdir(name):
+            raise ValueError(f"{field} {name!r}: the folder has no {what} that can be loaded ({reason})") from error
+        raise ValueError(
+            f"{field} {name!r}: no such folder, and the hub does not give its {what} ({reason})"
+        ) from error
