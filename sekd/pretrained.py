@@ -8,6 +8,8 @@ from typing import Any
 STUDENT, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
 CONFIGS = ("config.json", "adapter_config.json")
 """A folder with one of these files holds a model."""
+TOKENIZER_FILES = ("tokenizer", "vocab", ".model", ".tiktoken")
+"""A part of the name of a tokenizer's file."""
 
 
 def check_model_name(field: str, name: str) -> None:
@@ -25,6 +27,9 @@ def load_tokenizer(field: str, name: str, revision: str | None) -> Any:
     """The tokenizer of a model; ValueError if there is none."""
     from transformers import AutoTokenizer
 
+    # From a folder without one, transformers may make a tokenizer without tokens.
+    if os.path.isdir(name) and not any(part in file for file in os.listdir(name) for part in TOKENIZER_FILES):
+        raise ValueError(f"{field} {name!r}: the folder has no tokenizer; save the model's tokenizer into it")
     return _load(AutoTokenizer.from_pretrained, "tokenizer", field, name, revision)
 
 
@@ -41,8 +46,5 @@ def _load(load: Callable[..., Any], what: str, field: str, name: str, revision: 
         return load(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 160, placeholder=" ...")
-        if os.path.isdir(name):
-            raise ValueError(f"{field} {name!r}: the folder has no {what} that can be loaded ({reason})") from error
-        raise ValueError(
-            f"{field} {name!r}: no such folder, and the hub does not give its {what} ({reason})"
-        ) from error
+        place = "in the folder" if os.path.isdir(name) else "no such folder, and on the hub"
+        raise ValueError(f"{field} {name!r}: {place} no {what} can be loaded ({reason})") from error

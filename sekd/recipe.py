@@ -40,9 +40,9 @@ class Run:
         Raises:
             ValueError: as :func:`parse_recipe`; or the recipe names no student, or no training data.
         """
+        run = cls(*parse_recipe(recipe, overrides, builds_cache))
         from sekd.validation.training import check_adapter
 
-        run = cls(*parse_recipe(recipe, overrides, builds_cache))
         if run.model.model_name_or_path is None:
             raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
         if run.script.dataset_name is None and run.args.rollouts is None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments
 
 from sekd import SEKDConfig
@@ -91,6 +92,93 @@ def test_modules_are_imported_from_the_recipes_folder_and_from_here(recipe, tmp_
     (place / f"{name}.py").write_text("READ = True\n")
     parse_recipe(recipe, ["--import_modules", name])
     assert sys.modules.pop(name).READ
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("5: 3", "the key 5 is not a name"),
+        ("null: 3", "the key null is not a name"),
+        ("prompt_template: 0", r"prompt_template 0 must be text \(a number needs quotes\)"),
+        ("model_name_or_path: 5", "model_name_or_path 5 must be text"),
+        ("output_dir: 5", "output_dir 5 must be text"),
+        ("dataset_name: [a, b]", r"dataset_name \['a', 'b'\] must be text"),
+        ("system_prompt: 0", "system_prompt 0 must be text"),
+        ("chat_template_kwargs: 3", r"chat_template_kwargs 3 must be a mapping such as \{key: value\}"),
+        ("chat_template_kwargs: x", "chat_template_kwargs 'x' must be a mapping"),
+        ("chat_template_kwargs: {1: 2}", r"chat_template_kwargs \{1: 2\} must be a mapping"),
+        ("seed: null", "seed null must be a whole number"),
+        ("seed: 1.5", "seed 1.5 must be a whole number"),
+        ("seed: true", "seed True must be a whole number"),
+        ("stop_strings: [1]", r"stop_strings \[1\] must be a list of texts that are not empty"),
+        ("import_modules: ['']", r"import_modules \[''\] must be a list of texts"),
+        ("use_peft: 2", "use_peft 2 must be true or false"),
+        ("eval_strategy: never", "eval_strategy 'never' must be one of no, steps, epoch"),
+        ("dtype: int8", "dtype 'int8' must be one of auto, bfloat16"),
+        ("parallelism_config: 3", "parallelism_config 3 must be a ParallelismConfig, which only Python can give"),
+        ("lr_scheduler_kwargs: '{'", r"lr_scheduler_kwargs '\{' is not a mapping; write for example '\{key: value\}'"),
+        ("env: {LD_PRELOAD: x.so}", "a recipe cannot set env: set environment variables in the shell"),
+        ("predict_with_generate: true", "unknown key 'predict_with_generate' in the recipe; `sekd train --help` lists"),
+        ("a: [", "is not YAML: expected the node content, but found .<stream end>. in line"),
+    ],
+)
+def test_what_is_wrong_is_one_line(recipe, line, message):
+    with open(recipe, "a") as file:
+        file.write(f"{line}\n")
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=message) as refused:
+        parse_recipe(recipe)
+    assert "\n" not in str(refused.value)
+    assert os.environ == before
+
+
+def test_text_becomes_what_it_spells(recipe):
+    flags = ["--max_steps", "1e2", "--learning-rate=-0", "--use_peft", "--no_packing", "--stop_strings", "a", "-b"]
+    flags += ["--chat_template_kwargs", "{thinking: false}", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}']
+    flags += ["--resume_from_checkpoint", "false", "--include_num_input_tokens_seen", "all"]
+    _, args, model = parse_recipe(recipe, flags)
+    assert (args.max_steps, args.learning_rate, model.use_peft, args.packing) == (100, 0, True, False)
+    assert args.stop_strings == ["a", "-b"]
+    assert (args.chat_template_kwargs, args.lr_scheduler_kwargs) == ({"thinking": False}, {"min_lr": 1e-6})
+    assert (args.resume_from_checkpoint, args.include_num_input_tokens_seen) == (False, "all")
+    with open(recipe, "a") as file:
+        file.write("save_strategy: no\nresume_from_checkpoint: true\nsystem_prompt: 2024-01-01\nbf16: 'no'\n")
+        file.write("lr_scheduler_kwargs: {min_lr: 1e-6}\nstop_strings: one\n")
+    _, args, _ = parse_recipe(recipe)
+    assert (args.save_strategy, args.resume_from_checkpoint, args.system_prompt) == ("no", True, "2024-01-01")
+    assert (args.bf16, args.lr_scheduler_kwargs, args.stop_strings) == (False, {"min_lr": 1e-6}, ["one"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["max_steps", "3"], "'max_steps' on the command line belongs to no key; write --key value"),
+        (
+            ["--seed", "1", "max_steps", "3"],
+            "--seed takes one value, but got '1 max_steps 3'; write every key as --",
+        ),
+        (["--stop_strings"], "stop_strings True must be a list of texts"),
+        (["--no_seed"], "seed 'false' must be a whole number"),
+        (["--seed", ""], "seed '' must be a whole number"),
+    ],
+)
+def test_words_that_belong_to_no_key(recipe, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe, flags)
+
+
+def test_a_cache_has_a_divergence_of_its_own(recipe, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging.get_logger("sekd.parse"), "warning", warnings.append)
+    flags = ["--lmbda", "1", "--divergence", "reverse_kl", "--teacher_cache", "c"]
+    with pytest.raises(ValueError, match=r"lmbda 1.0 with teacher_cache|estimates forward KL only"):
+        parse_recipe(recipe, flags)
+    _, args, _ = parse_recipe(recipe, flags, builds_cache=True)
+    assert (args.lmbda, args.divergence, args.class_selection) == (0, "forward_kl", "rs_kd")
+    (line,) = warnings
+    assert line.endswith("for it the recipe's lmbda 1.0, divergence reverse_kl have no effect")
+    parse_recipe(recipe, ["--teacher_cache", "c"], builds_cache=True)
+    assert len(warnings) == 1
 
 
 # Recipes that are mutated at random

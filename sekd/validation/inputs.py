@@ -41,7 +41,7 @@ def check_prompts(args: "SEKDConfig") -> None:
             f"supervise_prompt true with {fields}: the teacher reads another prompt, so only completions can be "
             "compared; set supervise_prompt: false, or leave the teacher's context out"
         )
-    if args.supervise_prompt and args.lmbda == 1:
+    if args.supervise_prompt and args.lmbda == 1 and args.sample_fraction == 1:
         raise ValueError(
             f"supervise_prompt true has no effect with lmbda {args.lmbda}: rollouts are distilled at their "
             "completions; leave it out, or set lmbda below 1"

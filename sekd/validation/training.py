@@ -67,6 +67,8 @@ def check_training(args: "SEKDConfig") -> None:
         raise ValueError(f"optim {args.optim} needs bitsandbytes: run `pip install bitsandbytes`")
     if isinstance(args.accelerator_config, dict):
         _check_keys("accelerator_config", args.accelerator_config, AcceleratorConfig.__dataclass_fields__)
+    if args.deepspeed and not is_installed("deepspeed"):
+        raise ValueError(f"deepspeed {show(args.deepspeed)} needs deepspeed: run `pip install deepspeed`")
     _check_trackers(args.report_to)
     _check_output_dir(args.output_dir)
 
