@@ -49,7 +49,7 @@ class Run:
             raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
         check_adapter(run.model)
         check_model_name(STUDENT, run.model.model_name_or_path)
-        if run.args.teacher_model_name_or_path is not None:
+        if run.args.teacher_model_name_or_path is not None and (builds_cache or run.args.teacher_cache is None):
             check_model_name(TEACHER, run.args.teacher_model_name_or_path)
         if run.script.dataset_streaming and run.args.rollouts is None:
             run.args.check_stream()
