@@ -41,7 +41,8 @@ def load_config(field: str, name: str, revision: str | None) -> Any:
 
 
 def _load(load: Callable[..., Any], what: str, field: str, name: str, revision: str | None) -> Any:
-    check_model_name(field, name)
+    if not os.path.isdir(name):
+        check_model_name(field, name)
     try:
         return load(name, revision=revision or "main")
     except (OSError, ValueError) as error:
