@@ -49,8 +49,6 @@ class Run:
             raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
         check_adapter(run.model)
         check_model_name(STUDENT, run.model.model_name_or_path)
-        if run.args.teacher_model_name_or_path is not None and (builds_cache or run.args.teacher_cache is None):
-            check_model_name(TEACHER, run.args.teacher_model_name_or_path)
         if run.script.dataset_streaming and run.args.rollouts is None:
             run.args.check_stream()
         return run
@@ -116,6 +114,8 @@ class Run:
 
         from sekd.trainer import SEKDTrainer
 
+        if self.args.teacher_model_name_or_path is not None and self.args.teacher_cache is None:
+            check_model_name(TEACHER, self.args.teacher_model_name_or_path)
         return SEKDTrainer(
             model=self.model.model_name_or_path,
             args=self.args,
@@ -149,6 +149,7 @@ class Run:
             raise ValueError("there is no folder for the cache: add --output DIR")
         if args.teacher_model_name_or_path is None:
             raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
+        check_model_name(TEACHER, args.teacher_model_name_or_path)
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
         from sekd.data.prepare import check_same_tokenizer, is_packed
@@ -217,6 +218,8 @@ class Run:
         score = self.args.sample_score
         if needs_teacher(score) and self.args.teacher_model_name_or_path is None:
             raise ValueError(f"sample_score {score!r} needs a teacher: set teacher_model_name_or_path")
+        if needs_teacher(score):
+            check_model_name(TEACHER, str(self.args.teacher_model_name_or_path))
         return needs_teacher(score)
 
     def _model_init_kwargs(self) -> dict[str, Any]:
