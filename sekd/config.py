@@ -1,42 +1,30 @@
 """SEKDConfig: every choice of a run except the student and the data. It is checked before anything is loaded."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
-from sekd.hardware import computes_in_bf16
+from sekd.hardware import choose_dtype
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
-from sekd.registry import all_options, check_records, import_module
-from sekd.scores import NORMALIZATIONS, RANDOM, SCORES, Scoring, make_scoring
+from sekd.registry import check_records, import_module
+from sekd.scores import Scoring, make_scoring
+from sekd.selection_config import SelectionConfig, _help
 from sekd.validation import check_config
 from sekd.validation.selection import check_names
-from sekd.validation.values import list_of_texts, parse_score
-
-
-def _help(text: str) -> dict:
-    return {"help": text.replace("%", "%%")}  # argparse formats it
-
-
-def _option(name: str) -> Any:
-    """The field of a policy's or divergence's option, with the default and help of its record."""
-    option = all_options()[name]
-    return field(default=option.default, metadata=_help(option.help))
+from sekd.validation.values import check_types
 
 
 @dataclass
-class SEKDConfig(TrainingArguments):
+class SEKDConfig(SelectionConfig, TrainingArguments):
     """``transformers.TrainingArguments`` and the fields of selective distillation. Each field has its help.
 
     Raises:
         ValueError: an invalid value. The error names the field, the value and how to fix it.
     """
-
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "position_score"]  # noqa: RUF012
 
     import_modules: list[str] = field(
         default_factory=list,
@@ -46,9 +34,12 @@ class SEKDConfig(TrainingArguments):
     # The teacher
     teacher_model_name_or_path: str | None = field(default=None, metadata=_help("Folder or hub id of the teacher."))
     teacher_model_revision: str = field(default="main", metadata=_help("Branch, tag or commit of the teacher."))
-    teacher_dtype: str = field(
-        default="bfloat16",
-        metadata=_help("Dtype of the teacher's weights: auto, bfloat16, float16 or float32."),
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata=_help(
+            "Dtype of the teacher's weights: auto (as they were saved), bfloat16, float16 or float32. Default: "
+            "bfloat16 if the hardware computes in bf16 natively, else float32."
+        ),
     )
 
     teacher_cache: str | None = field(
@@ -64,106 +55,6 @@ class SEKDConfig(TrainingArguments):
             "Let `sekd cache build` also store the teacher's entropy (a byte a position), which position_score "
             "teacher_entropy needs."
         ),
-    )
-
-    # What is distilled, and where
-    lmbda: float = field(
-        default=0.0,
-        metadata=_help(
-            "Probability that an optimizer step is on-policy: 0 learns from the data only, 1 from rollouts only."
-        ),
-    )
-    divergence: str | None = field(
-        default=None,
-        metadata=_help(
-            f"One of {', '.join(DIVERGENCES)}. Default: reverse_kl if lmbda > 0 and class_selection is full, else "
-            "forward_kl."
-        ),
-    )
-    jsd_beta: float = _option("jsd_beta")
-    skew_alpha: float = _option("skew_alpha")
-    decoupled_alpha: float = _option("decoupled_alpha")
-    decoupled_beta: float = _option("decoupled_beta")
-    kd_weight: float = field(
-        default=1.0, metadata=_help("Weight of the divergence in the loss, in [0, 1]; cross-entropy has 1 - kd_weight.")
-    )
-    kd_temperature: float = field(default=1.0, metadata=_help("Temperature of both distributions in the divergence."))
-    position_score: dict | str | None = field(
-        default="student_entropy",
-        metadata=_help(
-            f"Score of a position's importance: {', '.join(SCORES)}; or a mapping of scores to weights, such as "
-            '{"student_entropy": 1.0, "kl": 0.5}.'
-        ),
-    )
-    score_source: str = field(
-        default="exact",
-        metadata=_help(
-            "Source of student_entropy. exact: the student's logits at all positions. rollout: in on-policy steps, the "
-            "score_logprobs largest log-probabilities of the sampler."
-        ),
-    )
-    score_logprobs: int = field(
-        default=20, metadata=_help("Number of log-probabilities a position for score_source rollout.")
-    )
-    score_normalization: str = field(
-        default="none",
-        metadata=_help(
-            f"How each score is normalised within its sequence, before weights apply: {', '.join(NORMALIZATIONS)}."
-        ),
-    )
-    position_policy: str = field(
-        default="top_k", metadata=_help(f"Which positions are distilled: {', '.join(POLICIES)}.")
-    )
-    position_fraction: float = field(
-        default=0.2,
-        metadata=_help(
-            "Share of a sequence's positions to select, in (0, 1]. For gls it is a share of the recent scores. all and "
-            "weighted do not use it."
-        ),
-    )
-    position_skip: int = field(
-        default=0,
-        metadata=_help("Do not select the first N positions of a document, unless the sequence has no others."),
-    )
-    curriculum_steps: int = _option("curriculum_steps")
-    gls_queue_size: int = _option("gls_queue_size")
-    pos_rs_exponent: float = _option("pos_rs_exponent")
-    pos_rs_coverage: float = _option("pos_rs_coverage")
-    bandit_alpha: float = _option("bandit_alpha")
-    bandit_ridge: float = _option("bandit_ridge")
-
-    # Classes
-    class_selection: str = field(
-        default="full",
-        metadata=_help(
-            f"The classes of a position: {', '.join(CLASS_SELECTIONS)}. rs_kd draws class_samples from the teacher "
-            "(unbiased); top_k_classes keeps the likeliest class_samples (biased)."
-        ),
-    )
-    class_samples: int = field(
-        default=64, metadata=_help("Draws a position of rs_kd, or classes a position of top_k_classes.")
-    )
-    sampled_softmax: int = field(
-        default=0,
-        metadata=_help("Normalise the student over the kept classes and N random ones. 0: over all classes."),
-    )
-
-    # Samples
-    sample_fraction: float = field(
-        default=1.0, metadata=_help("Share of the samples to train on, chosen by sample_score once before training.")
-    )
-    sample_score: str = field(
-        default="student_entropy",
-        metadata=_help(
-            f"Samples are ranked by the mean of this score over their positions: {', '.join((*SCORES, RANDOM))}."
-        ),
-    )
-    samples_file: str | None = field(
-        default=None,
-        metadata=_help("JSON file of scores and choice, used again if it exists. Default: samples.json in output_dir."),
-    )
-    sample_pool: int | None = field(
-        default=None, metadata=_help("Use only the first N samples of the data. A stream needs it for sample_fraction.")
     )
 
     # Data
@@ -216,7 +107,10 @@ class SEKDConfig(TrainingArguments):
         ),
     )
     max_length: int = field(default=1024, metadata=_help("Longest training sequence, in tokens."))
-    max_prompt_length: int = field(default=512, metadata=_help("Longest prompt, in tokens."))
+    max_prompt_length: int = field(
+        default=0,
+        metadata=_help("Longest prompt, in tokens. 0: 512, or half of max_length if that is less (lmbda < 1)."),
+    )
     overlong_prompts: str = field(
         default="error",
         metadata=_help("Prompts over max_prompt_length: error stops the run; drop leaves them out and logs how many."),
@@ -328,9 +222,15 @@ class SEKDConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata=_help("Log every N steps."))
     remove_unused_columns: bool = field(default=False, metadata=_help("Unused: sekd reads its own columns."))
     logging_nan_inf_filter: bool = field(default=False, metadata=_help("Unused: a non-finite loss stops the run."))
+    # transformers' annotations of these two lack the truth values that they may have.
+    resume_from_checkpoint: str | bool | None = field(
+        default=None,
+        metadata=_help("true resumes from the last checkpoint in output_dir; or a checkpoint's folder."),
+    )
+    fsdp: str | bool | None = field(default=None, metadata=_help("true shards the student over the processes (FSDP2)."))
 
     def __post_init__(self) -> None:
-        self.import_modules = list_of_texts("import_modules", self.import_modules)
+        check_types(self)
         for name in self.import_modules:
             import_module(name)
         check_records()
@@ -343,12 +243,16 @@ class SEKDConfig(TrainingArguments):
         if self.rollouts is not None:
             # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
-        self.position_score = parse_score(self.position_score)
+        if self.max_prompt_length == 0:
+            self.max_prompt_length = 512 if self.lmbda == 1 else max(1, min(512, self.max_length // 2))
         check_config(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        dtype = choose_dtype(self.use_cpu)
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and computes_in_bf16(self.use_cpu)
+            self.bf16 = not self.fp16 and dtype == "bfloat16"
+        if self.teacher_dtype is None and self.teacher_cache is None:
+            self.teacher_dtype = dtype
         super().__post_init__()
         # The loader gives samples and not tensors, so each process must read its own share of a stream.
         self.accelerator_config.dispatch_batches = False

@@ -8,8 +8,10 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def computes_in_bf16(on_cpu: bool) -> bool:
-    """Whether this hardware computes in bf16 natively. If it only emulates bf16, float32 is faster."""
+def choose_dtype(on_cpu: bool) -> str:
+    """The faster of bfloat16 and float32: hardware that only emulates bf16 is slower with it."""
     if on_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
+        is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        is_native = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
+    return "bfloat16" if is_native else "float32"

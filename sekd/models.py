@@ -9,10 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from sekd.config import SEKDConfig
+from sekd.hardware import choose_dtype
 from sekd.heads import Head
 from sekd.types import Batch
+
+logger = logging.get_logger(__name__)
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -28,8 +32,25 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
 def load_teacher(name: str, args: SEKDConfig, attention: str | None = None) -> PreTrainedModel:
     """The teacher ``name`` from a folder or hub id, in the revision and dtype of ``args``."""
-    dtype, revision = args.teacher_dtype, args.teacher_model_revision
+    # With a teacher_cache no dtype is chosen before, since only `sekd cache build` loads the teacher.
+    dtype, revision = args.teacher_dtype or choose_dtype(args.use_cpu), args.teacher_model_revision
     return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention)
+
+
+def compute_dtype(args: SEKDConfig) -> torch.dtype:
+    """What the student computes in, and so its copy in a rollout engine: bf16, fp16 or float32."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def log_dtypes(student: nn.Module, teacher: nn.Module | None, args: SEKDConfig, generates: bool) -> None:
+    """Log once what was chosen for the student, the teacher and (``generates``) the rollouts."""
+    computes = str(compute_dtype(args)).removeprefix("torch.")
+    names = [
+        "cache" if model is None else str(causal_lm(model).dtype).removeprefix("torch.") for model in (student, teacher)
+    ]
+    line = f"precision: student {names[0]} weights, computing in {computes}; teacher {names[1]}"
+    if args.process_index == 0:
+        logger.warning(line + f"; rollouts {computes}" * generates)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

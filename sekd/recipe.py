@@ -1,15 +1,14 @@
 """Turn a recipe into rows, samples, a cache and a trainer. Each method imports what it needs when it is called."""
 
-import difflib
 import os
-import sys
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from sekd.parse import parse_recipe
+from sekd.pretrained import STUDENT, TEACHER, check_model_name, load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -34,17 +33,23 @@ class Run:
     model: Any
 
     @classmethod
-    def parse(cls, recipe: str, overrides: Sequence[str] = ()) -> "Run":
+    def parse(cls, recipe: str, overrides: Sequence[str] = (), builds_cache: bool = False) -> "Run":
         """The run that a recipe (a file, or the name of a shipped recipe) and the command line describe.
+
+        With ``builds_cache`` it is the run that builds its cache: what a cache fixes replaces the recipe's values.
 
         Raises:
             ValueError: as :func:`parse_recipe`; or the recipe names no student, or no training data.
         """
-        run = cls(*parse_recipe(recipe, overrides))
+        run = cls(*parse_recipe(recipe, overrides, builds_cache))
+        from sekd.validation.training import check_adapter
+
         if run.model.model_name_or_path is None:
             raise ValueError("there is no student: set model_name_or_path to a folder or hub id")
         if run.script.dataset_name is None and run.args.rollouts is None:
             raise ValueError("there is no training data: set dataset_name to a file, folder or hub id")
+        check_adapter(run.model)
+        check_model_name(STUDENT, run.model.model_name_or_path)
         if run.script.dataset_streaming and run.args.rollouts is None:
             run.args.check_stream()
         return run
@@ -52,8 +57,7 @@ class Run:
     @property
     def resume(self) -> str | bool | None:
         """``resume_from_checkpoint``: a checkpoint's folder, True for the newest one in output_dir, or None."""
-        value = self.args.resume_from_checkpoint
-        return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
+        return self.args.resume_from_checkpoint or None
 
     def check_folder(self) -> None:
         """Check that the run can begin in ``output_dir``, or resume there.
@@ -117,6 +121,8 @@ class Run:
         """The trainer, with its data prepared and its models loaded."""
         from sekd.trainer import SEKDTrainer
 
+        if self.args.teacher_model_name_or_path is not None and self.args.teacher_cache is None:
+            check_model_name(TEACHER, self.args.teacher_model_name_or_path)
         return SEKDTrainer(
             model=self.model.model_name_or_path,
             args=self.args,
@@ -150,8 +156,7 @@ class Run:
             raise ValueError("there is no folder for the cache: add --output DIR")
         if args.teacher_model_name_or_path is None:
             raise ValueError("there is no teacher: set teacher_model_name_or_path to a folder or hub id")
-        from transformers import AutoTokenizer
-
+        check_model_name(TEACHER, args.teacher_model_name_or_path)
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
         from sekd.data.prepare import check_same_tokenizer, is_packed
@@ -161,9 +166,9 @@ class Run:
         tokenizer, dataset = self._prepare()
         if args.sample_fraction < 1:
             dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])
-        name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
-        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(name, revision=revision))
-        config = load_config(self.model.model_name_or_path, self.model.model_revision)
+        teacher_tokenizer = load_tokenizer(TEACHER, args.teacher_model_name_or_path, args.teacher_model_revision)
+        check_same_tokenizer(tokenizer, teacher_tokenizer)
+        config = load_config(STUDENT, self.model.model_name_or_path, self.model.model_revision)
         load = partial(
             load_reader,
             args,
@@ -186,27 +191,22 @@ class Run:
         if "positions" not in known and args.sample_pool is not None:
             plan["positions"] = args.sample_pool * args.max_length
         if "vocab" not in known:
-            from sekd.student import load_config
-
-            names = {model.model_name_or_path: model.model_revision}
+            configs = [load_config(STUDENT, model.model_name_or_path, model.model_revision)]
             if args.teacher_model_name_or_path is not None:
-                names[args.teacher_model_name_or_path] = args.teacher_model_revision
-            configs = [load_config(name, revision) for name, revision in names.items()]
+                configs.append(load_config(TEACHER, args.teacher_model_name_or_path, args.teacher_model_revision))
             plan["vocab"] = min(config.get_text_config().vocab_size for config in configs)
         return plan
 
     def _prepare(self) -> "tuple[PreTrainedTokenizerBase, Dataset]":
         """The student's tokenizer and the samples to choose from."""
         from datasets import IterableDataset
-        from transformers import AutoTokenizer
 
         from sekd.samples import prepare_samples
 
         rows = self.rows()
         if isinstance(rows, IterableDataset) and self.args.sample_pool is None:
             raise ValueError("a stream has no length: set sample_pool to the number of first samples to choose from")
-        name, revision = self.model.model_name_or_path, self.model.model_revision or "main"
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = load_tokenizer(STUDENT, self.model.model_name_or_path, self.model.model_revision)
         return tokenizer, prepare_samples(rows, tokenizer, self.args)
 
     def _choose(self, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> dict[str, Any]:
@@ -228,6 +228,8 @@ class Run:
         score = self.args.sample_score
         if needs_teacher(score) and self.args.teacher_model_name_or_path is None:
             raise ValueError(f"sample_score {score!r} needs a teacher: set teacher_model_name_or_path")
+        if needs_teacher(score):
+            check_model_name(TEACHER, str(self.args.teacher_model_name_or_path))
         return needs_teacher(score)
 
     def _peft_config(self) -> "PeftConfig | None":
@@ -238,7 +240,8 @@ class Run:
         """
         from trl import ModelConfig, get_peft_config
 
-        from sekd.student import check_continued, find_adapter
+        from sekd.pretrained import find_adapter
+        from sekd.student import check_continued
 
         model = self.model
         wanted, saved = get_peft_config(model), find_adapter(model.model_name_or_path, model.model_revision)
@@ -261,83 +264,3 @@ class Run:
             "attn_implementation": self.model.attn_implementation,
             "quantization_config": get_quantization_config(self.model),
         }
-
-
-def parse_recipe(recipe: str, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
-    """Read a recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
-
-    Raises:
-        ValueError: a missing file, a file that is not a mapping, an unknown key (the error names the nearest one), or
-            an invalid value.
-    """
-    recipe = find_recipe(recipe)
-    from trl import ModelConfig, ScriptArguments, TrlParser
-
-    from sekd.config import SEKDConfig
-
-    try:
-        with open(recipe) as file:
-            keys = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {recipe!r} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(keys, dict):
-        raise ValueError(f"recipe {recipe!r} is not a mapping of keys to values")
-    records = (ScriptArguments, SEKDConfig, ModelConfig)
-    known = {f.name for record in records for f in fields(record) if f.init}
-    flags = [flag[2:].split("=")[0].replace("-", "_") for flag in overrides if flag.startswith("--")]
-    for key in [*keys, *flags]:
-        if key not in known and key != "env" and not (key.startswith("no_") and key[3:] in known):
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"unknown key {key!r} in {'the recipe' if key in keys else 'the command line'}; "
-                f"the nearest key is {nearest!r}"
-            )
-    if "import_modules" in [*keys, *flags]:
-        _let_import_from(os.path.dirname(os.path.abspath(recipe)), os.getcwd())
-    parser = TrlParser(records)
-    parser.error = _raise_error
-    return parser.parse_args_and_config(["--config", recipe, *overrides])
-
-
-def find_recipe(name: str) -> str:
-    """The path of a recipe. ``name`` is a file, or a shipped recipe (``x``, ``x.yaml`` or ``recipes/x.yaml``).
-
-    Raises:
-        ValueError: there is no such file and no such shipped recipe.
-    """
-    if os.path.isfile(name):
-        return name
-    shipped = list_recipes()
-    folder, base = os.path.split(name)
-    base = base.removesuffix(".yaml")
-    if folder in ("", "recipes") and base in shipped:
-        return shipped[base]
-    if os.path.isdir(name):
-        raise ValueError(f"recipe {name!r} is a folder; a recipe is a YAML file")
-    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships ({', '.join(shipped)})")
-
-
-def list_recipes() -> dict[str, str]:
-    """The shipped recipes: name -> path."""
-    folder = recipe_folder()
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".yaml"))
-    return {name.removesuffix(".yaml"): os.path.join(folder, name) for name in names}
-
-
-def recipe_folder() -> str:
-    """The folder of the shipped recipes: beside the package in a checkout, inside it in a wheel."""
-    package = os.path.dirname(os.path.abspath(__file__))
-    inside = os.path.join(package, "recipes")
-    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "recipes")
-
-
-def _let_import_from(*folders: str) -> None:
-    """Append folders to sys.path: at the end, so that they hide no installed package.
-
-    They stay there, since worker processes import from them too.
-    """
-    sys.path.extend(folder for folder in folders if folder not in sys.path)
-
-
-def _raise_error(message: str) -> NoReturn:
-    raise ValueError(message)

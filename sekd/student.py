@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, set_seed
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from sekd.config import SEKDConfig
 from sekd.models import load_model
+from sekd.pretrained import STUDENT, find_adapter, load_config
 from sekd.validation.rollouts import engine_trait
 
 if TYPE_CHECKING:
@@ -19,35 +19,6 @@ if TYPE_CHECKING:
     from rollouts import RolloutEngine
 
 HALF = {kind: str(kind).removeprefix("torch.") for kind in (torch.bfloat16, torch.float16)}
-
-
-def find_adapter(name: str, revision: str | None = None) -> "PeftConfig | None":
-    """The configuration of the adapter that a folder or hub id holds; None for a whole model.
-
-    Raises:
-        ValueError: a folder holds both, or the adapter does not name its base.
-    """
-    if find_adapter_config_file(name, revision=revision) is None:
-        return None
-    from peft import PeftConfig
-
-    if os.path.isfile(os.path.join(name, "config.json")):
-        raise ValueError(
-            f"{name!r} holds a whole model (config.json) and an adapter (adapter_config.json), perhaps of two runs; "
-            "move the files of one of them to another folder"
-        )
-    adapter = PeftConfig.from_pretrained(name, revision=revision)
-    if adapter.base_model_name_or_path is None:
-        raise ValueError(f"the adapter {name!r} lacks base_model_name_or_path: add it to its adapter_config.json")
-    return adapter
-
-
-def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model, or of the base below an adapter."""
-    adapter = find_adapter(name, revision)
-    if adapter is not None:
-        name, revision = str(adapter.base_model_name_or_path), adapter.revision
-    return AutoConfig.from_pretrained(name, revision=revision)
 
 
 def check_student(
@@ -106,7 +77,7 @@ def check_context(
     """
     if args.lmbda == 0 or rollout_engine is not None or engine_trait(args, None, "shares_model"):
         return
-    config = load_config(model, init.get("revision")) if isinstance(model, str) else model.config
+    config = load_config(STUDENT, model, init.get("revision")) if isinstance(model, str) else model.config
     text_config: Any = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is None:

@@ -13,7 +13,6 @@ from datasets import Dataset, IterableDataset
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,12 +32,13 @@ from sekd.fingerprints import check_same_weights
 from sekd.hardware import widest_float
 from sekd.losses import DIVERGENCES
 from sekd.metrics import add_sums, compute_means, name_divergence
-from sekd.models import check_head, check_head_columns, run_inside, unwrap
+from sekd.models import check_head, check_head_columns, log_dtypes, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
+from sekd.pretrained import STUDENT, load_tokenizer
 from sekd.resumable import ResumableTrainer
 from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
@@ -107,7 +107,7 @@ class SEKDTrainer(ResumableTrainer):
         check_context(args, model, init, rollout_engine)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name, revision=init.get("revision") or "main")
+            processing_class = load_tokenizer(STUDENT, name, init.get("revision"))
         source.check(processing_class)
         train_dataset = prepare_samples(train_dataset, processing_class, args)
         packed = is_packed(train_dataset)
@@ -149,6 +149,7 @@ class SEKDTrainer(ResumableTrainer):
         if args.merge_adapter or (args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model")):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
+        log_dtypes(self.model, source.model, args, generates=args.lmbda > 0 and rollout_engine is None)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
         if self.method.mean_over == "step" and self.is_deepspeed_enabled:

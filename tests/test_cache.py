@@ -10,6 +10,7 @@ from helpers import ONE_SGD_STEP, VOCAB, make_model, make_trainer, save_pair, tr
 
 from sekd.cache.build import build_cache
 from sekd.cache.readers import LocalReader, draw_uniforms
+from sekd.cache.store import Store
 from sekd.cache.teacher import CachedTeacher
 from sekd.classes import CLASS_SELECTIONS, classes_at
 from sekd.cli import main
@@ -136,6 +137,14 @@ def chosen_rows(trainer, batch):
     return [(w > 0)[v] for w, v in zip(weights, batch.valid, strict=True)]
 
 
+def test_an_on_policy_recipe_builds_a_cache(recipe, tmp_path):
+    flags = ["--lmbda", "1", "--divergence", "reverse_kl", "--rollouts_per_prompt", "2"]
+    assert main(["cache", "build", recipe, "--output", str(tmp_path / "on"), *flags]) == 0
+    assert main(["cache", "build", recipe, "--output", str(tmp_path / "off")]) == 0
+    on, off = (Store(str(tmp_path / name)) for name in ("on", "off"))
+    assert on.fingerprint == off.fingerprint
+
+
 def test_build_info_verify_and_train(tmp_path, tokenizer, texts, capsys):
     import yaml
 
@@ -151,10 +160,13 @@ def test_build_info_verify_and_train(tmp_path, tokenizer, texts, capsys):
     assert "bytes a position" in shown
     assert "of 64 draws, 128 in the vocabulary" in shown
     assert main(["cache", "verify", folder]) == 0
+    assert main(["cache", "build", recipe]) == 2
+    assert "there is no folder for the cache: add --output DIR" in capsys.readouterr().err
     shutil.move(tmp_path / "teacher", tmp_path / "gone")  # nobody needs it any more
     assert main(["train", recipe, "--teacher_cache", folder]) == 0
+    other = ["--teacher_dtype", "float16", "--overwrite_output_dir", "true"]  # on no hardware the default
+    assert main(["train", recipe, "--teacher_cache", folder, *other]) == 2
+    assert "the recipe has teacher_dtype float16" in capsys.readouterr().err
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert logs[0]["selected_fraction"] < 0.3
     assert main(["cache", "info", str(tmp_path)]) == 2
-    assert main(["cache", "build", recipe]) == 2
-    assert "there is no folder for the cache: add --output DIR" in capsys.readouterr().err

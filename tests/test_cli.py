@@ -1,7 +1,9 @@
 """The `sekd` command: help, mistakes and what it imports."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,28 +70,50 @@ def test_overrides_reach_the_recipe_in_their_order(recipe, monkeypatch):
     overrides = ["--max_steps", "-1", "--stop_strings", "a", "b", "--learning_rate=1e-3", "--top_k", "5"]
     assert main(["train", recipe, *overrides]) == 2
     assert main(["cache", "build", recipe, "--seed", "1", "--output", "out", *overrides]) == 2
-    assert parsed == [(recipe, overrides), (recipe, ["--seed", "1", *overrides, "--teacher_cache", "out"])]
+    built = ["--seed", "1", *overrides, "--teacher_cache", "out"]
+    assert parsed == [(recipe, overrides, False), (recipe, built, True)]
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--max_steps", "3", "--help"])
     assert stop.value.code == 0
 
 
-HELP_OF_ALL = """
-import contextlib, sys
+WITHOUT_TORCH = """
+import contextlib, io, sys
 from sekd.cli import COMMANDS, main
-for command in ([], *([name] for name in COMMANDS)):
-    with contextlib.suppress(SystemExit):
-        main([*command, "--help"])
-main(["recipes"])
+from sekd.cli.cache import ACTIONS
+shown = io.StringIO()
+with contextlib.redirect_stdout(shown):
+    for command in ([], *([name] for name in COMMANDS), *(["cache", action] for action in ACTIONS)):
+        with contextlib.suppress(SystemExit):
+            main([*command, "--help"])
+    main(["recipes"])
+assert "MISSING" not in shown.getvalue()
+for command in (["train"], ["samples"], ["cache", "build"]):
+    assert main([*command, "nope.yaml"]) == 2
+    assert main([*command, "demo", "max_steps", "3"]) == 2
+for text in ("a: [", "- a", "5: 3", "null: 3", "env: {LD_PRELOAD: x.so}"):
+    with open(sys.argv[1], "w") as file:
+        file.write(text)
+    assert main(["train", sys.argv[1]]) == 2, text
 heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "vllm", "sekd.config"} & {*sys.modules}
 sys.exit(str(heavy) if heavy else 0)
 """
 
 
-@pytest.mark.slow
-def test_help_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=False)
+def test_help_and_what_is_wrong_at_first_sight_need_no_torch(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_peft_trl_and_bitsandbytes_are_imported_when_they_are_used():
+    """Not by a module's import. (transformers' own trainer imports PEFT, and that bitsandbytes.)"""
+    root = Path(__file__).parents[1]
+    for path in [*(root / "sekd").rglob("*.py"), *(root / "rollouts").glob("*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.split(".")[0] for name in names} & {"peft", "trl", "bitsandbytes"}, path
 
 
 def test_the_package_runs_as_a_module():

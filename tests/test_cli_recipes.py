@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sekd.cli import main
-from sekd.recipe import list_recipes
+from sekd.parse import list_recipes
 
 
 def test_every_recipe_is_listed_with_a_sentence(capsys, monkeypatch):

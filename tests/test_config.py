@@ -1,9 +1,11 @@
 """What the fields become: defaults that follow the mode, scores, options."""
 
+import pytest
 import torch
 from helpers import config
 
 from sekd import SEKDConfig
+from sekd.models import compute_dtype
 
 
 def test_the_divergence_follows_the_mode():
@@ -36,11 +38,23 @@ def test_options_reach_their_policy_and_divergence():
     assert config(divergence="decoupled_kl").divergence_options == {"alpha": 1.0, "beta": 8.0}
 
 
-def test_bf16_where_the_hardware_has_it():
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if not torch.accelerator.is_available():
-        assert config().bf16 == native
-    assert config(bf16=False).bf16 is False
+@pytest.mark.parametrize("is_native", [True, False])
+def test_the_hardware_chooses_dtypes_unless_the_recipe_does(is_native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    chosen, dtype = config(use_cpu=True), "bfloat16" if is_native else "float32"
+    assert (chosen.bf16, chosen.teacher_dtype, compute_dtype(chosen)) == (is_native, dtype, getattr(torch, dtype))
+    assert config(use_cpu=True, bf16=False).teacher_dtype == dtype
+    assert config(use_cpu=True, teacher_dtype="auto").teacher_dtype == "auto"
+    assert config(use_cpu=True, bf16=not is_native).bf16 is not is_native
+    assert config(use_cpu=True, teacher_cache="c").teacher_dtype is None, "no teacher is loaded"
+
+
+def test_prompts_leave_room_for_completions():
+    assert (config().max_prompt_length, config(max_length=4096).max_prompt_length) == (512, 512)
+    assert config(max_length=128).max_prompt_length == 64
+    assert config(max_length=128, lmbda=1.0).max_prompt_length == 512
+    assert config(max_length=128, max_prompt_length=100).max_prompt_length == 100
 
 
 def test_every_field_has_help():

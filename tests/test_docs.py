@@ -13,8 +13,8 @@ from trl import ModelConfig, ScriptArguments
 from rollouts import ENGINES
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.losses import DIVERGENCES
+from sekd.parse import list_recipes, parse_recipe
 from sekd.policies import POLICIES
-from sekd.recipe import list_recipes, parse_recipe
 from sekd.scores import SCORES
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ARCHITECTURES, SMALL, add_lora, make_model
+from helpers import ARCHITECTURES, SMALL, add_lora, config, make_model, make_trainer
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from sekd.models import causal_lm, check_head, hidden_states, load_model, run_inside
+from sekd.models import causal_lm, check_head, hidden_states, load_model, load_teacher, log_dtypes, run_inside
 from sekd.types import Batch
 
 
@@ -157,3 +157,23 @@ def test_a_lora_model_gives_its_own_hidden_states():
     own = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(hidden_states(adapted, batch), own)
     assert causal_lm(adapted).lm_head is adapted.base_model.model.lm_head
+
+
+def test_the_log_says_once_what_each_model_computes_in(tmp_path, tokenizer, pairs, monkeypatch):
+    lines = []
+    monkeypatch.setattr("sekd.models.logger.warning", lines.append)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, lmbda=1.0)
+    trainer.train()
+    assert lines == ["precision: student float32 weights, computing in float32; teacher float32; rollouts float32"]
+    log_dtypes(make_model().bfloat16(), None, config(bf16=True, use_cpu=True), generates=False)
+    assert lines[1] == "precision: student bfloat16 weights, computing in bfloat16; teacher cache"
+
+
+@pytest.mark.parametrize("cache", [None, "c"])
+def test_the_hardware_chooses_the_teachers_dtype(tmp_path, cache, monkeypatch):
+    make_model().save_pretrained(tmp_path)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert load_teacher(str(tmp_path), config(use_cpu=True, teacher_cache=cache)).dtype == dtype
+    assert load_teacher(str(tmp_path), config(teacher_dtype="float16", teacher_cache=cache)).dtype == torch.float16

@@ -172,7 +172,7 @@ def test_answers_to_other_prompts_are_refused(tmp_path, tokenizer, pairs):
         (dict(rollouts_per_prompt=2, lmbda=0.5), "with lmbda 0.5: steps that learn from the data would repeat each"),
         (dict(rollouts_per_prompt=2, top_k=1), "top_k 1 generates the same completion again; raise"),
         (dict(stop_strings=[5]), r"stop_strings \[5\] must be a list of texts that are not empty"),
-        (dict(rollout_server_urls=None), "rollout_server_urls None must be a list of texts"),
+        (dict(rollout_server_urls=None), "rollout_server_urls null must be a list of texts"),
         (dict(rollout_server_urls=[]), "rollout_server_urls is empty: name the servers"),
         (dict(rollout_server_urls="localhost:8000"), "'localhost:8000' is not a server's address; write http://"),
         (dict(rollout_server_urls="http://h:99999"), "'http://h:99999' is not a server's address"),

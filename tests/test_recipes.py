@@ -8,7 +8,7 @@ import yaml
 from helpers import make_model, make_vllm_model
 
 from sekd.cli import main
-from sekd.recipe import parse_recipe, recipe_folder
+from sekd.parse import parse_recipe, recipe_folder
 
 RECIPES = sorted(os.listdir(recipe_folder()))
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from sekd import SEKDTrainer
 from sekd.data.prepare import prepare
 from sekd.models import get_head, hidden_states, load_teacher
+from sekd.pretrained import find_adapter, load_config
 from sekd.recipe import Run
 from sekd.samples import score_samples
-from sekd.student import check_context, find_adapter, load_config, load_student
+from sekd.student import check_context, load_student
 from sekd.types import Batch
 
 IDS = torch.arange(12)[None]
@@ -135,12 +136,12 @@ def test_samples_are_scored_with_the_adapter(recipe, pair, tokenizer, pairs, mer
 
 
 def test_a_teacher_reads_with_its_adapter(pair, merged):
-    args = Run.parse("demo", ["--teacher_dtype", "float32", "--output_dir", "unused"]).args
+    args = config(teacher_dtype="float32")
     teacher = load_teacher(str(pair / "adapter"), args)
     batch = Batch(IDS, targets=IDS, position_ids=IDS, sample_ids=IDS[:, 0])
     logits = get_head(teacher)(hidden_states(teacher, batch)[0])
     torch.testing.assert_close(logits, merged(IDS).logits[0], rtol=1e-4, atol=1e-4)
-    assert load_config(str(pair / "adapter")).vocab_size == 128
+    assert load_config("model_name_or_path", str(pair / "adapter"), None).vocab_size == 128
 
 
 def test_an_adapter_of_a_hub_id_is_found(pair, monkeypatch, merged):
@@ -153,7 +154,7 @@ def test_an_adapter_of_a_hub_id_is_found(pair, monkeypatch, merged):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pair / "hub"))
     assert find_adapter("someone/other") is None
     assert find_adapter("someone/adapter", "main").r == 4
-    args = Run.parse("demo", ["--output_dir", "unused"]).args
+    args = config()
     student = load_student("someone/adapter", args, revision="main", dtype=torch.float32)
     torch.testing.assert_close(student(IDS).logits, merged(IDS).logits, rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import config, make_model, make_trainer
+from trl import ModelConfig
 
 from rollouts import HFEngine
 from sekd.classes import CLASS_SELECTIONS
@@ -13,6 +14,7 @@ from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.scores import SCORES, Scoring
 from sekd.validation.inputs import check_inputs
+from sekd.validation.training import check_adapter
 
 
 @pytest.mark.parametrize(
@@ -32,8 +34,8 @@ from sekd.validation.inputs import check_inputs
         (dict(position_score="entropy"), r"position_score 'entropy' is unknown; choose from student_entropy"),
         (dict(position_score='{"kl": '), r"position_score '\{\"kl\": ' is not a mapping"),
         (dict(position_score={"kl": 1.0, "hk": 1.0}), r"position_score 'hk' is unknown; choose from student_entropy"),
-        (dict(position_score=3), "position_score 3 must be a name such as kl, or weights"),
-        (dict(position_score=["kl"]), r"position_score \['kl'\] must be a name such as kl"),
+        (dict(position_score=3), r"position_score 3 must be a mapping such as \{key: value\}, or text"),
+        (dict(position_score=["kl"]), r"position_score \['kl'\] must be a mapping such as"),
         (dict(position_score={}), "all weights are 0; set one of them above 0"),
         (dict(position_score={"kl": "much"}), "the weight of kl is 'much'; it must be a finite number"),
         (
@@ -130,7 +132,7 @@ from sekd.validation.inputs import check_inputs
         (dict(max_length=0), r"max_length 0 must be at least 1"),
         (dict(max_completion_length=0), r"max_completion_length 0 must be at least 1"),
         (dict(head_chunk_rows=0), r"head_chunk_rows 0 must be at least 1"),
-        (dict(torch_compile=True), r"torch_compile: true is not supported"),
+        (dict(torch_compile=True), r"torch_compile is not supported"),
         (dict(auto_find_batch_size=True), r"auto_find_batch_size: true is not supported.*halve per_device_train"),
         (dict(prompt_template="Q:"), r"prompt_template 'Q:' lacks \{prompt\}"),
     ],
@@ -138,6 +140,83 @@ from sekd.validation.inputs import check_inputs
 def test_values_that_cannot_work(values, message):
     with pytest.raises(ValueError, match=message):
         config(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(max_steps=0), "max_steps 0 trains nothing; set it to at least 1, or leave it out"),
+        (dict(max_steps=-2), "max_steps -2 trains nothing"),
+        (dict(num_train_epochs=0), "num_train_epochs 0 trains nothing; set it above 0"),
+        (dict(per_device_train_batch_size=0), "per_device_train_batch_size 0 must be at least 1"),
+        (dict(per_device_eval_batch_size=-1), "per_device_eval_batch_size -1 must be at least 1"),
+        (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps 0 must be at least 1"),
+        (dict(learning_rate=-1.0), "learning_rate -1.0 must be at least 0"),
+        (dict(seed=2**32), r"seed 4294967296 must be below 2\^32"),
+        (dict(adam_beta2=1.0), r"adam_beta2 1.0 is outside \[0, 1\)"),
+        (dict(save_steps=0), "save_steps 0 must be above 0"),
+        (dict(report_to="nothing"), "report_to 'nothing' is unknown; choose all, none, or some of .*, wandb"),
+        (dict(report_to=["clearml"]), "report_to 'clearml' is not installed; install it, or set report_to: none"),
+        (dict(deepspeed={"a": 1}), r"deepspeed \{'a': 1\} needs deepspeed: run `pip install deepspeed`"),
+        (dict(accelerator_config={"a": 1}), "accelerator_config has no key 'a'; it has split_batches, "),
+        (dict(label_smoothing_factor=0.1), "label_smoothing_factor 0.1 has no effect: sekd's loss smooths no labels"),
+        (dict(prediction_loss_only=True), "prediction_loss_only True has no effect"),
+        (dict(bf16_full_eval=True), "bf16_full_eval True has no effect: evaluation has the precision of training"),
+        (dict(fp16_full_eval=True), "fp16_full_eval True has no effect"),
+        (dict(supervise_prompt=True, lmbda=1.0), "supervise_prompt true has no effect with lmbda 1.0: rollouts are"),
+        (dict(output_dir=__file__), "output_dir '.*': '.*test_validation.py' is a file; name a folder"),
+        (dict(output_dir=f"{__file__}/a/b"), "output_dir '.*a/b': '.*test_validation.py' is a file; name a folder"),
+    ],
+)
+def test_values_of_transformers_own_fields(values, message):
+    """They are refused here, before any model is loaded."""
+    with pytest.raises(ValueError, match=message):
+        SEKDConfig(**{"output_dir": "unused", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(lora_r=4), "lora_r 4 has no effect without use_peft: set use_peft: true, or leave lora_r out"),
+        (dict(lora_target_modules=["q_proj"]), "lora_target_modules .* has no effect without use_peft"),
+        (dict(use_dora=True), "use_dora True has no effect without use_peft"),
+        (
+            dict(use_peft=True, bnb_4bit_quant_type="fp4"),
+            "bnb_4bit_quant_type 'fp4' has no effect without load_in_4bit",
+        ),
+        (dict(use_peft=True, lora_r=0), "lora_r 0 must be at least 1"),
+        (dict(use_peft=True, lora_dropout=1.0), r"lora_dropout 1.0 is outside \[0, 1\)"),
+    ],
+)
+def test_an_adapters_fields(values, message):
+    with pytest.raises(ValueError, match=message):
+        check_adapter(ModelConfig(**values))
+    check_adapter(ModelConfig())
+    check_adapter(ModelConfig(use_peft=True, lora_r=4, load_in_4bit=True, bnb_4bit_quant_type="fp4"))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (dict(do_eval=True), "do_eval true has no effect alone; set eval_strategy: steps or epoch, or eval_on_start"),
+        (
+            dict(lmbda=1.0, max_length=128),
+            "max_length 128 has no effect with lmbda 1.0: a rollout has at most max_prompt_length 512 + "
+            "max_completion_length 256 tokens",
+        ),
+        (dict(do_eval=True, eval_strategy="epoch"), None),
+        (dict(do_eval=True, eval_on_start=True), None),
+        (dict(lmbda=0.5, max_length=128), None),
+        (dict(lmbda=1.0, max_length=1024), None),
+    ],
+)
+def test_what_shared_recipes_have_without_effect_is_named_once(values, line, monkeypatch):
+    warnings = []
+    for module in ("inputs", "training"):
+        monkeypatch.setattr(f"sekd.validation.{module}.logger.warning", warnings.append)
+    config(**values)
+    assert len(warnings) == (line is not None)
+    assert all(warning.startswith(line) for warning in warnings)
 
 
 def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch, pairs):

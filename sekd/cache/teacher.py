@@ -105,7 +105,7 @@ def open_cache(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> Store:
             f"teacher_cache {store.folder!r} is of teacher {cached[0]!r}, revision {cached[1]}; the recipe names "
             f"{teacher[0]!r}, revision {teacher[1]}, in teacher_model_name_or_path"
         )
-    if teacher[0] is not None and args.teacher_dtype not in ("auto", built_with["dtype"]):
+    if teacher[0] is not None and args.teacher_dtype not in (None, "auto", built_with["dtype"]):
         raise ValueError(
             f"teacher_cache {store.folder!r} is of a teacher in {built_with['dtype']}; the recipe has teacher_dtype "
             f"{args.teacher_dtype}"

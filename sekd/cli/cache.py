@@ -67,14 +67,16 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def run_build(options: argparse.Namespace) -> int:
-    from sekd.cache.info import show_cache
     from sekd.recipe import Run
 
     overrides = options.overrides
     if options.output is not None:
         overrides = [*overrides, "--teacher_cache", options.output]
     with reading_input():
-        show_cache(Run.parse(options.recipe, overrides).build_cache(options.engine, options.num_workers))
+        run = Run.parse(options.recipe, overrides, builds_cache=True)
+        from sekd.cache.info import show_cache
+
+        show_cache(run.build_cache(options.engine, options.num_workers))
     return 0
 
 

@@ -105,6 +105,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "train_sampling_strategy",
         "dataloader_num_workers",
         "use_cpu",
+        "fsdp",
     ),
     "LoRA and quantization": (
         "use_peft",
@@ -200,7 +201,6 @@ FOREIGN = {
     "eval_on_start": "Evaluate once before the first step.",
     "per_device_eval_batch_size": "Sequences of a batch on each device in evaluation and in sample scoring.",
     "output_dir": "Folder of the student, checkpoints, metrics and samples; trainer_output if not given.",
-    "resume_from_checkpoint": "true resumes from the last checkpoint in output_dir; or a checkpoint's folder.",
     "logging_first_step": "Log the first step too.",
     "save_strategy": "When to save a checkpoint: no, steps (every save_steps) or epoch.",
     "save_steps": "Steps between checkpoints; below 1, a share of all steps.",
@@ -225,10 +225,12 @@ def list_fields() -> dict[str, Field]:
 
 
 def list_own_fields() -> list[str]:
-    """The fields that SEKDConfig defines, or defines again with another default."""
+    """The fields that sekd defines, or defines again with another default."""
     from sekd.config import SEKDConfig
+    from sekd.selection_config import SelectionConfig
 
-    return [f.name for f in fields(SEKDConfig) if f.name in SEKDConfig.__annotations__ and f.init]
+    names = SEKDConfig.__annotations__ | SelectionConfig.__annotations__
+    return [f.name for f in fields(SEKDConfig) if f.name in names and f.init]
 
 
 def list_groups() -> dict[str, tuple[str, ...]]:
@@ -263,8 +265,9 @@ def format_default(field: Field) -> str:
 
 
 def main() -> None:
+    text = format_help()
     with open(HELP_FILE, "w", encoding="utf-8") as file:
-        file.write(format_help())
+        file.write(text)
     print(f"wrote {HELP_FILE}")
 
 

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 
 from sekd.cli.common import reading_input
-from sekd.recipe import find_recipe, list_recipes
+from sekd.parse import find_recipe, list_recipes
 
 DESCRIPTION = """\
 List the recipes that sekd ships, or print one of them. `sekd train NAME` runs it.

@@ -2,11 +2,11 @@
 
 import glob
 import os
+import textwrap
 from collections.abc import Mapping
 
 from datasets import Dataset, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from trl.data_utils import get_dataset_column_names
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """The ``datasets`` builder of each kind of local file, by its extension."""
@@ -51,7 +51,11 @@ def load_rows(
         ValueError: no such file or folder, nothing readable in it, files of several kinds, or a slice of a stream.
     """
     if not is_local(name):
-        return load_dataset(name, config, split=split, streaming=streaming)
+        try:
+            return load_dataset(name, config, split=split, streaming=streaming)
+        except (OSError, ValueError) as error:
+            reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+            raise ValueError(f"{field} {name!r}: no such file or folder; as a dataset of the hub: {reason}") from error
     files = find_files(name, field)
     try:
         kind = BUILDERS[os.path.splitext(files[0])[1]]
@@ -60,6 +64,8 @@ def load_rows(
         cause = error.__cause__ or error
         raise ValueError(f"{field} {name!r} cannot be read as {kind}: {cause}") from error
     if len(parts) > 1:
+        from trl.data_utils import get_dataset_column_names
+
         columns = [
             c for c in get_dataset_column_names(parts[0]) if all(c in get_dataset_column_names(p) for p in parts)
         ]

@@ -13,7 +13,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.data_utils import pack_dataset
 
 from sekd.config import SEKDConfig
 from sekd.data import encode
@@ -51,6 +50,8 @@ def prepare(
     if kind == "text_prompt":
         dataset = _drop_short_documents(dataset, args)
     if kind == "text" and args.packing:
+        from trl.data_utils import pack_dataset
+
         if in_memory:
             progress = {"desc": "Packing"}
         dataset = pack_dataset(dataset, args.max_length, "bfd_split", progress)

@@ -21,7 +21,7 @@ from rollouts import (
     get_trait,
 )
 from sekd.config import SEKDConfig
-from sekd.models import causal_lm, count_classes
+from sekd.models import causal_lm, compute_dtype, count_classes
 from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
 
 
@@ -41,7 +41,7 @@ def make_engine(
         sampling=make_sampling(lm, tokenizer, args, classes),
         output_dir=str(args.output_dir),
         max_prompt_length=args.max_prompt_length,
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        dtype=compute_dtype(args),
         get_adapter=partial(extract_adapter, model),
         get_base_weights=partial(base_weights, model),
         options=MappingProxyType(vars(args)),

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +20,8 @@ def full_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator
     change, so they cannot drift.
     Under FSDP2 every rank must consume the whole iterator.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     lm = causal_lm(model)
     layers: dict[str, Any] = {}
     for name, layer in lm.named_modules():  # parents come first
@@ -67,6 +66,9 @@ def extract_adapter(model: nn.Module) -> Adapter | None:
     vLLM applies plain LoRA on linear layers, except the LM head. Other students send :func:`full_weights`.
     Under FSDP2 every rank must call this.
     """
+    from peft import LoraConfig, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     inner: Any = unwrap(model)
     configs = getattr(inner, "peft_config", {})
     if [*configs] != ["default"] or type(configs["default"]) is not LoraConfig:
@@ -99,6 +101,9 @@ def _is_as_configured(layer: Any) -> bool:
 
 def check_mergeable(model: nn.Module) -> None:
     """Raise ValueError for an adapter whose merged weights no checkpoint of the student's kind can hold."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     remedy = "use rollout_engine: hf without merge_adapter"
     lm = causal_lm(model)
     adapted = [n for n, m in lm.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sekd.classes import ClassSelection, trim
 from sekd.config import SEKDConfig
@@ -14,6 +14,7 @@ from sekd.data.prepare import check_same_tokenizer
 from sekd.fingerprints import weights_fingerprint
 from sekd.heads import in_chunks
 from sekd.models import check_head, common_vocab, freeze, get_head, hidden_states, load_teacher
+from sekd.pretrained import TEACHER, load_tokenizer
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState
 
 
@@ -72,7 +73,7 @@ class ModelSource:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.name is not None:
-            own = AutoTokenizer.from_pretrained(self.name, revision=self.args.teacher_model_revision)
+            own = load_tokenizer(TEACHER, self.name, self.args.teacher_model_revision)
             check_same_tokenizer(tokenizer, own)
 
     def load(self, attention: str | None) -> None:

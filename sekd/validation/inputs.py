@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from rollouts import ENGINES
 from sekd.validation.rollouts import engine_trait
-from sekd.validation.values import is_installed
+from sekd.validation.values import get_default, is_installed
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -14,15 +16,20 @@ if TYPE_CHECKING:
     from sekd.config import SEKDConfig
 
 
+logger = logging.get_logger(__name__)
+
+
 def check_prompts(args: "SEKDConfig") -> None:
     """Check prompts from text, and prompts that only the teacher sees."""
     length, limit = args.text_prompt_length, args.max_prompt_length
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= limit):
+    if length is not None and not 1 <= length <= limit:
         raise ValueError(
             f"text_prompt_length {length} must be a whole number from 1 to max_prompt_length {limit}; change either"
         )
     if "{prompt}" not in args.prompt_template:
         raise ValueError(f"prompt_template {args.prompt_template!r} lacks {{prompt}}, the place of the prompt")
+    if isinstance(args.chat_template_kwargs, str):
+        raise ValueError(f"chat_template_kwargs {args.chat_template_kwargs!r} must be a mapping such as {{key: value}}")
     fields = " and ".join(args.teacher_context)
     if fields and args.teacher_cache is not None:
         raise ValueError(
@@ -33,6 +40,16 @@ def check_prompts(args: "SEKDConfig") -> None:
         raise ValueError(
             f"supervise_prompt true with {fields}: the teacher reads another prompt, so only completions can be "
             "compared; set supervise_prompt: false, or leave the teacher's context out"
+        )
+    if args.supervise_prompt and args.lmbda == 1 and args.sample_fraction == 1:
+        raise ValueError(
+            f"supervise_prompt true has no effect with lmbda {args.lmbda}: rollouts are distilled at their "
+            "completions; leave it out, or set lmbda below 1"
+        )
+    if args.lmbda == 1 and args.max_length != get_default(args, "max_length"):
+        logger.warning(
+            f"max_length {args.max_length} has no effect with lmbda {args.lmbda}: a rollout has at most "
+            f"max_prompt_length {args.max_prompt_length} + max_completion_length {args.max_completion_length} tokens"
         )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rollouts import ENGINES
-from sekd.validation.values import list_of_texts, within
+from sekd.validation.values import within
 
 if TYPE_CHECKING:
     from rollouts import RolloutEngine
@@ -23,13 +23,11 @@ def check_sampling(args: "SEKDConfig") -> None:
     within("min_p", args.min_p, 0, 1, "0 samples from all tokens")
     if args.repetition_penalty <= 0:
         raise ValueError(f"repetition_penalty {args.repetition_penalty} must be above 0; 1 disables it")
-    args.stop_strings = list_of_texts("stop_strings", args.stop_strings)
 
 
 def check_rollouts(args: "SEKDConfig") -> None:
     """Check engines, rounds and reuse."""
     engine = ENGINES[args.rollout_engine]
-    args.rollout_server_urls = list_of_texts("rollout_server_urls", args.rollout_server_urls)
     for name in ("rollouts_per_prompt", "rollout_batches"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} {getattr(args, name)} must be at least 1")

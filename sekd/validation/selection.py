@@ -26,7 +26,8 @@ def check_names(args: "SEKDConfig") -> None:
     one_of("class_selection", args.class_selection, CLASS_SELECTIONS)
     one_of("sample_score", args.sample_score, (*SCORES, RANDOM))
     one_of("score_source", args.score_source, ("exact", "rollout"))
-    one_of("teacher_dtype", args.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
+    if args.teacher_dtype is not None:
+        one_of("teacher_dtype", args.teacher_dtype, ("auto", "bfloat16", "float16", "float32"))
     one_of("overlong_prompts", args.overlong_prompts, ("error", "drop"))
     one_of("rollout_engine", args.rollout_engine, ENGINES)
     one_of("rollout_transfer", args.rollout_transfer, ("file", "nccl"))
@@ -49,7 +50,7 @@ def check_selection(args: "SEKDConfig") -> None:
         _check_cache(args)
     if not 0 < args.sample_fraction <= 1:
         raise ValueError(f"sample_fraction {args.sample_fraction} is outside (0, 1]; 0.2 keeps 20 % of the samples")
-    if args.sample_pool is not None and (isinstance(args.sample_pool, bool) or args.sample_pool < 1):
+    if args.sample_pool is not None and args.sample_pool < 1:
         raise ValueError(f"sample_pool {args.sample_pool} must be at least 1; it is a number of samples")
     for name in ("samples_file", "teacher_cache", "rollouts"):
         if getattr(args, name) == "":

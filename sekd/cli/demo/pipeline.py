@@ -19,7 +19,8 @@ from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.data.load import load_rows
 from sekd.data.prepare import prepare
-from sekd.recipe import Run, list_recipes
+from sekd.parse import list_recipes
+from sekd.recipe import Run
 from sekd.tables import print_table
 from sekd.types import IGNORE
 

@@ -1,0 +1,152 @@
+"""Read a recipe and the command line. What needs no torch is checked before torch is imported."""
+
+import difflib
+import os
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from typing import Any
+
+from sekd.notation import load_yaml
+
+CACHE_KEYS = {"lmbda": 0.0, "divergence": "forward_kl", "score_source": "exact", "rollouts_per_prompt": 1}
+"""What a cache fixes: it holds targets of the data, for forward KL."""
+
+
+def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool = False) -> tuple[Any, Any, Any]:
+    """Read a recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
+
+    With ``builds_cache`` the values of ``CACHE_KEYS`` replace the recipe's. The log says which.
+
+    Raises:
+        ValueError: a missing file, a file that is not a mapping, an unknown key (the error names the nearest one), or
+            an invalid value.
+    """
+    recipe = find_recipe(recipe)
+    keys, flags = read_recipe(recipe), read_flags(overrides)
+    from transformers.utils import logging
+    from trl import ModelConfig, ScriptArguments
+
+    from sekd.config import SEKDConfig
+    from sekd.validation.values import is_list, read_field
+
+    records = (ScriptArguments, SEKDConfig, ModelConfig)
+    owners = {f.name: record for record in records for f in fields(record) if f.init}
+    _check_known(keys, owners, "the recipe")
+    values = dict(keys)
+    for key, texts in flags.items():
+        if key not in owners and key.startswith("no_") and key[3:] in owners:
+            key, texts = key[3:], ["false", *texts]
+        _check_known([key], owners, "the command line")
+        values[key] = texts if len(texts) > 1 and is_list(owners[key], key) else _join(key, texts)
+    values = {key: read_field(owners[key], key, value) for key, value in values.items()}
+    if builds_cache:
+        unused = [f"{key} {values[key]}" for key, value in CACHE_KEYS.items() if values.get(key, value) != value]
+        if unused:
+            line = "a cache is for forward KL at positions of the data; for it the recipe's {} have no effect"
+            logging.get_logger(__name__).warning(line.format(", ".join(unused)))
+        values |= CACHE_KEYS
+    if "import_modules" in values:
+        _let_import_from(os.path.dirname(os.path.abspath(recipe)), os.getcwd())
+    try:
+        script, args, model = (
+            record(**{key: value for key, value in values.items() if owners[key] is record}) for record in records
+        )
+    except (ValueError, OSError) as error:  # transformers' messages may have several lines
+        raise ValueError(" ".join(str(error).split())) from error
+    return script, args, model
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The keys and values of a recipe, as YAML has them.
+
+    Raises:
+        ValueError: the file is not YAML, or not a mapping of names to values.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = load_yaml(file.read())
+    except ValueError as error:
+        raise ValueError(f"recipe {path!r} is not YAML: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"recipe {path!r} is not a mapping of keys to values")
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(f"recipe {path!r}: the key {'null' if key is None else repr(key)} is not a name")
+    if "env" in keys:
+        raise ValueError("a recipe cannot set env: set environment variables in the shell, NAME=value sekd train ...")
+    return keys
+
+
+def read_flags(words: Sequence[str]) -> dict[str, list[str]]:
+    """``--key value ...`` and ``--key=value`` as the texts of each key.
+
+    Raises:
+        ValueError: words before the first key.
+    """
+    flags: dict[str, list[str]] = {}
+    texts: list[str] | None = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            texts = flags[key.replace("-", "_")] = [text] if equals else []
+        elif texts is None:
+            raise ValueError(f"{word!r} on the command line belongs to no key; write --key value")
+        else:
+            texts.append(word)
+    return flags
+
+
+def _join(key: str, texts: list[str]) -> str | bool:
+    """The one text of a key. A key alone means true."""
+    if len(texts) > 1:
+        raise ValueError(f"--{key} takes one value, but got {' '.join(texts)!r}; write every key as --key value")
+    return texts[0] if texts else True
+
+
+def _check_known(keys: Collection[str], known: Collection[str], place: str) -> None:
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"the nearest key is {nearest[0]!r}" if nearest else "`sekd train --help` lists the keys"
+            raise ValueError(f"unknown key {key!r} in {place}; {hint}")
+
+
+def find_recipe(name: str) -> str:
+    """The path of a recipe. ``name`` is a file, or a shipped recipe (``x``, ``x.yaml`` or ``recipes/x.yaml``).
+
+    Raises:
+        ValueError: there is no such file and no such shipped recipe.
+    """
+    if os.path.isfile(name):
+        return name
+    shipped = list_recipes()
+    folder, base = os.path.split(name)
+    base = base.removesuffix(".yaml")
+    if folder in ("", "recipes") and base in shipped:
+        return shipped[base]
+    if os.path.isdir(name):
+        raise ValueError(f"recipe {name!r} is a folder; a recipe is a YAML file")
+    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships ({', '.join(shipped)})")
+
+
+def list_recipes() -> dict[str, str]:
+    """The shipped recipes: name -> path."""
+    folder = recipe_folder()
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".yaml"))
+    return {name.removesuffix(".yaml"): os.path.join(folder, name) for name in names}
+
+
+def recipe_folder() -> str:
+    """The folder of the shipped recipes: beside the package in a checkout, inside it in a wheel."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "recipes")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "recipes")
+
+
+def _let_import_from(*folders: str) -> None:
+    """Append folders to sys.path: at the end, so that they hide no installed package.
+
+    They stay there, since worker processes import from them too.
+    """
+    sys.path.extend(folder for folder in folders if folder not in sys.path)

@@ -1,0 +1,133 @@
+"""Which values of transformers' and TRL's own fields work, and which have no effect in sekd."""
+
+import os
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import logging
+
+from sekd.validation.values import get_default, is_installed, show
+
+if TYPE_CHECKING:
+    from sekd.config import SEKDConfig
+
+logger = logging.get_logger(__name__)
+
+AT_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_eval_samples", "dataloader_prefetch_factor", "ddp_timeout"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed"), 0),
+}
+"""The lowest value of numbers that transformers checks late or not at all."""
+
+NO_EFFECT = {
+    "label_smoothing_factor": "sekd's loss smooths no labels",
+    "prediction_loss_only": "sekd's evaluation always gives all its metrics",
+    "include_for_metrics": "compute_metrics gets predictions and labels",
+    "batch_eval_metrics": "compute_metrics runs once, after all batches",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation has the precision of training, bf16 or fp16"),
+}
+"""Fields that sekd does not read, and why."""
+
+MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
+"""Trackers whose module has another name."""
+
+
+def check_training(args: "SEKDConfig") -> None:
+    """Check steps, batches, trackers, folders and packages."""
+    for name, low in AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name} {value} must be at least {low}")
+    for name in ("seed", "data_seed"):
+        if (getattr(args, name) or 0) >= 2**32:
+            raise ValueError(f"{name} {getattr(args, name)} must be below 2^32")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"{name} {getattr(args, name)} is outside [0, 1)")
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} {value} must be above 0")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise ValueError(f"max_steps {args.max_steps} trains nothing; set it to at least 1, or leave it out")
+    if args.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs {args.num_train_epochs} trains nothing; set it above 0, or leave it out")
+    for name, reason in NO_EFFECT.items():
+        if getattr(args, name) != get_default(args, name):
+            raise ValueError(f"{name} {show(getattr(args, name))} has no effect: {reason}; leave it out")
+    if args.do_eval and args.eval_strategy == "no" and not args.eval_on_start:
+        logger.warning("do_eval true has no effect alone; set eval_strategy: steps or epoch, or eval_on_start: true")
+    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        if getattr(args, name):
+            raise ValueError(f"{name} is not supported: sekd calls the student in parts; leave it out")
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint: true is not supported; leave it out: save_on_signal saves a whole checkpoint on "
+            "SIGTERM"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: true is not supported: when memory runs out, it starts again with the weights and "
+            "optimizer of the failed attempt; set it to false, halve per_device_train_batch_size and double "
+            "gradient_accumulation_steps"
+        )
+    if any(name in str(args.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
+        raise ValueError(f"optim {args.optim} needs bitsandbytes: run `pip install bitsandbytes`")
+    if isinstance(args.accelerator_config, dict):
+        _check_keys("accelerator_config", args.accelerator_config, AcceleratorConfig.__dataclass_fields__)
+    if args.deepspeed and not is_installed("deepspeed"):
+        raise ValueError(f"deepspeed {show(args.deepspeed)} needs deepspeed: run `pip install deepspeed`")
+    _check_trackers(args.report_to)
+    _check_output_dir(args.output_dir)
+
+
+def _check_keys(name: str, mapping: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"{name} has no key {key!r}; it has {', '.join(known)}")
+
+
+def _check_trackers(report_to: Any) -> None:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if {*names} <= {"all", "none"}:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"report_to {name!r} is unknown; choose all, none, or some of {known}")
+        if name not in get_available_reporting_integrations() and not is_installed(MODULES.get(name, name)):
+            raise ValueError(f"report_to {name!r} is not installed; install it, or set report_to: none")
+
+
+def _check_output_dir(folder: str | None) -> None:
+    path = os.path.abspath(os.path.expanduser(folder or "."))
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise ValueError(f"output_dir {folder!r}: {path!r} is a file; name a folder")
+
+
+def check_adapter(model: Any) -> None:
+    """Check the adapter's fields of TRL's ModelConfig. Without an adapter they would be ignored."""
+    names = [*type(model).__dataclass_fields__]
+    lora = [name for name in names if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    quantization = [name for name in names if "bnb_" in name]
+    for switch, options in (("use_peft", lora), ("load_in_4bit", quantization)):
+        for name in options:
+            if not getattr(model, switch) and getattr(model, name) != get_default(model, name):
+                raise ValueError(
+                    f"{name} {show(getattr(model, name))} has no effect without {switch}: set {switch}: true, or leave "
+                    f"{name} out"
+                )
+    if model.lora_r < 1:
+        raise ValueError(f"lora_r {model.lora_r} must be at least 1")
+    if not 0 <= model.lora_dropout < 1:
+        raise ValueError(f"lora_dropout {model.lora_dropout} is outside [0, 1)")
