@@ -72,7 +72,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         default=None, metadata=_help("Variables of the chat template, such as {enable_thinking: false}.")
     )
     system_prompt: str | None = field(default=None, metadata=_help("System turn before each chat prompt."))
-    eos_token: str | None = field(
+    eos: str | None = field(
         default=None,
         metadata=_help(
             "Token that ends a completion, such as '<|im_end|>' where the chat template ends turns with it. Default: "

@@ -9,7 +9,7 @@ from helpers import EOS, config, first, make_tokenizer, messages, rollout_row
 from tokenizers.processors import TemplateProcessing
 
 from sekd.data.batch import Sample, collate
-from sekd.data.encode import _format_prefix, set_eos_token
+from sekd.data.encode import _format_prefix, set_eos
 from sekd.data.load import load_rows
 from sekd.data.prepare import logger, prepare
 
@@ -94,7 +94,7 @@ def test_turns_that_end_with_another_token_than_eos(caplog, row, options):
     first([row], other, **options)
     assert "ends answers with '<turn_end>', but the tokenizer's EOS token is '<eos>', so EOS is never" in caplog.text
     caplog.clear()
-    set_eos_token(other, config(eos_token="<turn_end>"))
+    set_eos(other, config(eos="<turn_end>"))
     sample = first([row], other, **options)
     assert not caplog.text
     if not options:
@@ -103,8 +103,8 @@ def test_turns_that_end_with_another_token_than_eos(caplog, row, options):
 
 
 def test_an_eos_token_must_be_a_token(tokenizer):
-    with pytest.raises(ValueError, match="eos_token '<end>' is not a token of the student's tokenizer"):
-        set_eos_token(tokenizer, config(eos_token="<end>"))
+    with pytest.raises(ValueError, match="eos '<end>' is not a token of the student's tokenizer"):
+        set_eos(tokenizer, config(eos="<end>"))
 
 
 def test_a_prompt_for_generation_that_an_answer_does_not_begin_with(caplog):

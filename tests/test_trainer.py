@@ -264,7 +264,7 @@ def test_every_parameter_of_a_full_student_moves(tmp_path, tokenizer, pairs):
 @pytest.mark.parametrize("mode", ["text", "off_policy", "mixed", "on_policy", "lora"])
 def test_every_mode_trains_and_learns(tmp_path, tokenizer, pairs, texts, mode, policy):
     options = dict(max_steps=60, position_policy=policy, logging_steps=6, max_length=48, max_prompt_length=16)
-    options["learning_rate"] = 3e-3
+    options["learning_rate"] = 1e-2 if mode == "lora" else 3e-3
     options["lmbda"] = {"mixed": 0.5, "on_policy": 1.0, "lora": 1.0}.get(mode, 0.0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if mode == "lora" else None
     data = texts if mode == "text" else pairs
@@ -323,7 +323,7 @@ def test_a_student_cannot_teach_itself(tmp_path, tokenizer, pairs):
 def test_an_eos_token_of_the_recipe_ends_the_student_s_completions(tmp_path, pairs):
     """The saved student stops at it, wherever it is loaded."""
     made = make_tokenizer()
-    trainer = make_trainer(tmp_path, made, pairs, eos_token="<user>", max_steps=1, lmbda=1.0)
+    trainer = make_trainer(tmp_path, made, pairs, eos="<user>", max_steps=1, lmbda=1.0)
     trainer.train()
     assert 123 in make_sampling(trainer.model, trainer.processing_class, trainer.args).stop_token_ids
     trainer.save_model()

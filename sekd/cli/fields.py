@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "use_chat_template",
         "chat_template_kwargs",
         "system_prompt",
-        "eos_token",
+        "eos",
         "max_length",
         "max_prompt_length",
         "overlong_prompts",

@@ -23,17 +23,17 @@ ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names of the roles, and those of chat templates."""
 
 
-def set_eos_token(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> None:
-    """Set the tokenizer's EOS token to ``args.eos_token``, if that is set.
+def set_eos(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> None:
+    """Set the tokenizer's EOS token to ``args.eos``, if that is set.
 
     Raises:
         ValueError: the tokenizer has no such token.
     """
-    if args.eos_token is None:
+    if args.eos is None:
         return
-    if args.eos_token not in tokenizer.get_vocab():
-        raise ValueError(f"eos_token {args.eos_token!r} is not a token of the student's tokenizer; name one that is")
-    tokenizer.eos_token = args.eos_token
+    if args.eos not in tokenizer.get_vocab():
+        raise ValueError(f"eos {args.eos!r} is not a token of the student's tokenizer; name one that is")
+    tokenizer.eos_token = args.eos
 
 
 def describe_turn_end(
@@ -66,7 +66,7 @@ def describe_turn_end(
         )
     return (
         f"the chat template ends answers with {ends[-1]!r}, but the tokenizer's EOS token is {tokenizer.eos_token!r}, "
-        "so EOS is never a target, and text is supervised that the template writes after the end. Set eos_token: "
+        "so EOS is never a target, and text is supervised that the template writes after the end. Set eos: "
         f"{ends[-1]!r}, which also ends rollouts there"
     )
 

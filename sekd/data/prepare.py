@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from sekd.config import SEKDConfig
 from sekd.data import encode
-from sekd.data.encode import ENCODERS, describe_turn_end, has_empty_answer, set_eos_token
+from sekd.data.encode import ENCODERS, describe_turn_end, has_empty_answer, set_eos
 from sekd.data.kinds import check_kind, detect_kind
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ def prepare(
     """Turn rows into samples: tokenized, cut to length, and packed if they are text without prompts.
 
     The columns of the result are the fields of :class:`sekd.data.Sample`; ``sample_id`` counts from 0.
-    ``args.eos_token``, if it is set, becomes the tokenizer's EOS token.
+    ``args.eos``, if it is set, becomes the tokenizer's EOS token.
 
     Raises:
         ValueError: an empty dataset, a missing column, a row that cannot be encoded, a prompt over
@@ -37,7 +37,7 @@ def prepare(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("the data is empty: the dataset and its split select no rows")
-    set_eos_token(tokenizer, args)
+    set_eos(tokenizer, args)
     kind = detect_kind(first, args)
     check_kind(kind, tokenizer, args)
     if warning := describe_turn_end(first, kind, tokenizer, args):
