@@ -42,6 +42,7 @@ def run(started, *arguments):
 def test_on_a_cpu(started, monkeypatch, capsys):
     monkeypatch.setattr(serve, "has_gpu", lambda: False)
     monkeypatch.setattr(serve, "can_compile", lambda: False)
+    monkeypatch.setattr("sekd.hardware.choose_dtype", lambda on_cpu: "float32" if on_cpu else "bfloat16")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
     monkeypatch.setenv("VLLM_MAX_STOP_STRINGS", "")
     command, environment = run(started, "--max-model-len", "768", "--port", "8001", "--enable-lora")
@@ -50,7 +51,7 @@ def test_on_a_cpu(started, monkeypatch, capsys):
         *("--model", "folder/student", "--host", "127.0.0.1"),
     ]
     assert command[7:] == [
-        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", "bfloat16", "--enforce-eager"),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "768", "--port", "8001", "--enable-lora"),
     ], "the user's options come last"
     wanted = dict(VLLM_SERVER_DEV_MODE="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_LOGGING_LEVEL="WARNING")

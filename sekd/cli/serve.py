@@ -75,8 +75,10 @@ def build_command(student: str, options: Sequence[str], on_cpu: bool) -> list[st
     """The command line of vLLM's server. The user's options come last, so they replace ours."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", student, "--host", "127.0.0.1"]
     if on_cpu:
+        from sekd.hardware import choose_dtype
+
         # Where vLLM splits a prompt it rewinds the request's generator, which works on a GPU only.
-        command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", "bfloat16"]
+        command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", choose_dtype(on_cpu)]
         if not can_compile():
             command += ["--enforce-eager"]
     return [*command, *options]
