@@ -1,6 +1,7 @@
 """Which trainer a vLLM server belongs to. Two trainers on one server would sample with each other's weights."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -12,6 +13,12 @@ from rollouts.http import Client
 
 SETTLE = 1.0
 """Seconds between writing a claim and reading it again. A claim that took longer to write is withdrawn."""
+
+MAX_SECONDS = 300.0
+"""Seconds after which a server is given up that takes longer than half of ``SETTLE`` for two requests."""
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+"""Errors of file systems that have no locks. There, nobody can see whether another trainer runs."""
 
 FREE = "released"
 """The weight version of a server that a trainer has given back."""
@@ -52,6 +59,9 @@ class Claim:
             raise RolloutConfigError(
                 f"another rollout engine sends weights from {folder}; close it, or use another output_dir"
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
     def make_version(self, name: str) -> str:
         """The weight version of weights of this trainer."""
@@ -93,7 +103,9 @@ class Claim:
 
         Raises:
             RolloutConfigError: it is another trainer's, which runs.
+            RolloutError: it stays too slow.
         """
+        deadline = time.monotonic() + MAX_SECONDS
         while True:
             started = time.monotonic()
             version = self.read(url)
@@ -106,9 +118,11 @@ class Claim:
                     "and can serve one run only; start another server (`sekd serve STUDENT --port PORT`) and name it "
                     "in rollout_server_urls, or stop that run (`trainer.close()` in the same Python process)"
                 )
+            if started > deadline:
+                raise RolloutError(f"rollout server {url} answers too slowly to be claimed; restart it")
             self.write(url, self.make_version("claimed"))
             if time.monotonic() - started > SETTLE / 2:
-                self.write(url, FREE)  # too late: another trainer may have had it by then; it sees that it has not now
+                self.write(url, FREE)  # too late: another trainer may believe that it has the server; now it notices
             time.sleep(SETTLE)
 
     def _is_running(self, version: str) -> bool:
@@ -121,8 +135,8 @@ class Claim:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:  # locked, or in a folder of another user
-            return True
+        except OSError as error:  # locked, or in a folder of another user
+            return error.errno not in NO_LOCKS
         return False
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Kills training in the middle of its writes, resumes it, and compares with a run that nothing disturbed.
 
-    python scripts/kill_runs.py [--trials 12] [--fault kill|term|full] [--modes gls,cache,...]
+    python scripts/kill_runs.py [--trials 12] [--fault kill|term|full] [--modes "gls;cache"]
 
 A shim between Python and libc counts the file operations below output_dir. At a random one it acts: ``kill`` writes
 half of the buffer and sends SIGKILL, ``term`` sends SIGTERM, ``full`` lets this and all later writes fail as on a full

@@ -1,4 +1,4 @@
-"""Checkpoints in the folder of a run: a folder with the name ``checkpoint-N`` is whole, or it is not used.
+"""The checkpoints of a run. A folder named ``checkpoint-N`` is complete, unless it was damaged later.
 
 A checkpoint is written under :data:`UNFINISHED`. When all its files are on the disk, :func:`finish_checkpoint` adds
 ``checkpoint.json``, which lists every file with its size and checksum, and gives the folder its name. A process that
@@ -42,8 +42,8 @@ def list_checkpoints(folder: str) -> dict[int, str]:
 def finish_checkpoint(written: str, facts: dict[str, Any]) -> str:
     """Give a completely written checkpoint its final name, and return its path.
 
-    ``written`` is ``FOLDER/unfinished/checkpoint-N``. ``facts`` becomes a part of ``checkpoint.json``. An older
-    checkpoint of this step is replaced.
+    ``written`` is ``FOLDER/unfinished/checkpoint-N``. ``facts`` becomes a part of ``checkpoint.json``. A checkpoint of
+    this step by the same run stays, since it has the same content; one of another run is replaced.
     """
     files = {}
     for folder, _, names in os.walk(written):
@@ -56,16 +56,24 @@ def finish_checkpoint(written: str, facts: dict[str, Any]) -> str:
     sync(written)
     parent, name = os.path.split(written)
     final = os.path.join(os.path.dirname(parent), name)
-    if os.path.exists(final):
+    if os.path.exists(final) and _read_run(final) != facts["run"]:
         remove_folder(final)
-    os.replace(written, final)
+    if not os.path.exists(final):
+        os.replace(written, final)
     sync(os.path.dirname(parent))
     remove_unfinished(os.path.dirname(parent))
     return final
 
 
+def _read_run(checkpoint: str) -> str | None:
+    try:
+        return check_checkpoint(checkpoint)["run"]
+    except RunRefused:  # damaged
+        return None
+
+
 def remove_folder(path: str) -> None:
-    """Delete a folder. It loses its name first: if the process dies meanwhile, no part of it can be mistaken."""
+    """Delete a folder. It is renamed first, so that a half-deleted folder is never read as a checkpoint."""
     parent, name = os.path.split(path)
     doomed = os.path.join(parent, UNFINISHED, f"{name}.deleted")
     os.makedirs(os.path.dirname(doomed), exist_ok=True)
@@ -119,7 +127,11 @@ def check_checkpoint(checkpoint: str) -> dict[str, Any]:
         path = os.path.join(checkpoint, name)
         if not os.path.isfile(path):
             raise RunRefused(f"{checkpoint!r} is damaged: {name} is missing")
-        if os.path.getsize(path) != size or hash_quickly(path) != checksum:
+        try:
+            is_same = os.path.getsize(path) == size and hash_quickly(path) == checksum
+        except OSError as error:
+            raise RunRefused(f"{checkpoint!r} is damaged: {name} cannot be read ({error.strerror})") from error
+        if not is_same:
             raise RunRefused(f"{checkpoint!r} is damaged: {name} has other content than was written")
     return facts
 
@@ -135,7 +147,7 @@ def find_checkpoint(folder: str) -> str:
             check_checkpoint(checkpoint)
             return checkpoint
         except RunRefused as error:
-            logger.warning(f"{error}; the checkpoint before it is used")
+            logger.warning(f"{error}; it is left out")
     raise RunRefused(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {folder!r}; start again")
 
 

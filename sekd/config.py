@@ -107,9 +107,9 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         ),
     )
     max_length: int = field(default=1024, metadata=_help("Longest training sequence, in tokens."))
-    max_prompt_length: int = field(
-        default=0,
-        metadata=_help("Longest prompt, in tokens. 0: 512, or half of max_length if that is less (lmbda < 1)."),
+    max_prompt_length: int = field(  # type: ignore[assignment] # __post_init__ sets it
+        default=None,
+        metadata=_help("Longest prompt, in tokens. Default: 512; with lmbda < 1, half of max_length if that is less."),
     )
     overlong_prompts: str = field(
         default="error",
@@ -225,7 +225,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     # transformers' annotations of these two lack the truth values that they may have.
     resume_from_checkpoint: str | bool | None = field(
         default=None,
-        metadata=_help("true resumes from the last checkpoint in output_dir; or a checkpoint's folder."),
+        metadata=_help("true resumes from the newest whole checkpoint in output_dir; or a checkpoint's folder."),
     )
     fsdp: str | bool | None = field(default=None, metadata=_help("true shards the student over the processes (FSDP2)."))
 
@@ -243,7 +243,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         if self.rollouts is not None:
             # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
-        if self.max_prompt_length == 0:
+        if self.max_prompt_length is None:
             self.max_prompt_length = 512 if self.lmbda == 1 else max(1, min(512, self.max_length // 2))
         check_config(self)
         if not torch.accelerator.is_available():

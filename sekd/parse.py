@@ -36,7 +36,9 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool 
     values = dict(keys)
     for key, texts in flags.items():
         if key not in owners and key.startswith("no_") and key[3:] in owners:
-            key, texts = key[3:], ["false", *texts]
+            if texts:
+                raise ValueError(f"--{key} takes no value; write --{key} alone, or --{key[3:]} {texts[0]}")
+            key, texts = key[3:], ["false"]
         _check_known([key], owners, "the command line")
         values[key] = texts if len(texts) > 1 and is_list(owners[key], key) else _join(key, texts)
     values = {key: read_field(owners[key], key, value) for key, value in values.items()}

@@ -76,5 +76,5 @@ def _load(load: Callable[..., Any], what: str, field: str, name: str, revision: 
         return load(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 160, placeholder=" ...")
-        place = "in the folder" if os.path.isdir(name) else "no such folder, and on the hub"
-        raise ValueError(f"{field} {name!r}: {place} no {what} can be loaded ({reason})") from error
+        place = "the folder" if os.path.isdir(name) else "the hub (there is no such folder)"
+        raise ValueError(f"{field} {name!r}: no {what} can be loaded from {place}: {reason}") from error

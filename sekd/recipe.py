@@ -59,17 +59,18 @@ class Run:
         """``resume_from_checkpoint``: a checkpoint's folder, True for the newest one in output_dir, or None."""
         return self.args.resume_from_checkpoint or None
 
-    def check_folder(self) -> None:
+    def check_output_dir(self) -> None:
         """Check that the run can begin in ``output_dir``, or resume there.
 
         Raises:
             ValueError: another run uses the folder, its results are there, or there is no checkpoint to resume from.
         """
+        from sekd.processes import run_on_main
         from sekd.run_folder import check_free
 
-        if self.args.process_index == 0:
-            inputs = self.model.model_name_or_path, self.args.teacher_model_name_or_path
-            check_free(str(self.args.output_dir), self.resume, self.args.overwrite_output_dir, inputs)
+        inputs = self.model.model_name_or_path, self.args.teacher_model_name_or_path
+        folder, overwrite = str(self.args.output_dir), self.args.overwrite_output_dir
+        run_on_main(lambda: check_free(folder, self.resume, overwrite, inputs))
 
     def rows(self) -> "Dataset | IterableDataset":
         """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""
@@ -160,7 +161,6 @@ class Run:
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
         from sekd.data.prepare import check_same_tokenizer, is_packed
-        from sekd.student import load_config
 
         check_build(args.teacher_cache, args, engine, workers)
         tokenizer, dataset = self._prepare()

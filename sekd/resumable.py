@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -34,6 +34,9 @@ from sekd.saving import replace_student
 
 logger = logging.get_logger(__name__)
 
+WRITE_ERRORS = ("os error", "inline_container", "iostream error", "file write failed")
+"""What errors of writing say in Rust (safetensors, tokenizers) and in torch.save, which do not raise OSError."""
+
 LOG_STATE = "log_state.json"
 """The file in a checkpoint with the sums of the steps since the last log."""
 
@@ -46,7 +49,7 @@ class ResumableTrainer(Trainer):
     """``Trainer`` with checkpoints that are whole or absent, and a folder that belongs to one run.
 
     A subclass keeps its own state with :meth:`begin` and :meth:`save_state`, and says in ``facts`` what a resumed run
-    must have in common with this one.
+    must have in common with this one. ``inputs`` are the folders of the models that the run reads.
     """
 
     saved_errors: ClassVar[tuple[type[Exception], ...]] = ()
@@ -55,6 +58,7 @@ class ResumableTrainer(Trainer):
     args: Any
     control: Any
     facts: dict[str, Any]
+    inputs: Sequence[str | None] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -107,13 +111,16 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``. True resumes from the newest whole checkpoint in ``output_dir``.
 
+        Without the argument, ``args.resume_from_checkpoint`` says from where, if anywhere.
+
         Raises:
             RunRefused: ``output_dir`` has the results of another run, another run is writing into it, or there is no
                 whole checkpoint of this run.
             Interrupted: SIGTERM came, and the checkpoint of the last step is saved (``save_on_signal``).
         """
         with self.hold_folder(), self._noting_sigterm():
-            self.checkpoint, self._run = run_on_main(lambda: self._open_folder(resume_from_checkpoint or None))
+            resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+            self.checkpoint, self._run = run_on_main(lambda: self._open_folder(resume or None))
             try:
                 output = super().train(self.checkpoint, *args, **kwargs)
             except self.saved_errors:
@@ -126,9 +133,18 @@ class ResumableTrainer(Trainer):
         folder, overwrite = str(self.args.output_dir), self.args.overwrite_output_dir
         if resume is None:
             # A second call of train() replaces the results of the first.
-            check_results(folder, overwrite or self._run is not None, [self.model.config._name_or_path])
+            check_results(folder, overwrite or self._run is not None, self.inputs)
             return None, begin_run(folder)
-        return resume_run(folder, resume, self.facts, overwrite)
+        return resume_run(folder, resume, self.facts, overwrite, self.inputs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.state.global_step > max_steps:
+            raise RunRefused(
+                f"{self.checkpoint!r} is of step {self.state.global_step}, but max_steps (or num_train_epochs) ends at "
+                f"step {max_steps}: raise it to train on"
+            )
+        return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # the checkpoint of the last step: nothing is left
@@ -165,6 +181,8 @@ class ResumableTrainer(Trainer):
                 os.makedirs(written, exist_ok=True)
                 self.save_state(written)
                 super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == step:  # the Trainer took the unfinished folder
+                    self.state.best_model_checkpoint = name_checkpoint(folder, step)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     write_atomically(os.path.join(written, LOG_STATE), json.dumps(log_state))
@@ -178,10 +196,8 @@ class ResumableTrainer(Trainer):
     def _finish(self, written: str, folder: str, step: int) -> None:
         """Give the written checkpoint its name, and delete those above ``save_total_limit``."""
         final = name_checkpoint(folder, step)
-        if self.state.best_global_step == step:
-            self.state.best_model_checkpoint = final  # the Trainer took the unfinished folder
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-        facts = {"step": step, "run": self._run, "weights_alone": self.args.save_only_model, "run_facts": self.facts}
+        self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the path of the best checkpoint
+        facts = {"step": step, "run": self._run, "save_only_model": self.args.save_only_model, "run_facts": self.facts}
         finish_checkpoint(written, facts)
         self.rotate(folder, final)
 
@@ -216,6 +232,9 @@ class ResumableTrainer(Trainer):
         folder = str(output_dir or self.args.output_dir)
         written = os.path.join(folder, UNFINISHED, "student")
         with self.hold_folder(), _writing("the student", folder):
+            if self.args.should_save:
+                remove_unfinished(folder)  # a killed process may have left a part of a student
+            self.accelerator.wait_for_everyone()
             self.write_student(written, folder)
             if self.args.should_save:
                 replace_student(written, folder)
@@ -232,32 +251,37 @@ class ResumableTrainer(Trainer):
             yield
             return
 
+        previous = signal.getsignal(signal.SIGTERM)
+
         def note(*_: Any) -> None:
             self._got_sigterm = True
             signal.signal(signal.SIGTERM, previous)
 
-        previous = signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def must_stop(self) -> bool:
+    def agree_to_stop(self) -> bool:
         """Whether any process got SIGTERM: all agree. Every process calls it after each step."""
-        flag = torch.tensor(int(self._got_sigterm), device=self.args.device)
-        self.stopping = bool(self.accelerator.reduce(flag, "sum").item())
+        self.stopping = self._got_sigterm
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(int(self._got_sigterm), device=self.args.device)
+            self.stopping = bool(self.accelerator.reduce(flag, "sum").item())
         return self.stopping
 
 
 @contextmanager
 def _writing(what: str, folder: str) -> Iterator[None]:
-    """Free the disk after an error of writing, and make it an OSError. Each library raises an error of its own."""
+    """Free the disk after an error, and make an error of writing an OSError. Each library raises one of its own."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
         remove_unfinished(folder)
+        is_of_writing = isinstance(error, OSError) or any(text in str(error) for text in WRITE_ERRORS)
+        if not is_of_writing:
+            raise
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise OSError(
             f"{what} could not be written to {folder!r} ({type(error).__name__}: {reason}); the disk may be full"
@@ -271,11 +295,6 @@ class _Resumption(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > state.max_steps:
-            raise RunRefused(
-                f"{self.trainer.checkpoint!r} is of step {state.global_step}, but max_steps (or num_train_epochs) ends "
-                f"at step {state.max_steps}: raise it to train on"
-            )
         if self.trainer.checkpoint is not None and args.should_save:
             set_later_aside(args.output_dir, state.global_step)
             self.trainer.rotate(args.output_dir, self.trainer.checkpoint)  # the run may have died before it did so
@@ -283,7 +302,7 @@ class _Resumption(TrainerCallback):
         self.trainer.restore_log_state()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.must_stop():
+        if self.trainer.agree_to_stop():
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

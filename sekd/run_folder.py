@@ -1,8 +1,9 @@
 """The folder of a run: it has one owner at a time, and holds the results of one run.
 
 A run gets a random name, which stands in ``run.json`` and in each of its checkpoints. A new run does not begin in a
-folder with results, unless it may delete them. A run resumes only from a checkpoint whose recipe is its own, except for
-choices that change no result, or that may differ and are then named.
+folder with results, unless it may delete them. A run resumes only from a checkpoint whose recipe is its own. Fields in
+:data:`MAY_CHANGE` may change, a change of a field in :data:`MAY_CHANGE_WITH_WARNING` is logged, and any other change is
+refused.
 """
 
 import glob
@@ -41,22 +42,29 @@ MODEL_FILES = (
 )
 """What a model or an adapter may have left in a folder, as patterns."""
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.*", "added_tokens.json"),
+    *("special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
+)
+
 LEFTOVERS = (RUN_FILE, "metrics.jsonl", "recipe.yaml", "versions.json")
 """What belongs to a run, but is no result of value without a checkpoint or a model."""
 
-FREE = {
+MAY_CHANGE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_on_signal", "merge_adapter"),
     *("samples_file", "head_chunk_rows", "import_modules", "rollouts", "rollout_server_urls"),
     *("rollout_timeout", "rollout_transfer", "per_device_eval_batch_size", "max_eval_samples"),
-    *("prediction_loss_only", "project", "run_name", "report_to", "use_cpu", "disable_tqdm", "local_rank"),
+    *("project", "run_name", "report_to", "use_cpu", "disable_tqdm", "local_rank"),
     *("debug", "skip_memory_metrics", "torch_empty_cache_steps", "push_to_hub", "do_train", "do_eval"),
     *("do_predict", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "teacher_cache"),
     *("model_name_or_path", "model_revision", "teacher_model_name_or_path", "teacher_model_revision"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
 }
-FREE_BEGINNINGS = ("log", "eval_", "save_", "hub_", "trackio_", "vllm_", "ddp_", "dataloader_", "dataset_")
+BEGINNINGS_THAT_MAY_CHANGE = ("log", "eval_", "save_", "hub_", "trackio_", "vllm_", "ddp_", "dataset_")
 """Fields, and beginnings of fields, that change nothing that a run learns. Data and models have fingerprints."""
 
-MAY_DIFFER = {
+MAY_CHANGE_WITH_WARNING = {
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
     *("fp16", "tf32", "dtype", "teacher_dtype", "attn_implementation", "gradient_checkpointing"),
     *("rollout_engine", "fsdp", "fsdp_config", "deepspeed", "accelerator_config", "full_determinism"),
@@ -113,17 +121,18 @@ def check_results(folder: str, overwrite: bool, inputs: Sequence[str | None] = (
 
 def begin_run(folder: str) -> str:
     """Begin a new run in a locked folder, and return the run's name. The results of an earlier run are deleted."""
-    remove_unfinished(folder)
     for checkpoint in (*list_checkpoints(folder).values(), *glob.glob(_inside(folder, "checkpoint-*.old"))):
         remove_folder(checkpoint)
-    for pattern in (*MODEL_FILES, *LEFTOVERS):
+    for pattern in (*MODEL_FILES, *TOKENIZER_FILES, *LEFTOVERS):
         for path in glob.glob(_inside(folder, pattern)):
             os.remove(path)
     remove_unfinished(folder)
     return _name_run(folder, uuid.uuid4().hex)
 
 
-def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwrite: bool) -> tuple[str, str]:
+def resume_run(
+    folder: str, resume: str | bool, facts: Mapping[str, Any], overwrite: bool, inputs: Sequence[str | None] = ()
+) -> tuple[str, str]:
     """The checkpoint to resume from, and the run's name.
 
     ``resume`` is a checkpoint's path, or True for the newest whole checkpoint of the folder. A checkpoint of another
@@ -136,12 +145,12 @@ def resume_run(folder: str, resume: str | bool, facts: Mapping[str, Any], overwr
     remove_unfinished(folder)
     checkpoint = resume if isinstance(resume, str) else find_checkpoint(folder)
     known = check_checkpoint(checkpoint)
-    if known["weights_alone"]:
+    if known["save_only_model"]:
         raise RunRefused(f"{checkpoint!r} has no optimizer state (save_only_model), so no run can resume from it")
     compare_facts(checkpoint, known["run_facts"], facts)
     own = list_checkpoints(folder)
     if not any(os.path.samefile(path, checkpoint) for path in own.values()):
-        check_results(folder, overwrite, [checkpoint])
+        check_results(folder, overwrite, [checkpoint, *inputs])
         return checkpoint, begin_run(folder)
     name = _read_name(folder)
     if name not in (None, known["run"]):
@@ -168,6 +177,8 @@ def describe_run(
     and shapes of the student count, since the weights are those of the checkpoint. Some samples stand for the data.
     """
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
+    if keys.get("lmbda"):
+        keys = {**keys, "number of processes": processes}  # each keeps the rollouts of its own prompts
     step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
     hashes = [_hash(shapes), _hash([json.dumps(teacher)]), _hash(sample_key(row).hex() for row in _take_some(data))]
     facts = {"sequences a step": step, **dict(zip(HASHES, hashes, strict=True))}
@@ -192,9 +203,9 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
         RunRefused: they differ in a field that decides what the run learns.
     """
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    differing = [name for name in names if name not in FREE and not name.startswith(FREE_BEGINNINGS)]
+    differing = [name for name in names if name not in MAY_CHANGE and not name.startswith(BEGINNINGS_THAT_MAY_CHANGE)]
     lines = [_contrast(name, before.get(name), now.get(name)) for name in differing]
-    if refused := [line for name, line in zip(differing, lines, strict=True) if name not in MAY_DIFFER]:
+    if refused := [line for name, line in zip(differing, lines, strict=True) if name not in MAY_CHANGE_WITH_WARNING]:
         raise RunRefused(
             f"this run cannot resume from {checkpoint!r}, which differs in {', '.join(refused)}; take its values, or "
             "begin a new run from its weights (model_name_or_path) in another output_dir"
@@ -204,12 +215,12 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def _refuse_results(folder: str) -> None:
-    found = [*map(os.path.basename, list_checkpoints(folder).values())]
-    found += [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
-    if found:
-        more = " and more" * (len(found) > 2)
+    results = [*map(os.path.basename, list_checkpoints(folder).values())]
+    results += [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
+    if results:
+        more = " and more" * (len(results) > 2)
         raise RunRefused(
-            f"output_dir {folder!r} has the results of an earlier run ({', '.join(found[:2])}{more}): resume it with "
+            f"output_dir {folder!r} has the results of an earlier run ({', '.join(results[:2])}{more}): resume it with "
             "resume_from_checkpoint: true, delete them with overwrite_output_dir: true, or name another output_dir"
         )
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import reduce
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sekd.distill import score_positions
 from sekd.files import DamagedFile, read_checked, write_checked
 from sekd.fingerprints import DATED_TEMPLATE, data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from sekd.models import common_vocab, freeze, get_head, hidden_states
+from sekd.processes import run_on_main
 from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch, Positions
@@ -103,9 +104,8 @@ def choose_samples(
     """
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
-    # Only the first process reads the file, since processes may not share the folder.
-    existing = [_read(path, fingerprint) if args.process_index == 0 and os.path.exists(path) else None]
-    scores = broadcast_object_list(existing)[0]
+    # Only the main process reads the file, since processes may not share the folder.
+    scores = run_on_main(lambda: _read(path, fingerprint) if os.path.exists(path) else None)
     if scores is None:
         scores = score_samples(dataset, student, teacher, args).tolist()
     choice = {

@@ -8,13 +8,13 @@ import torch
 from sekd.types import Batch
 
 
-def make_generators(batch: Batch, seed: int, step: int, several: bool = False) -> list[torch.Generator]:
+def make_generators(batch: Batch, seed: int, step: int, by_targets: bool = False) -> list[torch.Generator]:
     """A generator for each sequence of a batch. It depends on the seed, the step and the sequence alone.
 
-    A sequence is named by its sample's id. If a prompt has ``several`` rollouts, a hash of its targets follows.
+    A sequence is named by its sample's id. With ``by_targets`` a hash of its targets follows: a prompt may have several rollouts.
     """
     names = [str(i) for i in batch.sample_ids.tolist()]
-    if several:
+    if by_targets:
         hashes = [zlib.crc32(ids[valid].cpu().numpy()) for ids, valid in zip(batch.targets, batch.valid, strict=True)]
         names = [f"{name}/{code}" for name, code in zip(names, hashes, strict=True)]
     draws = [random.Random(f"{seed}/{step}/{name}").getrandbits(63) for name in names]

@@ -47,7 +47,7 @@ def check_student(
         check_trainable(model, optimizer)
     if (adapter or peft_config) is None and init.get("quantization_config") is None and optimizer is None:
         _refuse_half(init.get("dtype"))
-    check_folder(
+    check_models_outside(
         str(args.output_dir),
         {
             "the student": model if isinstance(model, str) else getattr(model, "name_or_path", None),
@@ -58,7 +58,7 @@ def check_student(
     return adapter or peft_config
 
 
-def check_folder(folder: str, models: Mapping[str, str | None]) -> None:
+def check_models_outside(folder: str, models: Mapping[str, str | None]) -> None:
     """Raise ValueError if a student saved into the folder would replace one of the models, given by role."""
     for role, name in models.items():
         if name and os.path.realpath(name) == os.path.realpath(folder):

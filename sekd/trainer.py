@@ -44,7 +44,7 @@ from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
 from sekd.saving import save_merged
 from sekd.seeds import make_generators
-from sekd.student import check_context, check_folder, check_student, load_student, prepare_student
+from sekd.student import check_context, check_models_outside, check_student, load_student, prepare_student
 from sekd.teacher_source import make_teacher_source
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs, check_separate
@@ -119,6 +119,7 @@ class SEKDTrainer(ResumableTrainer):
             if args.max_eval_samples is not None:
                 eval_dataset = eval_dataset.take(args.max_eval_samples)
 
+        names = [getattr(m, "name_or_path", m) for m in (model, teacher_model or args.teacher_model_name_or_path)]
         if isinstance(model, str):
             model = load_student(model, args, **init)
         source.load(init.get("attn_implementation"))
@@ -140,6 +141,7 @@ class SEKDTrainer(ResumableTrainer):
             callbacks=[RunFiles(*(recipe_records or [args])), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.inputs = [*names, adapter and adapter.base_model_name_or_path]
         self.loss_is_scaled_for_ga = True  # the loss is divided by the step's sequences already
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -198,7 +200,7 @@ class SEKDTrainer(ResumableTrainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = make_generators(batch, self.args.seed, step, several=self.args.rollouts_per_prompt > 1)
+        generators = make_generators(batch, self.args.seed, step, by_targets=self.args.rollouts_per_prompt > 1)
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
@@ -293,7 +295,7 @@ class SEKDTrainer(ResumableTrainer):
     def write_student(self, written: str, folder: str) -> None:
         """Write the student's files, which are for ``folder``: with ``merge_adapter``, those of a whole student."""
         for adapter in getattr(unwrap(self.model_wrapped), "peft_config", {}).values():
-            check_folder(folder, {"the base of the student's adapter": adapter.base_model_name_or_path})
+            check_models_outside(folder, {"the base of the student's adapter": adapter.base_model_name_or_path})
         if self.args.merge_adapter:
             save_merged(self.model_wrapped, self.processing_class, written, self.args.should_save)
         else:

@@ -19,14 +19,14 @@ from sekd.checkpoints import (
 )
 
 
-def write(folder, step, **more):
+def write(folder, step, run="run", **more):
     """A checkpoint with a file of random bytes, one in a folder, and an empty one."""
     written = name_checkpoint(str(folder / UNFINISHED), step)
     os.makedirs(os.path.join(written, "shards"), exist_ok=True)
     for name, size in (("optimizer.pt", 5000), ("shards/0.bin", 300), ("empty.bin", 0)):
         with open(os.path.join(written, name), "wb") as file:
             file.write(random.Random(f"{step}{name}").randbytes(size))
-    return finish_checkpoint(written, {"step": step, **more})
+    return finish_checkpoint(written, {"step": step, "run": run, **more})
 
 
 def truncate(path):
@@ -81,9 +81,13 @@ def test_no_checkpoint_and_a_foreign_one(tmp_path):
         read_facts(str(tmp_path / "checkpoint-1"))
 
 
-def test_a_step_that_is_saved_again_replaces_the_first(tmp_path):
-    write(tmp_path, 2, run="first")
-    assert check_checkpoint(write(tmp_path, 2, run="second"))["run"] == "second"
+def test_a_step_that_is_saved_again(tmp_path):
+    """Nothing is deleted before something takes its place: the first one stays if it is whole and of the same run."""
+    write(tmp_path, 2, number=1)
+    assert check_checkpoint(write(tmp_path, 2, number=2))["number"] == 1
+    flip(tmp_path / "checkpoint-2" / "optimizer.pt")
+    assert check_checkpoint(write(tmp_path, 2, number=3))["number"] == 3
+    assert check_checkpoint(write(tmp_path, 2, run="another"))["run"] == "another"
     assert not (tmp_path / UNFINISHED).exists()
 
 

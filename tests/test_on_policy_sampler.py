@@ -45,5 +45,5 @@ def test_draws_of_a_prompts_rollouts_differ(tmp_path, tokenizer, pairs):
     trainer = make_run(tmp_path, tokenizer, pairs, rollouts_per_prompt=2)
     trainer.state.max_steps = 8
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    generators = make_generators(Batch.from_inputs(batches[0]), seed=0, step=0, several=True)
+    generators = make_generators(Batch.from_inputs(batches[0]), seed=0, step=0, by_targets=True)
     assert len({torch.rand(1, generator=generator).item() for generator in generators}) == 4

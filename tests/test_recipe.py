@@ -53,11 +53,13 @@ def test_what_resume_from_checkpoint_may_be(recipe):
 def test_the_folder_is_checked_before_models_load(recipe, tmp_path):
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"has the results of an earlier run \(checkpoint-2\): resume it with"):
-        Run.parse(recipe).check_folder()
-    Run.parse(recipe, ["--resume_from_checkpoint", "true"]).check_folder()
+        Run.parse(recipe).check_output_dir()
+    Run.parse(recipe, ["--resume_from_checkpoint", "true"]).check_output_dir()
     with pytest.raises(ValueError, match=r"checkpoint-2' has no checkpoint\.json"):
-        Run.parse(recipe, ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]).check_folder()
+        Run.parse(recipe, ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]).check_output_dir()
     with pytest.raises(ValueError, match="there is no checkpoint in output_dir"):
-        Run.parse(recipe, ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "new")]).check_folder()
+        Run.parse(
+            recipe, ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "new")]
+        ).check_output_dir()
     with pytest.raises(ValueError, match="overwrite_output_dir would delete"):
-        Run.parse(recipe, ["--overwrite_output_dir", "true", "--output_dir", str(tmp_path)]).check_folder()
+        Run.parse(recipe, ["--overwrite_output_dir", "true", "--output_dir", str(tmp_path)]).check_output_dir()

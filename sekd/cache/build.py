@@ -15,7 +15,7 @@ from sekd.cache.store import (
     FINGERPRINT,
     FORM,
     Store,
-    check_folder,
+    check_cache_folder,
     hash_file,
     is_cache,
     name_samples,
@@ -125,7 +125,7 @@ def _claim_folder(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
 
     Returns the checksum of each file that the manifest lists.
     """
-    check_folder(folder)
+    check_cache_folder(folder)
     if not is_cache(folder):
         write_manifest(folder, fingerprint, None)
     manifest = read_manifest(folder)
@@ -181,6 +181,6 @@ def check_build(folder: str, args: SEKDConfig, engine: str, workers: int | None)
         raise ValueError(f"--num-workers {workers}: it is the number of Ray actors; add --engine ray, and at least 1")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--output {folder!r} is a file; name a folder for the cache")
-    check_folder(folder)
+    check_cache_folder(folder)
     if is_cache(folder):
         _compare(folder, read_manifest(folder)["fingerprint"], _settings(args))

@@ -127,7 +127,7 @@ def is_cache(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, MANIFEST))
 
 
-def check_folder(folder: str) -> None:
+def check_cache_folder(folder: str) -> None:
     """Check that a folder, if it exists and holds no cache yet, holds no other files either.
 
     Shards and temporary files of an earlier build may be there.

@@ -156,8 +156,8 @@ FOREIGN = {
     # TRL's ScriptArguments and ModelConfig
     "model_name_or_path": "Folder or hub id of the student.",
     "model_revision": "Branch, tag or commit of the student.",
-    "dtype": "Weights of the student in memory: float32, bfloat16, float16, or auto as they were saved. Whole students "
-    "train best in float32, under bf16 autocast.",
+    "dtype": "Weights of the student in memory: float32, bfloat16, float16, or auto as they were saved. A whole "
+    "student must be float32 (bf16 then computes in bfloat16); the base of an adapter may have any.",
     "attn_implementation": "Attention of both models: eager, sdpa, flash_attention_2, or a kernel's name on the hub.",
     "dataset_name": "Training rows: a json, jsonl, csv or parquet file, a folder or glob of them, or a hub id.",
     "dataset_config": "Configuration (subset) of a hub dataset.",

@@ -20,7 +20,8 @@ examples:
   accelerate launch -m sekd.cli train my_recipe.yaml     # several GPUs
 
 The output folder gets the student, its tokenizer, recipe.yaml (as run), versions.json and metrics.jsonl.
---resume_from_checkpoint true resumes from the last checkpoint in it.
+--resume_from_checkpoint true resumes from the newest whole checkpoint in it. The exit status is 0, 1 (training
+stopped), 2 (wrong input), 130 (Ctrl-C) or 143 (SIGTERM, after saving a checkpoint).
 """
 HELP_FILE = os.path.join(os.path.dirname(__file__), "train_help.txt")
 """The keys, by group. ``python -m sekd.cli.fields`` writes the file. Showing it needs no import of the fields."""
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
     with reading_input():
         recipe = Run.parse(options.recipe, options.overrides)
-        recipe.check_folder()
+        recipe.check_output_dir()
         trainer = recipe.trainer()
     from rollouts import RolloutConfigError, RolloutError
     from sekd.checkpoints import RunRefused

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rollouts import Rollout, RolloutConfigError, RolloutEngine, RolloutError, get_trait
+from sekd.checkpoints import RunRefused
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, from_rollout
 from sekd.distributions import entropy_from_top
@@ -163,7 +164,7 @@ class RolloutSchedule:
         """The rollouts that a checkpoint has for a step, or none."""
         rollouts = self.restored.pop(step.number, [])
         if rollouts and not step.answers_its_prompts(rollouts):
-            raise ValueError(
+            raise RunRefused(
                 f"the checkpoint's rollouts for step {step.number} are for other prompts; resume with the same data, "
                 "seed and batch sizes"
             )
@@ -305,7 +306,8 @@ class RolloutSchedule:
             with open(os.path.join(checkpoint, TRAINER_STATE_NAME)) as file:
                 done = json.load(file)["global_step"]
             self.restored = load_rollouts(os.path.join(checkpoint, self._get_state_name()))
-        if self.args.save_rollouts and checkpoint:
+        is_own = checkpoint is not None and os.path.samefile(os.path.dirname(checkpoint), str(self.args.output_dir))
+        if self.args.save_rollouts and is_own:
             resume_file(self._get_file(), done)
         elif self.args.save_rollouts:
             start_file(self._get_file())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rollouts import ENGINES
+from rollouts import ENGINES, get_trait
 from sekd.validation.values import within
 
 if TYPE_CHECKING:
@@ -89,5 +89,5 @@ def _check_urls(urls: Sequence[str], needed: bool) -> None:
 
 
 def engine_trait(args: "SEKDConfig", engine: "RolloutEngine | None", name: str) -> Any:
-    """A property of a run's engine: of the ``engine`` that was passed if it has the attribute, else by its name."""
-    return getattr(engine, name, getattr(ENGINES[args.rollout_engine], name))
+    """A property of a run's engine: of the ``engine`` that was passed, else of the one of its name."""
+    return get_trait(ENGINES[args.rollout_engine] if engine is None else engine, name)
