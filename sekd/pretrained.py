@@ -76,5 +76,6 @@ def _load(load: Callable[..., Any], what: str, field: str, name: str, revision: 
         return load(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 160, placeholder=" ...")
-        place = "the folder" if os.path.isdir(name) else "the hub (there is no such folder)"
-        raise ValueError(f"{field} {name!r}: no {what} can be loaded from {place}: {reason}") from error
+        if os.path.isdir(name):
+            raise ValueError(f"{field} {name!r}: the folder's {what} cannot be loaded: {reason}") from error
+        raise ValueError(f"{field} {name!r}: no such folder, and the hub gives no {what}: {reason}") from error

@@ -11,7 +11,8 @@ from sekd.types import Batch
 def make_generators(batch: Batch, seed: int, step: int, by_targets: bool = False) -> list[torch.Generator]:
     """A generator for each sequence of a batch. It depends on the seed, the step and the sequence alone.
 
-    A sequence is named by its sample's id. With ``by_targets`` a hash of its targets follows: a prompt may have several rollouts.
+    A sequence is named by its sample's id, and with ``by_targets`` also by a hash of its targets, since a prompt may
+    have several rollouts.
     """
     names = [str(i) for i in batch.sample_ids.tolist()]
     if by_targets:

@@ -19,7 +19,7 @@ def test_names_that_may_be_hub_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "Qwen/Qwen3-1.7B"):
         check_model_name("model_name_or_path", name)
-    message = r"^model_name_or_path 'data/nope': no such folder, and on the hub no .* can be loaded \(We couldn't"
+    message = r"^model_name_or_path 'data/nope': no such folder, and the hub gives no .*: We couldn't"
     for load in (load_tokenizer, load_config):
         with pytest.raises(ValueError, match=message):
             load("model_name_or_path", "data/nope", "main")
@@ -33,7 +33,7 @@ def test_a_folder_without_a_model_or_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"^model_name_or_path '.*': the folder has no tokenizer; save"):
         load_tokenizer("model_name_or_path", str(tmp_path), None)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^model_name_or_path '.*': in the folder no tokenizer can be loaded \("):
+    with pytest.raises(ValueError, match=r"^model_name_or_path '.*': the folder's tokenizer cannot be loaded: "):
         load_tokenizer("model_name_or_path", str(tmp_path), None)
     with pytest.raises(ValueError, match=r"is a file; name the folder of the model"):
         check_model_name("model_name_or_path", str(tmp_path / "config.json"))
