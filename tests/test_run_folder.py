@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 from helpers import make_model, make_trainer
 from peft import LoraConfig
 
@@ -154,3 +155,17 @@ def test_a_stream_is_known_by_its_first_samples(tmp_path, tokenizer, pairs):
     keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     again = describe_run(keys, 1, trainers[0].model, "teacher", trainers[0].train_dataset)
     assert again["the data"] == trainers[0].facts["the data"]
+
+
+def test_on_policy_the_number_of_processes_must_stay():
+    """Each process keeps the rollouts of its own prompts in a checkpoint."""
+    keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    model, data = make_model("untied"), Dataset.from_list([{"input_ids": [1, 2], "supervised": [0, 1]}])
+    for lmbda in (0.0, 1.0):
+        one = describe_run({**keys, "lmbda": lmbda}, 1, model, "teacher", data)
+        two = describe_run({**keys, "lmbda": lmbda, "per_device_train_batch_size": 2}, 2, model, "teacher", data)
+        if lmbda:
+            with pytest.raises(RunRefused, match=r"differs in number of processes 2 \(it has 1\)"):
+                compare_facts("checkpoint-1", one, two)
+        else:
+            compare_facts("checkpoint-1", one, two)
