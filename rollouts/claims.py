@@ -30,7 +30,7 @@ FAILED_LOAD = "a load failed"
 class Claim:
     """A trainer's claim to its servers, for as long as it lives.
 
-    A server keeps one text for its clients, the weight version, and everyone may read and write it. A trainer writes
+    A server keeps one text, the weight version, which every client may read and write. A trainer writes
     ``FOLDER#RUN#NAME``, so the version says whose the weights are. A lock on ``FOLDER.lock`` says whether that trainer
     still runs; the system releases it when the process ends, however it ends.
 

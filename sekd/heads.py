@@ -26,7 +26,7 @@ CPU_CHUNK_ROWS = 64
 class Head:
     """The step of a causal language model from its last hidden states to its logits, as a function of positions.
 
-    ``projection`` is never used by its weight, so that LoRA and the hooks of FSDP run.
+    Call ``projection`` as a module and do not use its weight: LoRA and FSDP act in its forward.
     ``scale`` multiplies the logits (Cohere; the inverse of Granite's divisor). ``softcap`` replaces a logit z by
     cap * tanh(z / cap) (Gemma 2). ``vocab`` is the number of classes that teacher and student share.
     """

@@ -71,8 +71,8 @@ def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> An
     happen there. ``function`` returns tensors, and tuples and dicts of them.
 
     The graph leads through the wrapper, whose hooks start the backward pass. The values do not: FSDP2 rounds what it
-    returns to the dtype of mixed precision. It rounds the gradient of the result too. So ``function`` scales its loss:
-    a gradient of 1 stays 1.
+    returns to the dtype of mixed precision. It also rounds the gradient of the result, so ``function`` must return the
+    final loss, whose gradient is 1.
     """
     inner: Any = unwrap(model)
     result: Any = None

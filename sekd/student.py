@@ -32,7 +32,7 @@ def check_student(
 
     Raises:
         ValueError: a new adapter for a student that has one; weights that :func:`check_trainable` refuses; or an
-            output_dir whose models the trained student would replace.
+            output_dir that holds the student, its base or its teacher.
     """
     if isinstance(model, str):
         adapter = find_adapter(model, init.get("revision"))
