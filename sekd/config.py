@@ -12,7 +12,7 @@ from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.registry import check_records, import_module
 from sekd.scores import Scoring, make_scoring
-from sekd.selection_config import SelectionConfig, help_text
+from sekd.selection_config import SelectionConfig, help_
 from sekd.validation import check_config
 from sekd.validation.selection import check_names
 from sekd.validation.values import check_types
@@ -28,17 +28,15 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
 
     import_modules: list[str] = field(
         default_factory=list,
-        metadata=help_text(
-            "Modules that sekd imports first. They add your own scores, policies, divergences or engines."
-        ),
+        metadata=help_("Modules that sekd imports first. They add your own scores, policies, divergences or engines."),
     )
 
     # The teacher
-    teacher_model_name_or_path: str | None = field(default=None, metadata=help_text("Folder or hub id of the teacher."))
-    teacher_model_revision: str = field(default="main", metadata=help_text("Branch, tag or commit of the teacher."))
+    teacher_model_name_or_path: str | None = field(default=None, metadata=help_("Folder or hub id of the teacher."))
+    teacher_model_revision: str = field(default="main", metadata=help_("Branch, tag or commit of the teacher."))
     teacher_dtype: str | None = field(
         default=None,
-        metadata=help_text(
+        metadata=help_(
             "Dtype of the teacher's weights: auto (as they were saved), bfloat16, float16 or float32. Default: "
             "bfloat16 if the hardware computes in bf16 natively, else float32."
         ),
@@ -46,178 +44,166 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
 
     teacher_cache: str | None = field(
         default=None,
-        metadata=help_text(
+        metadata=help_(
             "Folder that `sekd cache build` wrote. Its rs_kd targets replace the teacher, which is then not loaded."
         ),
     )
 
     cache_teacher_entropy: bool = field(
         default=False,
-        metadata=help_text(
+        metadata=help_(
             "Let `sekd cache build` also store the teacher's entropy (a byte a position), which position_score "
             "teacher_entropy needs."
         ),
     )
 
     # Data
-    prompt_column: str = field(default="prompt", metadata=help_text("Column of prompts: text or chat messages."))
-    completion_column: str = field(default="completion", metadata=help_text("Column of completions."))
-    messages_column: str = field(default="messages", metadata=help_text("Column of whole conversations."))
-    text_column: str = field(default="text", metadata=help_text("Column of plain text."))
+    prompt_column: str = field(default="prompt", metadata=help_("Column of prompts: text or chat messages."))
+    completion_column: str = field(default="completion", metadata=help_("Column of completions."))
+    messages_column: str = field(default="messages", metadata=help_("Column of whole conversations."))
+    text_column: str = field(default="text", metadata=help_("Column of plain text."))
     prompt_template: str = field(
-        default="{prompt}", metadata=help_text("Template of text prompts; {prompt} is replaced by the prompt.")
+        default="{prompt}", metadata=help_("Template of text prompts; {prompt} is replaced by the prompt.")
     )
     use_chat_template: bool = field(
-        default=False, metadata=help_text("Make a text prompt a user turn, and its completion the assistant's turn.")
+        default=False, metadata=help_("Make a text prompt a user turn, and its completion the assistant's turn.")
     )
     chat_template_kwargs: dict | str | None = field(
-        default=None, metadata=help_text("Variables of the chat template, such as {enable_thinking: false}.")
+        default=None, metadata=help_("Variables of the chat template, such as {enable_thinking: false}.")
     )
-    system_prompt: str | None = field(default=None, metadata=help_text("System turn before each chat prompt."))
+    system_prompt: str | None = field(default=None, metadata=help_("System turn before each chat prompt."))
     eos: str | None = field(
         default=None,
-        metadata=help_text(
+        metadata=help_(
             "Token that ends a completion, such as '<|im_end|>' where the chat template ends turns with it. Default: "
             "the tokenizer's EOS token."
         ),
     )
     teacher_system_prompt: str | None = field(
         default=None,
-        metadata=help_text("System turn that the teacher reads in chat prompts, instead of the student's."),
+        metadata=help_("System turn that the teacher reads in chat prompts, instead of the student's."),
     )
     teacher_prompt_prefix: str | None = field(
         default=None,
-        metadata=help_text(
+        metadata=help_(
             "Text before the prompt (in a chat, before the last user turn) that only the teacher reads. {column} "
             "becomes the row's value of that column, as in 'The answer is {answer}. '; {{ and }} stand for { and }."
         ),
     )
     text_prompt_length: int | None = field(
         default=None,
-        metadata=help_text(
+        metadata=help_(
             "On-policy from plain text: the first N tokens of a document are the prompt, and the student continues "
             "it. Documents of at most N tokens are left out; the log says how many."
         ),
     )
     supervise_prompt: bool = field(
-        default=False, metadata=help_text("Distil at the prompt's tokens too (off-policy steps only).")
+        default=False, metadata=help_("Distil at the prompt's tokens too (off-policy steps only).")
     )
     packing: bool = field(
         default=True,
-        metadata=help_text(
+        metadata=help_(
             "Pack documents of plain text into sequences of max_length; attention stays within each document."
         ),
     )
-    max_length: int = field(default=1024, metadata=help_text("Longest training sequence, in tokens."))
+    max_length: int = field(default=1024, metadata=help_("Longest training sequence, in tokens."))
     max_prompt_length: int = field(  # type: ignore[assignment] # __post_init__ sets it
         default=None,
-        metadata=help_text(
-            "Longest prompt, in tokens. Default: 512; with lmbda < 1, half of max_length if that is less."
-        ),
+        metadata=help_("Longest prompt, in tokens. Default: 512; with lmbda < 1, half of max_length if that is less."),
     )
     overlong_prompts: str = field(
         default="error",
-        metadata=help_text(
-            "Prompts over max_prompt_length: error stops the run; drop leaves them out and logs how many."
-        ),
+        metadata=help_("Prompts over max_prompt_length: error stops the run; drop leaves them out and logs how many."),
     )
 
     rollouts: str | None = field(
         default=None,
-        metadata=help_text(
-            "Train off-policy on this file of rollouts (made by save_rollouts) instead of dataset_name."
-        ),
+        metadata=help_("Train off-policy on this file of rollouts (made by save_rollouts) instead of dataset_name."),
     )
     eval_dataset_name: str | None = field(
         default=None,
-        metadata=help_text("Held-out data, like dataset_name. Default: dataset_test_split of dataset_name."),
+        metadata=help_("Held-out data, like dataset_name. Default: dataset_test_split of dataset_name."),
     )
     max_eval_samples: int | None = field(
-        default=None, metadata=help_text("Number of held-out sequences to evaluate; all by default.")
+        default=None, metadata=help_("Number of held-out sequences to evaluate; all by default.")
     )
 
     # Rollouts
-    rollout_engine: str = field(default="vllm", metadata=help_text(f"What generates rollouts: {', '.join(ENGINES)}."))
+    rollout_engine: str = field(default="vllm", metadata=help_(f"What generates rollouts: {', '.join(ENGINES)}."))
     rollout_server_urls: list[str] = field(
         default_factory=lambda: ["http://127.0.0.1:8000"],
-        metadata=help_text("Servers of rollout_engine vllm_server (`sekd serve`); they share the load."),
+        metadata=help_("Servers of rollout_engine vllm_server (`sekd serve`); they share the load."),
     )
     rollout_timeout: float = field(
-        default=600.0, metadata=help_text("Seconds to wait for a rollout server, at the start and for each answer.")
+        default=600.0, metadata=help_("Seconds to wait for a rollout server, at the start and for each answer.")
     )
     rollout_transfer: str = field(
         default="file",
-        metadata=help_text(
+        metadata=help_(
             "How full weights (not LoRA adapters) reach rollout servers: file, or nccl (GPU to GPU, experimental)."
         ),
     )
-    temperature: float = field(default=1.0, metadata=help_text("Sampling temperature; 0 is greedy."))
+    temperature: float = field(default=1.0, metadata=help_("Sampling temperature; 0 is greedy."))
     top_p: float = field(
         default=1.0,
-        metadata=help_text("Nucleus sampling: sample from the smallest set of tokens with this probability."),
+        metadata=help_("Nucleus sampling: sample from the smallest set of tokens with this probability."),
     )
-    top_k: int = field(default=0, metadata=help_text("Sample from the k likeliest tokens; 0 samples from all."))
+    top_k: int = field(default=0, metadata=help_("Sample from the k likeliest tokens; 0 samples from all."))
     min_p: float = field(
-        default=0.0, metadata=help_text("Drop tokens whose probability is below this share of the likeliest token's.")
+        default=0.0, metadata=help_("Drop tokens whose probability is below this share of the likeliest token's.")
     )
     repetition_penalty: float = field(
-        default=1.0, metadata=help_text("Penalise tokens that are already in the text; 1 disables it.")
+        default=1.0, metadata=help_("Penalise tokens that are already in the text; 1 disables it.")
     )
     stop_strings: list[str] = field(
-        default_factory=list, metadata=help_text("Strings that end a completion, in addition to the stop tokens.")
+        default_factory=list, metadata=help_("Strings that end a completion, in addition to the stop tokens.")
     )
-    max_completion_length: int = field(default=256, metadata=help_text("Longest completion, in tokens."))
-    vllm_gpu_memory_utilization: float = field(default=0.3, metadata=help_text("Share of the GPU's memory for vLLM."))
+    max_completion_length: int = field(default=256, metadata=help_("Longest completion, in tokens."))
+    vllm_gpu_memory_utilization: float = field(default=0.3, metadata=help_("Share of the GPU's memory for vLLM."))
     vllm_enforce_eager: bool = field(
-        default=False, metadata=help_text("Start vLLM at once without compiling the model; generation is slower then.")
+        default=False, metadata=help_("Start vLLM at once without compiling the model; generation is slower then.")
     )
     vllm_sleep: bool = field(
-        default=False, metadata=help_text("vLLM frees the GPU's memory between rounds (rollout_engine vllm).")
+        default=False, metadata=help_("vLLM frees the GPU's memory between rounds (rollout_engine vllm).")
     )
-    vllm_kv_cache_gib: float = field(
-        default=1.0, metadata=help_text("Size of vLLM's key-value cache on a CPU, in GiB.")
-    )
+    vllm_kv_cache_gib: float = field(default=1.0, metadata=help_("Size of vLLM's key-value cache on a CPU, in GiB."))
     rollouts_per_prompt: int = field(
         default=1,
-        metadata=help_text(
-            "Completions sampled for each prompt (TRL: num_generations). Batch sizes count completions."
-        ),
+        metadata=help_("Completions sampled for each prompt (TRL: num_generations). Batch sizes count completions."),
     )
     rollout_batches: int = field(
         default=1,
-        metadata=help_text(
+        metadata=help_(
             "Optimizer steps per round of generation. All rollouts of a round come from the weights at its start."
         ),
     )
     rollout_staleness: int = field(
         default=0,
-        metadata=help_text(
+        metadata=help_(
             "1: generate the next round while training on this one, with the weights at this round's start "
             "(rollout_engine vllm_server)."
         ),
     )
     save_rollouts: bool = field(
         default=False,
-        metadata=help_text(
+        metadata=help_(
             "Write all rollouts to output_dir/rollouts.jsonl (other processes: rollouts_1.jsonl, ...), to train on "
             "them again with --rollouts."
         ),
     )
-    log_completions_steps: int = field(
-        default=50, metadata=help_text("Print a few rollouts every N steps; 0 is never.")
-    )
+    log_completions_steps: int = field(default=50, metadata=help_("Print a few rollouts every N steps; 0 is never."))
 
     overwrite_output_dir: bool = field(
         default=False,
-        metadata=help_text("Delete the checkpoints and the student of an earlier run in output_dir. Default: refuse."),
+        metadata=help_("Delete the checkpoints and the student of an earlier run in output_dir. Default: refuse."),
     )
     save_on_signal: bool = field(
         default=True,
-        metadata=help_text("On SIGTERM, end the current step, save a checkpoint and stop with exit status 143."),
+        metadata=help_("On SIGTERM, end the current step, save a checkpoint and stop with exit status 143."),
     )
     merge_adapter: bool = field(
         default=False,
-        metadata=help_text(
+        metadata=help_(
             "At the end, write a whole student in float32, with the adapter merged into its base, instead of the "
             "adapter alone."
         ),
@@ -225,28 +211,24 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
 
     # Memory
     head_chunk_rows: int = field(
-        default=256, metadata=help_text("Positions that an LM head computes at once; fewer need less memory.")
+        default=256, metadata=help_("Positions that an LM head computes at once; fewer need less memory.")
     )
 
     # Other defaults than those of TrainingArguments
-    learning_rate: float = field(default=1e-5, metadata=help_text("Initial learning rate."))
+    learning_rate: float = field(default=1e-5, metadata=help_("Initial learning rate."))
     bf16: bool | None = field(
         default=None,
-        metadata=help_text(
-            "bf16 autocast over float32 weights. Default: true if the hardware computes in bf16 natively."
-        ),
+        metadata=help_("bf16 autocast over float32 weights. Default: true if the hardware computes in bf16 natively."),
     )
-    logging_steps: float = field(default=10, metadata=help_text("Log every N steps."))
-    remove_unused_columns: bool = field(default=False, metadata=help_text("Unused: sekd reads its own columns."))
-    logging_nan_inf_filter: bool = field(default=False, metadata=help_text("Unused: a non-finite loss stops the run."))
+    logging_steps: float = field(default=10, metadata=help_("Log every N steps."))
+    remove_unused_columns: bool = field(default=False, metadata=help_("Unused: sekd reads its own columns."))
+    logging_nan_inf_filter: bool = field(default=False, metadata=help_("Unused: a non-finite loss stops the run."))
     # transformers' annotations of these two lack the truth values that they may have.
     resume_from_checkpoint: str | bool | None = field(
         default=None,
-        metadata=help_text("true resumes from the newest whole checkpoint in output_dir; or a checkpoint's folder."),
+        metadata=help_("true resumes from the newest whole checkpoint in output_dir; or a checkpoint's folder."),
     )
-    fsdp: str | bool | None = field(
-        default=None, metadata=help_text("true shards the student over the processes (FSDP2).")
-    )
+    fsdp: str | bool | None = field(default=None, metadata=help_("true shards the student over the processes (FSDP2)."))
 
     def __post_init__(self) -> None:
         check_types(self)

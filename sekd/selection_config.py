@@ -10,14 +10,14 @@ from sekd.registry import all_options
 from sekd.scores import NORMALIZATIONS, RANDOM, SCORES
 
 
-def help_text(text: str) -> dict:
+def help_(text: str) -> dict:
     return {"help": text.replace("%", "%%")}  # argparse formats it
 
 
 def _option(name: str) -> Any:
     """The field of a policy's or divergence's option, with the default and help of its record."""
     option = all_options()[name]
-    return field(default=option.default, metadata=help_text(option.help))
+    return field(default=option.default, metadata=help_(option.help))
 
 
 @dataclass
@@ -27,13 +27,13 @@ class SelectionConfig:
     # What is distilled, and where
     lmbda: float = field(
         default=0.0,
-        metadata=help_text(
+        metadata=help_(
             "Probability that an optimizer step is on-policy: 0 learns from the data only, 1 from rollouts only."
         ),
     )
     divergence: str | None = field(
         default=None,
-        metadata=help_text(
+        metadata=help_(
             f"One of {', '.join(DIVERGENCES)}. Default: reverse_kl if lmbda > 0 and class_selection is full, else "
             "forward_kl."
         ),
@@ -44,47 +44,45 @@ class SelectionConfig:
     decoupled_beta: float = _option("decoupled_beta")
     kd_weight: float = field(
         default=1.0,
-        metadata=help_text("Weight of the divergence in the loss, in [0, 1]; cross-entropy has 1 - kd_weight."),
+        metadata=help_("Weight of the divergence in the loss, in [0, 1]; cross-entropy has 1 - kd_weight."),
     )
-    kd_temperature: float = field(
-        default=1.0, metadata=help_text("Temperature of both distributions in the divergence.")
-    )
+    kd_temperature: float = field(default=1.0, metadata=help_("Temperature of both distributions in the divergence."))
     position_score: dict | str | None = field(
         default="student_entropy",
-        metadata=help_text(
+        metadata=help_(
             f"Score of a position's importance: {', '.join(SCORES)}; or a mapping of scores to weights, such as "
             '{"student_entropy": 1.0, "kl": 0.5}.'
         ),
     )
     score_source: str = field(
         default="exact",
-        metadata=help_text(
+        metadata=help_(
             "Source of student_entropy. exact: the student's logits at all positions. rollout: in on-policy steps, the "
             "score_logprobs largest log-probabilities of the sampler."
         ),
     )
     score_logprobs: int = field(
-        default=20, metadata=help_text("Number of log-probabilities a position for score_source rollout.")
+        default=20, metadata=help_("Number of log-probabilities a position for score_source rollout.")
     )
     score_normalization: str = field(
         default="none",
-        metadata=help_text(
+        metadata=help_(
             f"How each score is normalised within its sequence, before weights apply: {', '.join(NORMALIZATIONS)}."
         ),
     )
     position_policy: str = field(
-        default="top_k", metadata=help_text(f"Which positions are distilled: {', '.join(POLICIES)}.")
+        default="top_k", metadata=help_(f"Which positions are distilled: {', '.join(POLICIES)}.")
     )
     position_fraction: float = field(
         default=0.2,
-        metadata=help_text(
+        metadata=help_(
             "Share of a sequence's positions to select, in (0, 1]. For gls it is a share of the recent scores. all and "
             "weighted do not use it."
         ),
     )
     position_skip: int = field(
         default=0,
-        metadata=help_text("Do not select the first N positions of a document, unless the sequence has no others."),
+        metadata=help_("Do not select the first N positions of a document, unless the sequence has no others."),
     )
     curriculum_steps: int = _option("curriculum_steps")
     gls_queue_size: int = _option("gls_queue_size")
@@ -96,37 +94,35 @@ class SelectionConfig:
     # Classes
     class_selection: str = field(
         default="full",
-        metadata=help_text(
+        metadata=help_(
             f"The classes of a position: {', '.join(CLASS_SELECTIONS)}. rs_kd draws class_samples from the teacher "
             "(unbiased); top_k_classes keeps the likeliest class_samples (biased)."
         ),
     )
     class_samples: int = field(
-        default=64, metadata=help_text("Draws a position of rs_kd, or classes a position of top_k_classes.")
+        default=64, metadata=help_("Draws a position of rs_kd, or classes a position of top_k_classes.")
     )
     sampled_softmax: int = field(
         default=0,
-        metadata=help_text("Normalise the student over the kept classes and N random ones. 0: over all classes."),
+        metadata=help_("Normalise the student over the kept classes and N random ones. 0: over all classes."),
     )
 
     # Samples
     sample_fraction: float = field(
         default=1.0,
-        metadata=help_text("Share of the samples to train on, chosen by sample_score once before training."),
+        metadata=help_("Share of the samples to train on, chosen by sample_score once before training."),
     )
     sample_score: str = field(
         default="student_entropy",
-        metadata=help_text(
+        metadata=help_(
             f"Samples are ranked by the mean of this score over their positions: {', '.join((*SCORES, RANDOM))}."
         ),
     )
     samples_file: str | None = field(
         default=None,
-        metadata=help_text(
-            "JSON file of scores and choice, used again if it exists. Default: samples.json in output_dir."
-        ),
+        metadata=help_("JSON file of scores and choice, used again if it exists. Default: samples.json in output_dir."),
     )
     sample_pool: int | None = field(
         default=None,
-        metadata=help_text("Use only the first N samples of the data. A stream needs it for sample_fraction."),
+        metadata=help_("Use only the first N samples of the data. A stream needs it for sample_fraction."),
     )
