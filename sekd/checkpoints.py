@@ -16,7 +16,7 @@ from sekd.files import hash_quickly, read_checked, sync, write_checked
 
 logger = logging.get_logger(__name__)
 
-UNFINISHED = "unfinished"
+UNFINISHED = ".sekd-unfinished"
 """The folder, in the folder of a run, in which a checkpoint is written."""
 
 MANIFEST = "checkpoint.json"
@@ -42,8 +42,8 @@ def list_checkpoints(folder: str) -> dict[int, str]:
 def finish_checkpoint(written: str, facts: dict[str, Any]) -> str:
     """Give a completely written checkpoint its final name, and return its path.
 
-    ``written`` is ``FOLDER/unfinished/checkpoint-N``. ``facts`` becomes a part of ``checkpoint.json``. A checkpoint of
-    this step by the same run stays, since it has the same content; one of another run is replaced.
+    ``written`` is ``FOLDER/.sekd-unfinished/checkpoint-N``. ``facts`` becomes a part of ``checkpoint.json``. A
+    checkpoint of this step by the same run stays, since it has the same content; one of another run is replaced.
     """
     files = {}
     for folder, _, names in os.walk(written):
@@ -88,9 +88,9 @@ def remove_unfinished(folder: str) -> None:
 
 
 def rotate_checkpoints(folder: str, limit: int | None, protected: set[str]) -> None:
-    """Delete the oldest checkpoints until ``limit`` are left. ``protected`` paths stay; None or 0 keeps all."""
+    """Delete the oldest checkpoints until ``limit`` are left. ``protected`` paths stay. None, 0 and -1 keep all."""
     checkpoints = [*list_checkpoints(folder).values()]
-    excess = len(checkpoints) - limit if limit else 0
+    excess = len(checkpoints) - limit if limit and limit > 0 else 0
     for path in [path for path in checkpoints if path not in protected][: max(0, excess)]:
         remove_folder(path)
     remove_unfinished(folder)

@@ -45,6 +45,10 @@ class Interrupted(Exception):
     """SIGTERM ended the run. Its checkpoint is saved."""
 
 
+class InterruptedWait(Interrupted):
+    """SIGTERM ended the run while it waited before a step."""
+
+
 class ResumableTrainer(Trainer):
     """``Trainer`` with checkpoints that are whole or absent, and a folder that belongs to one run.
 
@@ -52,7 +56,7 @@ class ResumableTrainer(Trainer):
     must have in common with this one. ``inputs`` are the folders of the models that the run reads.
     """
 
-    saved_errors: ClassVar[tuple[type[Exception], ...]] = ()
+    saved_errors: ClassVar[tuple[type[Exception], ...]] = (InterruptedWait,)
     """Errors that do not spoil the run: a checkpoint is saved when one of them ends it."""
 
     args: Any
@@ -68,6 +72,7 @@ class ResumableTrainer(Trainer):
         self._unfinished: str | None = None
         self._run: str | None = None
         self._holds_folder = False
+        self._waits = False
 
     # What a subclass adds
 
@@ -80,6 +85,9 @@ class ResumableTrainer(Trainer):
     def write_student(self, written: str, folder: str) -> None:
         """Write the student's files into ``written``. They are moved to ``folder``. Every process calls it."""
         super().save_model(written, _internal_call=True)
+
+    def end_waits(self) -> None:
+        """End what still goes on in the background. The run is over."""
 
     def export_log(self) -> dict[str, Any]:
         """The subclass's sums of the steps since the last log, over all processes, as JSON."""
@@ -123,10 +131,19 @@ class ResumableTrainer(Trainer):
             self.checkpoint, self._run = run_on_main(lambda: self._open_folder(resume or None))
             try:
                 output = super().train(self.checkpoint, *args, **kwargs)
-            except self.saved_errors:
+            except self.saved_errors as error:
+                if isinstance(error, InterruptedWait):
+                    self.end_waits()
                 if self.state.global_step > 0:
                     self._save_checkpoint(self.model, None)
                 raise
+            finally:
+                self._close_bars()
+        if self.state.global_step == 0:
+            raise RunRefused(
+                "nothing was trained: the data has no batch of per_device_train_batch_size samples; lower it, or set "
+                "dataloader_drop_last: false"
+            )
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _open_folder(self, resume: str | bool | None) -> tuple[str | None, str]:
@@ -139,6 +156,10 @@ class ResumableTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # the checkpoint has the steps of the run before
+        if self.state.best_global_step:  # the folder may have moved
+            best = name_checkpoint(str(self.args.output_dir), self.state.best_global_step)
+            self.state.best_model_checkpoint = best if os.path.isdir(best) else None
         if self.state.global_step > max_steps:
             raise RunRefused(
                 f"{self.checkpoint!r} is of step {self.state.global_step}, but max_steps (or num_train_epochs) ends at "
@@ -203,7 +224,8 @@ class ResumableTrainer(Trainer):
 
     def rotate(self, folder: str, newest: str) -> None:
         """Delete the oldest checkpoints above ``save_total_limit``, but neither ``newest`` nor the best one."""
-        rotate_checkpoints(folder, self.args.save_total_limit, {newest, str(self.state.best_model_checkpoint)})
+        best = name_checkpoint(folder, self.state.best_global_step or -1)
+        rotate_checkpoints(folder, self.args.save_total_limit, {newest, best})
 
     def _export_log_state(self) -> dict[str, Any]:
         loss = self.accelerator.reduce(self._tr_loss.detach().clone(), "mean").item()
@@ -256,12 +278,33 @@ class ResumableTrainer(Trainer):
         def note(*_: Any) -> None:
             self._got_sigterm = True
             signal.signal(signal.SIGTERM, previous)
+            self._end_wait()
 
         signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what may take long before a step, such as generation: SIGTERM ends it at once."""
+        self._waits = self.accelerator.num_processes == 1  # others would wait for the process that stops
+        try:
+            self._end_wait()
+            yield
+        finally:
+            self._waits = False
+
+    def _end_wait(self) -> None:
+        if self._waits and self._got_sigterm:
+            raise InterruptedWait(f"stopped by SIGTERM after step {self.state.global_step}")
+
+    def _close_bars(self) -> None:
+        """End the line of a progress bar, so that an error begins a line of its own."""
+        for callback in self.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()
 
     def agree_to_stop(self) -> bool:
         """Whether any process got SIGTERM: all agree. Every process calls it after each step."""

@@ -12,9 +12,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
-from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -31,13 +30,19 @@ from sekd.checkpoints import (
     remove_unfinished,
 )
 from sekd.files import lock_folder, read_checked, write_checked
-from sekd.fingerprints import sample_key
+from sekd.fingerprints import hash_data
 
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "run.json"
 MODEL_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-*.safetensors",
+        "model.safetensors.index.json",
+    ),
     *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.*"),
 )
 """What a model or an adapter may have left in a folder, as patterns."""
@@ -60,6 +65,7 @@ MAY_CHANGE = {
     *("model_name_or_path", "model_revision", "teacher_model_name_or_path", "teacher_model_revision"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+    *("include_num_input_tokens_seen", "gradient_checkpointing_kwargs"),
 }
 BEGINNINGS_THAT_MAY_CHANGE = ("log", "eval_", "save_", "hub_", "trackio_", "vllm_", "ddp_", "dataset_")
 """Fields, and beginnings of fields, that change nothing that a run learns. Data and models have fingerprints."""
@@ -105,17 +111,27 @@ def check_free(folder: str, resume: str | bool | None, overwrite: bool, inputs: 
 
 
 def check_results(folder: str, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
-    """Check that a new run may begin in a folder: it has no results, or they may be deleted.
+    """Check that a new run may begin in a folder: it has no results, or they are a run's and may be deleted.
 
     Raises:
-        RunRefused: there are results, or ``overwrite`` would delete a model of ``inputs``.
+        RunRefused: there are results, or files that no run wrote, or ``overwrite`` would delete a model of ``inputs``.
     """
-    if not overwrite:
-        _refuse_results(folder)
-    elif read := [path for path in inputs if path and _is_inside(path, folder)]:
+    results = _list_results(folder)
+    if os.path.isfile(os.path.join(folder, RUN_FILE)):
+        if not overwrite and results:
+            raise RunRefused(
+                f"output_dir {folder!r} has the results of an earlier run ({_shorten_list(results)}): resume it with "
+                "resume_from_checkpoint: true, delete them with overwrite_output_dir: true, or name another output_dir"
+            )
+        if read := [path for path in _add_bases(inputs) if _would_be_deleted(path, folder)]:
+            raise RunRefused(
+                f"overwrite_output_dir would delete {read[0]!r}, which this run reads; name another output_dir than "
+                f"{folder!r}"
+            )
+    elif results := [*results, *(name for name in LEFTOVERS if os.path.exists(os.path.join(folder, name)))]:
         raise RunRefused(
-            f"overwrite_output_dir would delete {read[0]!r}, which this run reads; name another output_dir than "
-            f"{folder!r}"
+            f"output_dir {folder!r} has files that no run of this version of sekd wrote ({_shorten_list(results)}); "
+            "name another output_dir, or move them away"
         )
 
 
@@ -174,22 +190,15 @@ def describe_run(
     """What a resumed run must have in common with the run, as JSON: its keys, models and data.
 
     ``teacher`` is what tells the teacher from another one (:meth:`sekd.teachers.TeacherSource.describe`). Only names
-    and shapes of the student count, since the weights are those of the checkpoint. Some samples stand for the data.
+    and shapes of the student count, since the weights are those of the checkpoint.
     """
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
     if keys.get("lmbda"):
         keys = {**keys, "number of processes": processes}  # each keeps the rollouts of its own prompts
     step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
-    hashes = [_hash(shapes), _hash([json.dumps(teacher)]), _hash(sample_key(row).hex() for row in _take_some(data))]
+    hashes = [_hash(shapes), _hash([json.dumps(teacher)]), hash_data(data)]
     facts = {"sequences a step": step, **dict(zip(HASHES, hashes, strict=True))}
     return json.loads(json.dumps({**keys, **facts}, default=str))
-
-
-def _take_some(data: Dataset | IterableDataset, count: int = 256) -> Iterable[Mapping[str, Any]]:
-    """About ``count`` samples from the whole data, and the last one; the first ones of a stream."""
-    if isinstance(data, IterableDataset):
-        return islice(data, 8)
-    return data.select([*range(0, len(data), max(1, len(data) // count)), len(data) - 1])
 
 
 def _hash(texts: Iterable[str]) -> str:
@@ -202,9 +211,10 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
     Raises:
         RunRefused: they differ in a field that decides what the run learns.
     """
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    # A key that one of them lacks is of another version, or of a recipe that the other run did not need.
+    names = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
     differing = [name for name in names if name not in MAY_CHANGE and not name.startswith(BEGINNINGS_THAT_MAY_CHANGE)]
-    lines = [_contrast(name, before.get(name), now.get(name)) for name in differing]
+    lines = [_contrast(name, before[name], now[name]) for name in differing]
     if refused := [line for name, line in zip(differing, lines, strict=True) if name not in MAY_CHANGE_WITH_WARNING]:
         raise RunRefused(
             f"this run cannot resume from {checkpoint!r}, which differs in {', '.join(refused)}; take its values, or "
@@ -214,20 +224,32 @@ def compare_facts(checkpoint: str, before: Mapping[str, Any], now: Mapping[str, 
         logger.warning(f"resuming from {checkpoint!r}, which differs in {', '.join(lines)}")
 
 
-def _refuse_results(folder: str) -> None:
+def _list_results(folder: str) -> list[str]:
+    """The names of checkpoints and model files in a folder."""
     results = [*map(os.path.basename, list_checkpoints(folder).values())]
-    results += [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
-    if results:
-        more = " and more" * (len(results) > 2)
-        raise RunRefused(
-            f"output_dir {folder!r} has the results of an earlier run ({', '.join(results[:2])}{more}): resume it with "
-            "resume_from_checkpoint: true, delete them with overwrite_output_dir: true, or name another output_dir"
-        )
+    return results + [os.path.basename(path) for pattern in MODEL_FILES for path in glob.glob(_inside(folder, pattern))]
 
 
-def _is_inside(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.isdir(path) and os.path.commonpath([path, folder]) == folder
+def _shorten_list(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + " and more" * (len(names) > 2)
+
+
+def _add_bases(models: Sequence[str | None]) -> list[str]:
+    """The folders among some models, and the bases of those that are adapters."""
+    folders = [path for path in models if path and os.path.isdir(path)]
+    for path in [*folders]:
+        with suppress(OSError, ValueError, KeyError), open(os.path.join(path, "adapter_config.json")) as file:
+            folders.append(str(json.load(file)["base_model_name_or_path"]))
+    return folders
+
+
+def _would_be_deleted(path: str, folder: str) -> bool:
+    """Whether a model is the folder's own, or lies in one of its checkpoints."""
+    for resolve in (os.path.abspath, os.path.realpath):  # a checkpoint may be a link
+        place = os.path.relpath(resolve(path), resolve(folder)).split(os.sep)
+        if place[0] == "." or place[0].startswith("checkpoint-"):
+            return True
+    return False
 
 
 def _inside(folder: str, pattern: str) -> str:

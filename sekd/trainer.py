@@ -39,7 +39,7 @@ from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
 from sekd.pretrained import STUDENT, load_tokenizer
-from sekd.resumable import ResumableTrainer
+from sekd.resumable import InterruptedWait, ResumableTrainer
 from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, prepare_samples
 from sekd.saving import save_merged
@@ -78,7 +78,7 @@ class SEKDTrainer(ResumableTrainer):
     """
 
     args: SEKDConfig
-    saved_errors = (RolloutError,)
+    saved_errors = (RolloutError, InterruptedWait)
 
     def __init__(
         self,
@@ -186,7 +186,8 @@ class SEKDTrainer(ResumableTrainer):
         def pull() -> list[list[Sample]]:
             return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, per_step, device)[0]
 
-        micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
+        with self.waiting():
+            micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)
@@ -304,6 +305,8 @@ class SEKDTrainer(ResumableTrainer):
     def close(self) -> None:
         """End the rollout engine."""
         self.schedule.close()
+
+    end_waits = close
 
     @property
     def engine(self) -> RolloutEngine | None:

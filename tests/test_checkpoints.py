@@ -93,7 +93,8 @@ def test_a_step_that_is_saved_again(tmp_path):
 
 def test_rotation_keeps_the_newest_and_the_protected(tmp_path):
     paths = [write(tmp_path, step) for step in (2, 4, 10, 8)]
-    rotate_checkpoints(str(tmp_path), None, set())
+    for everything in (None, 0, -1):
+        rotate_checkpoints(str(tmp_path), everything, set())
     assert [*list_checkpoints(str(tmp_path))] == [2, 4, 8, 10]
     rotate_checkpoints(str(tmp_path), 2, {paths[0], paths[2]})
     assert [*list_checkpoints(str(tmp_path))] == [2, 10], "by step, whatever was written last"

@@ -8,6 +8,7 @@ import yaml
 from sekd.cli import main
 from sekd.parse import parse_recipe
 from sekd.recipe import Run
+from sekd.run_folder import begin_run
 
 
 def test_a_score_mapping_on_the_command_line_and_in_yaml(recipe, tmp_path):
@@ -52,6 +53,8 @@ def test_what_resume_from_checkpoint_may_be(recipe):
 
 def test_the_folder_is_checked_before_models_load(recipe, tmp_path):
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    begin_run(str(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint-2").mkdir()
     with pytest.raises(ValueError, match=r"has the results of an earlier run \(checkpoint-2\): resume it with"):
         Run.parse(recipe).check_output_dir()
     Run.parse(recipe, ["--resume_from_checkpoint", "true"]).check_output_dir()
@@ -61,5 +64,7 @@ def test_the_folder_is_checked_before_models_load(recipe, tmp_path):
         Run.parse(
             recipe, ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "new")]
         ).check_output_dir()
+    student = ["--model_name_or_path", str(tmp_path / "run")]
+    (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="overwrite_output_dir would delete"):
-        Run.parse(recipe, ["--overwrite_output_dir", "true", "--output_dir", str(tmp_path)]).check_output_dir()
+        Run.parse(recipe, ["--overwrite_output_dir", "true", *student]).check_output_dir()

@@ -4,13 +4,15 @@ import json
 import os
 import resource
 import signal
+import threading
+import time
 
 import pytest
 import torch
 from helpers import make_trainer, trained_weights
 from transformers import TrainerCallback
 
-from sekd.checkpoints import RunRefused, list_checkpoints
+from sekd.checkpoints import UNFINISHED, RunRefused, list_checkpoints
 from sekd.resumable import Interrupted
 
 OPTIONS = dict(max_steps=7, save_strategy="steps", save_steps=2, logging_steps=3, position_policy="random")
@@ -113,7 +115,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, tokenizer, pairs, whole, limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [*list_checkpoints(str(tmp_path / "cut"))] == [2]
-    assert not (tmp_path / "cut" / "unfinished").exists(), "room for the next try"
+    assert not (tmp_path / "cut" / UNFINISHED).exists(), "room for the next try"
     resumed = make(tmp_path / "cut", tokenizer, pairs)
     resumed.train(True)
     assert_same_end(resumed, tmp_path / "cut", whole, tmp_path / "whole")
@@ -149,6 +151,71 @@ def test_the_best_checkpoint_has_its_final_name_and_stays(tmp_path, tokenizer, p
 
 
 def test_an_unfinished_checkpoint_of_a_killed_run_is_removed(tmp_path, tokenizer, pairs):
-    os.makedirs(tmp_path / "unfinished" / "checkpoint-2")
+    os.makedirs(tmp_path / UNFINISHED / "checkpoint-2")
     make(tmp_path, tokenizer, pairs).train()
-    assert not (tmp_path / "unfinished").exists()
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_sigterm_ends_a_wait_for_a_server_at_once(tmp_path, tokenizer, pairs):
+    options = dict(lmbda=1.0, rollout_engine="vllm_server", rollout_timeout=120, max_steps=2)
+    options |= dict(rollout_server_urls=["http://127.0.0.1:9"])  # nothing answers
+    trainer = make_trainer(tmp_path, tokenizer, pairs, **options)
+    threading.Timer(1.0, terminate, [None]).start()
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 0"):
+        trainer.train()
+    assert time.monotonic() - started < 60
+
+
+def test_sigterm_in_generation_saves_the_step_before(tmp_path, tokenizer, pairs):
+    """The round that was cut is generated again with the same weights, so the resumed run is the undisturbed one."""
+    options = OPTIONS | dict(lmbda=1.0, max_completion_length=6, rollout_batches=3, save_rollouts=True)
+    whole = trained_weights(make_trainer(tmp_path / "whole", tokenizer, pairs, **options))
+    trainer = make_trainer(tmp_path / "cut", tokenizer, pairs, **options)
+    rounds = []
+
+    class Cut(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:  # the next round is about to begin
+                engine = trainer.engine
+                generate = engine.generate
+                engine.generate = lambda prompts: (rounds.append(1), terminate(None), generate(prompts))[2]
+
+    trainer.add_callback(Cut())
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 3"):
+        trainer.train()
+    assert rounds == [1]
+    assert [*list_checkpoints(str(tmp_path / "cut"))] == [2, 3]
+    resumed = make_trainer(tmp_path / "cut", tokenizer, pairs, **options)
+    resumed.train(True)
+    assert all(torch.equal(weight, whole[name]) for name, weight in resumed.model.named_parameters())
+    assert (tmp_path / "cut" / "rollouts.jsonl").read_text() == (tmp_path / "whole" / "rollouts.jsonl").read_text()
+
+
+def test_a_resumed_run_logs_and_saves_as_its_own_recipe_says(tmp_path, tokenizer, pairs):
+    make(tmp_path, tokenizer, pairs, max_steps=2).train()
+    make(tmp_path, tokenizer, pairs, max_steps=5, logging_steps=1, save_steps=1).train(True)
+    assert [*list_checkpoints(str(tmp_path))] == [2, 3, 4, 5]
+    assert [entry["step"] for entry in log(tmp_path)] == [3, 4, 5, 5]
+
+
+def test_a_run_that_trains_nothing_is_an_error(tmp_path, tokenizer, pairs):
+    options = dict(per_device_train_batch_size=100, dataloader_drop_last=True)
+    with pytest.raises(RunRefused, match="nothing was trained: the data has no batch"):
+        make_trainer(tmp_path, tokenizer, pairs, **options).train()
+
+
+def test_the_best_checkpoint_is_known_after_the_folder_moved(tmp_path, tokenizer, pairs):
+    options = dict(eval_strategy="steps", eval_steps=2, save_total_limit=1, load_best_model_at_end=True)
+    options |= dict(greater_is_better=True, metric_for_best_model="eval_student_ce", learning_rate=1e-3)
+    evaluation = dict(eval_dataset=pairs.select(range(8)))
+    first = make_trainer(tmp_path / "a", tokenizer, pairs, trainer_options=evaluation, **OPTIONS | options)
+    first.train()
+    best = first.state.best_global_step
+    (tmp_path / "a").rename(tmp_path / "b")
+    options |= dict(max_steps=9)
+    resumed = make_trainer(tmp_path / "b", tokenizer, pairs, trainer_options=evaluation, **OPTIONS | options)
+    resumed.train(True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "b" / f"checkpoint-{resumed.state.best_global_step}")
+    assert resumed.state.best_global_step == best
+    assert best in list_checkpoints(str(tmp_path / "b"))

@@ -8,7 +8,7 @@ from helpers import make_model, make_trainer
 from peft import LoraConfig
 
 from sekd.checkpoints import RunRefused, list_checkpoints
-from sekd.run_folder import check_free, compare_facts, describe_run, lock_run
+from sekd.run_folder import begin_run, check_free, compare_facts, describe_run, lock_run
 
 SAVED = dict(save_strategy="steps", save_steps=1, max_steps=2)
 
@@ -57,10 +57,25 @@ def test_one_run_at_a_time(tmp_path, tokenizer, pairs):
 
 
 def test_the_models_of_a_run_are_not_deleted(tmp_path):
-    (tmp_path / "student").mkdir()
-    with pytest.raises(ValueError, match=r"overwrite_output_dir would delete .*student'?, which this run reads"):
-        check_free(str(tmp_path), None, True, [str(tmp_path / "student")])
-    check_free(str(tmp_path / "run"), None, True, [str(tmp_path / "student"), "a-hub/id", None])
+    begin_run(str(tmp_path))
+    for inside in ("checkpoint-2", "other"):
+        (tmp_path / inside).mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "checkpoint-3").symlink_to(tmp_path / "other")
+    for model in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "adapter", tmp_path / "checkpoint-3"):
+        with pytest.raises(RunRefused, match=r"overwrite_output_dir would delete .*, which this run reads"):
+            check_free(str(tmp_path), None, True, [str(model)])
+    check_free(str(tmp_path), None, True, [str(tmp_path / "other"), "a-hub/id", None])
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "model.safetensors", "checkpoint-7"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_no_run_wrote_is_neither_deleted_nor_replaced(tmp_path, tokenizer, pairs, name, overwrite):
+    (tmp_path / "checkpoint-7").mkdir() if "7" in name else (tmp_path / name).write_text("mine")
+    with pytest.raises(RunRefused, match=rf"has files that no run of this version of sekd wrote \({name}\)"):
+        make_trainer(tmp_path, tokenizer, pairs, overwrite_output_dir=overwrite).train()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_resuming_from_an_earlier_step_sets_the_later_ones_aside(tmp_path, tokenizer, pairs):

@@ -22,7 +22,7 @@ def reading_input() -> Iterator[None]:
     """Turn errors in the block into WrongInput. Training runs outside of it, so its errors keep their traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise WrongInput(str(error)) from error
 
 
