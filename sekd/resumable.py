@@ -179,6 +179,20 @@ class ResumableTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
+    # What transformers builds from fields that it does not check
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with _naming("optim, optim_args or optim_target_modules"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with _naming("lr_scheduler_type, lr_scheduler_kwargs or warmup_steps"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        with _naming("one of the dataloader_ fields"):
+            return super().get_train_dataloader()
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -329,6 +343,15 @@ def _writing(what: str, folder: str) -> Iterator[None]:
         raise OSError(
             f"{what} could not be written to {folder!r} ({type(error).__name__}: {reason}); the disk may be full"
         ) from error
+
+
+@contextmanager
+def _naming(fields: str) -> Iterator[None]:
+    """Say which fields of the recipe an error of building comes from."""
+    try:
+        yield
+    except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunRefused(f"{fields}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 class _Resumption(TrainerCallback):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from helpers import make_model
+from peft import LoraConfig
 
 from sekd.cli import main
 from sekd.pretrained import check_model_name, load_config, load_tokenizer
@@ -51,3 +52,10 @@ def test_a_missing_tokenizer_names_its_key(recipe, key, tmp_path, capsys):
     shutil.copytree(tmp_path / "student", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
     assert main(["train", recipe, f"--{key}", str(tmp_path / "bare")]) == 2
     assert f"sekd: {key} '{tmp_path / 'bare'}': the folder has no tokenizer" in capsys.readouterr().err
+
+
+def test_an_adapter_whose_base_is_gone(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="/nowhere/base")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the base of the adapter '.*' is gone: '/nowhere/base'; name the folder"):
+        load_config("model_name_or_path", str(tmp_path), None)

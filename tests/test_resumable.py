@@ -219,3 +219,19 @@ def test_the_best_checkpoint_is_known_after_the_folder_moved(tmp_path, tokenizer
     assert resumed.state.best_model_checkpoint == str(tmp_path / "b" / f"checkpoint-{resumed.state.best_global_step}")
     assert resumed.state.best_global_step == best
     assert best in list_checkpoints(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lr_scheduler_type="cosine_with_min_lr"), "lr_scheduler_type, lr_scheduler_kwargs or warmup_steps: "),
+        (dict(lr_scheduler_type="cosine", lr_scheduler_kwargs={"nope": 1}), r"lr_scheduler_kwargs .*TypeError.*nope"),
+        (dict(optim="galore_adamw"), "optim, optim_args or optim_target_modules: "),
+        (dict(optim="sgd", optim_args="momentum=abc"), "optim, optim_args or optim_target_modules: "),
+        (dict(dataloader_persistent_workers=True), "one of the dataloader_ fields: "),
+    ],
+    ids=str,
+)
+def test_fields_that_transformers_reads_late_are_named(tmp_path, tokenizer, pairs, options, message):
+    with pytest.raises(RunRefused, match=message):
+        make_trainer(tmp_path, tokenizer, pairs, **options).train()
