@@ -58,8 +58,8 @@ def find_adapter(name: str, revision: str | None = None) -> "PeftConfig | None":
         raise ValueError(f"the adapter {name!r} lacks base_model_name_or_path: add it to its adapter_config.json")
     if os.path.isabs(adapter.base_model_name_or_path) and not os.path.isdir(adapter.base_model_name_or_path):
         raise ValueError(
-            f"the base of the adapter {name!r} is gone: {adapter.base_model_name_or_path!r}; name the folder where it is "
-            "now in base_model_name_or_path of its adapter_config.json"
+            f"the base of the adapter {name!r} is gone: {adapter.base_model_name_or_path!r}; name the folder where it "
+            "is now in base_model_name_or_path of its adapter_config.json"
         )
     return adapter
 
