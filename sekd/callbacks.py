@@ -58,10 +58,12 @@ class RunFiles(TrainerCallback):
 
     def __init__(self, *records: Any) -> None:
         self.records = records
+        self.has_begun = False  # until then the folder may be another run's
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.has_begun = True
         if not state.is_world_process_zero:
             return
         versions = {"python": platform.python_version(), **installed_versions()}
@@ -75,7 +77,7 @@ class RunFiles(TrainerCallback):
             write_atomically(os.path.join(args.output_dir, name), text)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
+        if self.has_begun and state.is_world_process_zero and state.log_history:
             with open(os.path.join(args.output_dir, "metrics.jsonl"), "a") as file:
                 file.write(json.dumps(state.log_history[-1], sort_keys=True) + "\n")
 

@@ -34,3 +34,10 @@ def test_metrics_keep_what_the_checkpoint_knows_only(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == [{"step": 1}, {"step": 2}, {"step": 3}]
     assert f"output_dir: {tmp_path}" in (tmp_path / "recipe.yaml").read_text()
     assert json.loads((tmp_path / "versions.json").read_text())["torch"] == installed_versions()["torch"]
+
+
+def test_nothing_is_written_before_a_run_begins(tmp_path):
+    """The folder may be another run's, and an evaluation alone is no run."""
+    args = TrainingArguments(output_dir=str(tmp_path))
+    RunFiles(args).on_log(args, state(0, [{"step": 0}]), TrainerControl())
+    assert not (tmp_path / "metrics.jsonl").exists()

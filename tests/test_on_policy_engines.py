@@ -161,12 +161,14 @@ class Noisy(Mine):
 def test_the_trainers_draws_do_not_depend_on_what_an_engine_does(tmp_path, tokenizer, pairs, monkeypatch):
     """Dropout and the generators' states at the end are the same with a noisy engine and with a quiet one."""
     runs, draws = [], []
-    for engine in (Mine, Noisy, Noisy):
+    for number, engine in enumerate((Mine, Noisy, Noisy)):
         monkeypatch.setitem(ENGINES, "mine", engine)
         Noisy.draws.clear()
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.5)
         options = dict(lmbda=1.0, rollout_engine="mine", max_steps=4, learning_rate=0.01)
-        trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, dict(peft_config=lora), **options)
+        # Folders of their own: beartype draws from `random` to check a list, and a used folder has lists to check.
+        folder = tmp_path / str(number)
+        trainer = make_trainer(folder, tokenizer, pairs, None, None, dict(peft_config=lora), **options)
         weights = trained_weights(trainer)
         trainer.close()
         runs.append((weights, random.random(), np.random.rand(), torch.rand(1).item()))
