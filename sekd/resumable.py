@@ -193,6 +193,10 @@ class ResumableTrainer(Trainer):
         with _naming("one of the dataloader_ fields"):
             return super().get_train_dataloader()
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        with _naming("metric_for_best_model"):
+            return super()._determine_best_metric(*args, **kwargs)
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -229,9 +229,12 @@ def test_the_best_checkpoint_is_known_after_the_folder_moved(tmp_path, tokenizer
         (dict(optim="galore_adamw"), "optim, optim_args or optim_target_modules: "),
         (dict(optim="sgd", optim_args="momentum=abc"), "optim, optim_args or optim_target_modules: "),
         (dict(dataloader_persistent_workers=True), "one of the dataloader_ fields: "),
+        (dict(load_best_model_at_end=True, metric_for_best_model="nope"), "metric_for_best_model: KeyError"),
     ],
     ids=str,
 )
 def test_fields_that_transformers_reads_late_are_named(tmp_path, tokenizer, pairs, options, message):
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1) | options
+    evaluation = dict(eval_dataset=pairs.select(range(4)))
     with pytest.raises(RunRefused, match=message):
-        make_trainer(tmp_path, tokenizer, pairs, **options).train()
+        make_trainer(tmp_path, tokenizer, pairs, trainer_options=evaluation, **options).train()

@@ -133,6 +133,7 @@ from sekd.validation.training import check_adapter
         (dict(max_completion_length=0), r"max_completion_length 0 must be at least 1"),
         (dict(head_chunk_rows=0), r"head_chunk_rows 0 must be at least 1"),
         (dict(torch_compile=True), r"torch_compile is not supported"),
+        (dict(use_liger_kernel=True), r"use_liger_kernel true needs liger-kernel: run `pip install liger-kernel`"),
         (dict(auto_find_batch_size=True), r"auto_find_batch_size: true is not supported.*halve per_device_train"),
         (dict(prompt_template="Q:"), r"prompt_template 'Q:' lacks \{prompt\}"),
     ],

@@ -76,6 +76,8 @@ def check_training(args: "SEKDConfig") -> None:
         )
     if any(name in str(args.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
         raise ValueError(f"optim {args.optim} needs bitsandbytes: run `pip install bitsandbytes`")
+    if args.use_liger_kernel and not is_installed("liger_kernel"):
+        raise ValueError("use_liger_kernel true needs liger-kernel: run `pip install liger-kernel`, or leave it out")
     if isinstance(args.accelerator_config, dict):
         _check_keys("accelerator_config", args.accelerator_config, AcceleratorConfig.__dataclass_fields__)
     if args.deepspeed and not is_installed("deepspeed"):
