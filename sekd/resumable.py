@@ -316,7 +316,12 @@ class ResumableTrainer(Trainer):
 
     def _end_wait(self) -> None:
         if self._waits and self._got_sigterm:
-            raise InterruptedWait(f"stopped by SIGTERM after step {self.state.global_step}")
+            step = self.state.global_step  # train() saves its checkpoint
+            raise InterruptedWait(
+                f"stopped by SIGTERM after step {step}, whose checkpoint is saved"
+                if step
+                else "stopped by SIGTERM before the first step"
+            )
 
     def _close_bars(self) -> None:
         """End the line of a progress bar, so that an error begins a line of its own."""
