@@ -168,8 +168,8 @@ def run(
     if steps:
         trainer.train()
     metrics = trainer.evaluate(evaluation)
-    found = {name: metrics[f"eval_{name}"] for name in (*METRICS, "reverse_kl", "student_entropy", "positions")}
-    return found | {"seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None}
+    results = {name: metrics[f"eval_{name}"] for name in (*METRICS, "reverse_kl", "student_entropy", "positions")}
+    return results | {"seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None}
 
 
 def write_tables(folder: str, fraction: float, quiet: bool = False) -> None:

@@ -152,10 +152,10 @@ def find_checkpoint(folder: str) -> str:
 
 
 def set_later_aside(folder: str, step: int) -> None:
-    """Rename the checkpoints after ``step``, from which a run goes on, so that nobody takes them for its own."""
+    """Rename the checkpoints after ``step``, from which a run resumes: its later checkpoints will be others."""
     for later, checkpoint in list_checkpoints(folder).items():
         if later > step:
             old = f"{checkpoint}.old"
             shutil.rmtree(old, ignore_errors=True)
             os.replace(checkpoint, old)
-            logger.warning(f"the run goes on from step {step}, so {checkpoint!r} is {old!r} now")
+            logger.warning(f"the run resumes from step {step}, so {checkpoint!r} is renamed to {old!r}")

@@ -17,10 +17,8 @@ from sekd.run_folder import MODEL_FILES, TOKENIZER_FILES
 
 def replace_student(written: str, folder: str) -> None:
     """Move the files of a written student into a folder, in place of any student there."""
-    for pattern in (
-        *MODEL_FILES,
-        *TOKENIZER_FILES,
-    ):  # first: an adapter's files beside those of a whole model would be loaded with them
+    # First: an adapter's files beside those of a whole model would be loaded with them.
+    for pattern in (*MODEL_FILES, *TOKENIZER_FILES):
         for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(path)
     move_files(written, folder)

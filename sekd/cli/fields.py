@@ -164,7 +164,7 @@ FOREIGN = {
     "dataset_train_split": "Split to train on; a slice such as train[64:] works too.",
     "dataset_test_split": "Split to evaluate on; a local file needs a slice here, such as train[:64].",
     "dataset_streaming": "Read the data as a stream instead of downloading it first.",
-    "use_peft": "Train a LoRA adapter instead of the whole student: a new one, or the one that model_name_or_path is.",
+    "use_peft": "Train a LoRA adapter instead of the whole student; if model_name_or_path is an adapter, that one.",
     "lora_r": "Rank of the adapter.",
     "lora_alpha": "Scale of the adapter: its product is multiplied by lora_alpha / lora_r.",
     "lora_dropout": "Dropout in front of the adapter.",

@@ -20,7 +20,7 @@ from sekd.data.kinds import ROLLOUT_COLUMNS
 
 Encoder = Callable[[Mapping[str, Any], PreTrainedTokenizerBase, SEKDConfig], dict[str, Any]]
 ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names of the roles, and those of chat templates."""
+"""The role of a chat template for each role of ShareGPT."""
 
 
 def set_eos(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> None:
@@ -102,7 +102,7 @@ def _encode_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, arg
 
 
 def _read_chat(row: Mapping[str, Any], args: SEKDConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """The messages of the prompt, and those of the answer if there is one."""
+    """The messages of the prompt and of the answer, if there is an answer."""
     prompt, answer = row[args.prompt_column], row.get(args.completion_column)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": args.prompt_template.replace("{prompt}", prompt)}]
