@@ -18,14 +18,16 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/d
 
 MATH = {"aime25": [{"id": str(i), "problem": f"What is {i} + 2?", "answer": str(i + 2)} for i in range(6)]}
 MATH["svamp"] = [{"Body": f"Ann has {i} pens.", "Question": "How many?", "Answer": f"{i}.0"} for i in range(6)]
+WORDS = ["one", "a few of them", "many", "none"]
 CHOICES = [
     {
         "question": f"Which is {i}?",
-        "choices": {"text": ["one", "two", f"{i}", "none of them"], "label": ["A", "B", "C", "D"]},
-        "answerKey": "ABCD"[i % 4],
+        "choices": {"text": WORDS[i % 4 :] + WORDS[: i % 4], "label": ["A", "B", "C", "D"]},
+        "answerKey": "ABCD"[i % 3],
     }
     for i in range(12)
 ]
+"""The shortest choice, which a random model likes best, is at each place."""
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,7 @@ def test_calibration_of_choices(lm, choices):
     """The confidence is the softmax over the choices; by hand for every item, and ECE over all of them."""
     result = run_task(lm, "arc_easy", None, choices)
     bins = [[0.0, 0.0, 0.0] for _ in range(BINS)]
+    assert len({item.loglikelihoods.index(max(item.loglikelihoods)) for item in result.items}) > 1
     for item, row in zip(result.items, CHOICES, strict=True):
         weights = [math.exp(x - max(item.loglikelihoods)) for x in item.loglikelihoods]
         confidence = max(weights) / sum(weights)
@@ -192,14 +195,14 @@ def test_choices_that_are_surely_right(choices):
     lm = make_text_lm()
     lm.loglikelihood = lambda requests, disable_tqdm=False: [(0.0 if r.idx == 2 else -1e9, True) for r in requests]
     items = run_task(lm, "arc_easy", None, choices).items
-    assert all(item.calibration[-1] == (1.0, 1.0, float(item.index % 4 == 2)) for item in items)
+    assert all(item.calibration[-1] == (1.0, 1.0, float(item.index % 3 == 2)) for item in items)
 
 
 def test_requests_are_counted_and_hooks_are_left_alone(lm, choices):
     finished, seen, hook = [], [], lm.cache_hook
     prepared = prepare_task("arc_easy", None, choices)
     assert prepared.requests == 4 * len(CHOICES)
-    assert prepared.texts[1] == "Question: Which is 0?\nAnswer: two"
+    assert prepared.texts[1] == "Question: Which is 0?\nAnswer: a few of them"
     hook.add_partial = lambda kind, request, response: seen.append(request)
     run_prepared(lm, prepared, finished.append)
     assert sum(finished) == len(seen) == prepared.requests

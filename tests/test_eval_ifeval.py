@@ -120,11 +120,13 @@ def test_punkt_is_downloaded_where_there_is_a_network(monkeypatch):
 
 
 def test_scores_do_not_depend_on_chance(without_punkt):
-    row = make_row(NO_COMMA)
-    row["instruction_id_list"], row["kwargs"] = ["keywords:forbidden_words", "language:response_language"], [{}, {}]
-    first = score_instructions(row, ["Das ist ein Text ohne Sinn, the rest of it is not."])
-    random.seed(9)
-    assert score_instructions(row, ["Das ist ein Text ohne Sinn, the rest of it is not."]) == first
+    """A rule draws what its row does not say: here whether 3 words are too few or few enough."""
+    row = {"key": 0, "prompt": "p", "instruction_id_list": [WORDS], "kwargs": [{}]}
+    scores = []
+    for seed in range(12):
+        random.seed(seed)
+        scores.append(score_instructions(row, ["one two three"]))
+    assert all(score == scores[0] for score in scores)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

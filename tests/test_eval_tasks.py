@@ -65,6 +65,7 @@ def test_records_are_as_lm_eval_has_them():
         assert spec.shots_split is not None or config.get("num_fewshot") == 0 or own is None
 
 
+@pytest.mark.slow
 def test_unknown_names_list_the_nearest():
     """lm-eval's own names count: it has thousands."""
     pytest.importorskip("lm_eval")
