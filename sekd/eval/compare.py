@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,8 +29,22 @@ PERCENT = ("acc", "avg@", "pass@", "exact_match", "math_verify", "prompt_level",
 DECIMALS = {"perplexity": 2, "word_perplexity": 2, "byte_perplexity": 2, "length": 1}
 """Digits after the point of scores that are no percentages; the others have ``DIGITS``."""
 DIGITS = 3
-SHOWN = ("perplexity", "ece", "pass@", "forward_kl", "reverse_kl", "top1_agreement", "exact_match", "length", "cut_off")
-"""How the names of scores begin that the table shows beside the main one, unless a suite's mean has them."""
+NARROWEST, COLUMN = 18, 15
+"""Columns of a terminal that a table needs at least for its labels, and for each model."""
+SHOWN = frozenset(
+    {
+        "perplexity",
+        "ece",
+        "forward_kl",
+        "reverse_kl",
+        "sampled_reverse_kl",
+        "top1_agreement",
+        "exact_match",
+        "length",
+        "cut_off",
+    }
+)
+"""Scores that the table shows beside the main one, unless a suite's mean has them; ``pass@k`` too."""
 
 Results = Mapping[str, Mapping[str, TaskResult]]
 """The results of each model, by the name of the model and of the result."""
@@ -85,9 +100,8 @@ def compare_results(first: TaskResult, second: TaskResult) -> dict[str, Differen
     """
     different = find_different_settings(first, second)
     if forbidden := [name for name in different if name not in NOTED]:
-        raise ValueError(
-            "other settings: " + ", ".join(f"{n} {different[n][1]} for {different[n][0]}" for n in forbidden)
-        )
+        told = (f"{name} {_tell(different[name][1])}, not {_tell(different[name][0])}" for name in forbidden)
+        raise ValueError(f"other settings: {'; '.join(told)}")
     same_rows = "data" in first.settings and not any(name in different for name in ROW_SETTINGS)
     differences = compare_scores(first.items, second.items, same_rows)
     for name in first.scores.keys() & second.scores.keys() - differences.keys():
@@ -158,12 +172,16 @@ def _compare_noted(
         return {}
     for name, (before, after) in find_different_settings(a, b).items():
         if name not in UNTOLD:
-            comparison.note(task, f"{short[name_b]} has {name} {after}, {short[name_a]} has {before}")
+            comparison.note(task, f"{short[name_b]} has {name} {_tell(after)}, {short[name_a]} {_tell(before)}")
     if a.main in found and found[a.main].items < max(a.scores[a.main].items, b.scores[b.main].items):
         comparison.note(
             task, f"{short[name_b]} and {short[name_a]} are compared on the {found[a.main].items} items of both"
         )
     return found
+
+
+def _tell(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _note_skipped(comparison: Comparison, task: str, results: list[TaskResult]) -> None:
@@ -208,35 +226,59 @@ def _add_mean(
 
 
 def show_table(models: Results, *suites: str) -> None:
-    """Print the table of the models, with the means of these suites, and its notes."""
+    """Print the table of the models, with the means of these suites, and its notes.
+
+    Models that do not fit beside each other get a table of their own, with the first model again.
+    """
     comparison = compare_models(models, *suites)
-    print_table(make_table(comparison))
+    width = Console().width
+    others = list(range(1, len(models)))
+    fitting = max(1, (width - NARROWEST) // COLUMN - 1)
+    for start in range(0, max(1, len(others)), fitting):
+        print_table(make_table(comparison, [0, *others[start : start + fitting]], width))
     for line in describe(comparison):
         print(escape_controls(line))
 
 
-def make_table(comparison: Comparison) -> Table:
-    """The shown rows as a table. With several models, each score stands above its difference to the first model."""
-    short, several = shorten_names(comparison.models), len(comparison.models) > 1
+def make_table(comparison: Comparison, models: Sequence[int], width: int) -> Table:
+    """The shown rows as a table of these models. With several, a score stands above its difference to the first model.
+
+    Args:
+        comparison: of all models.
+        models: the places of the models that are shown.
+        width: of the terminal, in columns.
+    """
+    short, several = shorten_names(comparison.models), len(models) > 1
     shown = [row for row in comparison.rows if row.shown]
+    columns = [[_make_cell(row, i) for row in shown] for i in models]
+    # rich breaks a line at spaces alone
+    headers = [escape_controls(short[comparison.models[i]]).replace("/", "/\n") for i in models]
+    needed = [max((_measure(cell.plain) for cell in cells), default=0) for cells in columns]
+    labels = [[escape_controls(row.task), label_score(row.score), count_items(row)] for row in shown]
     table = Table()
     if several:
-        table.add_column("task, score, items", overflow="fold")
+        labels = [[f"{task}\n  {score}, {items}"] for task, score, items in labels]
+        spare = width - 1 - 3 * (1 + len(models)) - sum(needed)
+        own = max((_measure(label) for (label,) in labels), default=0)
+        table.add_column("task, score, items", overflow="fold", width=max(1, min(own, spare)))
+        spare -= min(own, spare)
     else:
         table.add_column("task", overflow="fold")
         table.add_column("score", overflow="fold")
         table.add_column("items", justify="right")
-    columns = [[_make_cell(row, i) for row in shown] for i in range(len(comparison.models))]
-    for model, cells in zip(comparison.models, columns, strict=True):
-        width = max((len(line) for cell in cells for line in cell.plain.split("\n")), default=0)
-        header = Text(escape_controls(short[model]).replace("/", "/\n"))  # rich breaks a line at spaces alone
-        table.add_column(header, justify="right", overflow="fold", min_width=width)
-    for i, (row, *cells) in enumerate(zip(shown, *columns, strict=True)):
+        spare = width
+    for header, least in zip(headers, needed, strict=True):
+        given = min(max(0, _measure(header) - least), max(0, spare))
+        table.add_column(Text(header), justify="right", overflow="fold", width=least + given)
+        spare -= given
+    for i, (row, label, *cells) in enumerate(zip(shown, labels, *columns, strict=True)):
         ends = i + 1 < len(shown) and shown[i + 1].is_mean and not row.is_mean
-        task, score, items = escape_controls(row.task), label_score(row.score), count_items(row)
-        labels = [f"{task}\n  {score}, {items}"] if several else [task, score, items]
-        table.add_row(*labels, *cells, end_section=ends)
+        table.add_row(*label, *cells, end_section=ends)
     return table
+
+
+def _measure(text: str) -> int:
+    return max(map(len, text.split("\n")))
 
 
 def _make_cell(row: Row, model: int) -> Text:
