@@ -114,6 +114,7 @@ def fingerprint_model(model: str, revision: str | None = None) -> str:
     Raises:
         ValueError: there is no such model, or its adapter is invalid.
     """
+    check_model_name("model", model)
     adapter = find_adapter(model, revision)
     code = _hash_files(model) if os.path.isdir(model) else _find_commit(model, revision, adapter is not None)
     if adapter is None:
@@ -124,7 +125,6 @@ def fingerprint_model(model: str, revision: str | None = None) -> str:
 def _find_commit(model: str, revision: str | None, is_adapter: bool) -> str:
     from transformers.utils import cached_file, extract_commit_hash
 
-    check_model_name("model", model)
     try:
         path = cached_file(model, "adapter_config.json" if is_adapter else "config.json", revision=revision or "main")
     except (OSError, ValueError) as error:
