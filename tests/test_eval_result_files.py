@@ -165,8 +165,7 @@ def test_a_damaged_file_is_not_done_and_is_kept_aside(tmp_path, caplog, name, da
     assert "gsm8k is evaluated again" in caplog.text
     save_result(folder, MODEL, make_result())
     assert find_done(folder, "f1", "gsm8k", SETTINGS) is not None
-    if damage is not drop_rows:  # found when its result is read
-        assert (tmp_path / (RESULTS + ".damaged")).exists()
+    assert (tmp_path / (RESULTS + ".damaged")).exists()
 
 
 KILLED = """
