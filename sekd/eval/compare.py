@@ -293,7 +293,7 @@ def describe(comparison: Comparison) -> list[str]:
     lines = ["A score is followed by its standard error."]
     if len(comparison.models) > 1:
         first = shorten_names(comparison.models)[comparison.models[0]]
-        lines.append(f"Below it is the difference to {first}, with its paired standard error (on the items of both).")
+        lines.append(f"A difference is to {first}, with its paired standard error, on the items of both.")
     for note, about in comparison.notes.items():
         lines.append(f"{'all tasks' if len(about) > 1 and tasks == set(about) else ', '.join(about)}: {note}")
     return lines
