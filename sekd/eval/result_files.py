@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sekd.eval.records import Item, Score, TaskResult
+from sekd.eval.records import BINS, Item, Score, TaskResult
+from sekd.eval.tasks import TASKS
 from sekd.files import DamagedFile, lock_folder, sync, write_atomically
 from sekd.pretrained import check_model_name, find_adapter
 from sekd.versions import installed_versions
@@ -48,10 +49,9 @@ LABELS: dict[str, tuple[Any, str]] = {
     "limit": (None, "limit {}"),
     "seed": (0, "seed {}"),
     "repeats": (1, "{} repeats"),
-    "temperature": (None, "temperature {}"),
+    "temperature": (0.0, "temperature {}"),
     "top_p": (1.0, "top_p {}"),
     "chat_template": (False, "chat template"),
-    "max_new_tokens": (None, "{} new tokens"),
 }
 """Settings that stand in the name of a result: the value that is left out, and how another one is written."""
 MODEL_FILES = (
@@ -227,20 +227,22 @@ def find_done(folder: str, fingerprint: str, task: str, settings: dict[str, Any]
 def name_result(task: str, settings: dict[str, Any], entries: dict[str, Any]) -> str:
     """The name of a result among ``entries``, the other results of the model.
 
-    It is the name of the entry with the same task and settings. A new one has the task's name and the ``LABELS`` of its
-    settings; if another result has that name, the settings in which the two differ follow.
+    It is the name of the entry with the same task and settings. A new one has the task's name, the split unless it is
+    the task's own, and the ``LABELS`` of its settings. If another result has that name, the settings in which the two
+    differ follow.
     """
     settings = _as_json(settings)
     for name, entry in entries.items():
         if entry["task"] == task and entry["settings"] == settings:
             return name
-    told = [
+    split = settings.get("split")
+    told = [split] if split and task in TASKS and split != TASKS[task].split else []
+    told += [
         form.format(settings[key]) for key, (default, form) in LABELS.items() if settings.get(key, default) != default
     ]
     while (name := f"{task} ({', '.join(told)})" if told else task) in entries:
         other = entries[name]["settings"]
-        different = sorted(key for key in {*settings, *other} if settings.get(key) != other.get(key))
-        told += [f"{key} {settings.get(key)}" for key in different] or ["again"]
+        told += [f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)]
     return name
 
 
@@ -328,9 +330,10 @@ def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult
         path = os.path.join(folder, SAMPLES)
         raise DamagedFile(f"{path!r} is damaged: it has {len(rows)} of the {entry['items']} items of {entry['task']}")
     items = []
-    for row in rows.to_pylist():
-        metrics = {key[len(METRIC) :]: row[key] for key in row if key.startswith(METRIC) and row[key] is not None}
-        calibration = row["calibration"]
+    calibrations = _read_calibrations(rows["calibration"].combine_chunks())
+    rows = rows.drop_columns(["calibration"])
+    metric_names = [name for name in rows.column_names if name.startswith(METRIC)]
+    for row, calibration in zip(rows.to_pylist(), calibrations, strict=True):
         items.append(
             Item(
                 index=row["index"],
@@ -339,9 +342,9 @@ def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult
                 outputs=tuple(row["outputs"]),
                 correct=row["correct"],
                 loglikelihoods=tuple(row["loglikelihoods"]),
-                metrics=metrics,
+                metrics={name[len(METRIC) :]: row[name] for name in metric_names if row[name] is not None},
                 weight=row["weight"],
-                calibration=None if calibration is None else tuple((n, c, h) for n, c, h in calibration),
+                calibration=calibration,
                 skipped=row["skipped"],
             )
         )
@@ -350,6 +353,12 @@ def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult
         for name, score in entry["scores"].items()
     }
     return TaskResult(entry["task"], entry["main"], scores, items, entry["settings"], entry["seconds"])
+
+
+def _read_calibrations(column: pa.ListArray) -> list[tuple[tuple[float, float, float], ...] | None]:
+    """``Item.calibration`` of each row; ``to_pylist`` takes seconds for the items of HellaSwag."""
+    tables = iter(column.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, BINS, 3).tolist())
+    return [tuple((n, c, h) for n, c, h in next(tables)) if valid else None for valid in column.is_valid().to_pylist()]
 
 
 def _as_json(content: dict[str, Any]) -> dict[str, Any]:
