@@ -6,17 +6,21 @@ generates for the prompts of a file, and whether its answers are right.
 
 import gc
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
 from rollouts import ENGINES, Rollout, get_trait
+from sekd.eval.backends import is_out_of_memory
 from sekd.eval.distillation_data import (
+    STUDENT,
     TEACHER,
     Distillation,
     DistillationOptions,
@@ -52,12 +56,13 @@ def measure_distillation(prepared: Distillation, tasks: Collection[str] | None =
         return
     options, started = prepared.options, time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student: Any = freeze(load_student(prepared.student, configure(options), dtype=options.chosen_dtype))
+    student = _load(prepared.student, STUDENT, options)
     vocab = min(count_classes(student), load_config(TEACHER, prepared.teacher, None).get_text_config().vocab_size)
     rollouts = _generate(prepared, student, vocab, device) if ROLLOUTS in chosen else []
-    teacher: Any = freeze(load_student(prepared.teacher, configure(options), dtype=options.chosen_dtype))
-    for model in (student, teacher):
-        check_head(model.to(device), packed=False)
+    teacher = _load(prepared.teacher, TEACHER, options)
+    with _explaining_memory(options):
+        for model in (student, teacher):
+            check_head(model.to(device), packed=False)
     pair = Pair(
         student,
         LiveTeacher(teacher, vocab),
@@ -67,7 +72,8 @@ def measure_distillation(prepared: Distillation, tasks: Collection[str] | None =
         chunk_rows=options.head_chunk_rows,
     )
     for task in chosen:
-        with _bar(options, BARS[task], len(rollouts) if task == ROLLOUTS else len(prepared.texts)) as advance:
+        number = len(rollouts) if task == ROLLOUTS else len(prepared.texts)
+        with _explaining_memory(options), _bar(options, BARS[task], number) as advance:
             if task == ROLLOUTS:
                 drawn = rollouts, prepared.tokenizer, prepared.answers, options.samples_as_is
                 items = measure_rollouts_of(pair, prepared.prompts, *drawn, advance)
@@ -88,6 +94,33 @@ def measure_rollouts(student: str, teacher: str, options: DistillationOptions) -
     """The divergences of two models, given by name, on what the student generates for ``options.prompts``."""
     (result,) = measure_distillation(prepare_distillation(student, teacher, options), [ROLLOUTS])
     return result
+
+
+def _load(name: str, field: str, options: DistillationOptions) -> Any:
+    """A whole model, or an adapter with its base, to be read only."""
+    try:
+        return freeze(load_student(name, configure(options), dtype=options.chosen_dtype))
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+        problem = "does not fit into memory" if is_out_of_memory(error) else "cannot be loaded"
+        raise ValueError(f"{field} {name!r} {problem}: {_shorten(error)}") from error
+
+
+@contextmanager
+def _explaining_memory(options: DistillationOptions) -> Iterator[None]:
+    """Turn an error for lack of memory into a ValueError that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the student and its teacher do not fit into memory with batch_size {options.batch_size}: lower it, or "
+            f"max_length, or head_chunk_rows {options.head_chunk_rows} ({_shorten(error)})"
+        ) from error
+
+
+def _shorten(error: BaseException) -> str:
+    return textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, 240, placeholder=" ...")
 
 
 def _generate(prepared: Distillation, student: nn.Module, vocab: int, device: torch.device) -> list[Rollout]:

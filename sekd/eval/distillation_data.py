@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -14,18 +13,19 @@ from sekd.config import SEKDConfig
 from sekd.data.batch import Sample
 from sekd.data.load import load_rows
 from sekd.data.prepare import check_same_tokenizer, prepare
+from sekd.eval.backends import FIELD as STUDENT
+from sekd.eval.backends import choose_model_dtype, load_model_tokenizer
 from sekd.eval.divergence import ROLLOUTS, TEXT
 from sekd.eval.result_files import fingerprint_model
 from sekd.eval.task_data import hash_rows
-from sekd.hardware import choose_dtype
-from sekd.pretrained import load_config, load_tokenizer
+from sekd.pretrained import check_model_name, load_config
 from sekd.student import count_positions
 from sekd.validation.values import is_installed
 
 VERSION = 1
 """Goes up when the same model and data would get other numbers."""
-STUDENT, TEACHER = "MODEL", "--teacher"
-"""How errors name the models."""
+TEACHER = "--teacher"
+"""How errors name the argument."""
 ANY_LENGTH = 1 << 30
 """The limit on prompts while they are encoded; the models' positions limit them afterwards."""
 ENCODING = (
@@ -122,7 +122,7 @@ class DistillationOptions:
     @property
     def chosen_dtype(self) -> str:
         """The dtype, or the default one."""
-        return self.dtype or choose_dtype(not torch.cuda.is_available())
+        return choose_model_dtype(self.dtype)
 
     @property
     def samples_as_is(self) -> bool:
@@ -179,9 +179,12 @@ def prepare_distillation(student: str, teacher: str, options: DistillationOption
         ValueError: a model without configuration or tokenizer, different tokenizers, an empty or unreadable file, a
             missing column, several completions without answers, or a prompt that is too long.
     """
-    configs = [load_config(STUDENT, student, None), load_config(TEACHER, teacher, None)]
-    tokenizer = load_tokenizer(STUDENT, student, None)
-    check_same_tokenizer(tokenizer, load_tokenizer(TEACHER, teacher, None))
+    models = {STUDENT: student, TEACHER: teacher}
+    for role, name in models.items():
+        check_model_name(role, name)
+    configs = [load_config(role, name, None) for role, name in models.items()]
+    tokenizer = load_model_tokenizer(student)
+    check_same_tokenizer(tokenizer, load_model_tokenizer(teacher, TEACHER))
     limit = min(count_positions(config) for config in configs)
     common = {
         "version": VERSION,
