@@ -111,9 +111,9 @@ def close_lm(lm: Any, backend: str) -> None:
         torch.cuda.empty_cache()
 
 
-def load_model_tokenizer(name: str) -> Any:
-    """The tokenizer of a model. An adapter without one has that of its base."""
-    return load_tokenizer(FIELD, *_tokenizer_of(name))
+def load_model_tokenizer(name: str, field: str = FIELD) -> Any:
+    """The tokenizer of a model. An adapter without one has that of its base. Errors name ``field``."""
+    return load_tokenizer(field, *_tokenizer_of(name))
 
 
 def measure_context(texts: Sequence[str], new_tokens: int, tokenizer: Any) -> int:
