@@ -27,6 +27,8 @@ from sekd.eval.backends import (
     measure_context,
     shrink_batches,
 )
+from sekd.eval.distillation import measure_distillation
+from sekd.eval.distillation_data import Distillation, DistillationOptions, prepare_distillation
 from sekd.eval.harness import PreparedTask, TaskOptions, prepare_task, run_prepared
 from sekd.eval.kept_answers import AnswerFile, KeepingLM
 from sekd.eval.records import TaskResult
@@ -51,6 +53,7 @@ class EvaluationOptions:
         batch_size: None for a size that fits.
         arguments: more arguments of the backend.
         force: evaluate again what is done.
+        teacher, distillation: the distance to this teacher is measured too; None for no such measure.
     """
 
     task: TaskOptions = field(default_factory=TaskOptions)
@@ -60,6 +63,8 @@ class EvaluationOptions:
     batch_size: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     force: bool = False
+    teacher: str | None = None
+    distillation: DistillationOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class _Model:
     fingerprint: str
     context: int
     longest: dict[str, int]
+    distillation: Distillation | None
 
 
 def evaluate_models(
@@ -161,7 +167,10 @@ def _check_model(name: str, tasks: dict[str, PreparedTask], options: EvaluationO
         raise ValueError(f"output {options.output!r}: the folder {folder!r} cannot be made ({reason})") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"output {options.output!r}: the folder {folder!r} cannot be written")
-    return _Model(name, folder, fingerprint_model(name), context, longest)
+    distillation = None
+    if options.teacher is not None and options.distillation is not None:
+        distillation = prepare_distillation(name, options.teacher, options.distillation)
+    return _Model(name, folder, fingerprint_model(name), context, longest, distillation)
 
 
 def _evaluate(model: _Model, tasks: dict[str, PreparedTask], options: EvaluationOptions) -> dict[str, TaskResult]:
@@ -182,7 +191,27 @@ def _evaluate(model: _Model, tasks: dict[str, PreparedTask], options: Evaluation
                 for name, task in missing.items():
                     with _stopping(f"{name} of {model.name}", [*results], model.folder):
                         results[name] = _run(lm, model, name, task, options)
-    return {name: results[name] for name in tasks}
+        distances = _measure_distances(model, results, options)
+    return {name: results[name] for name in tasks} | distances
+
+
+def _measure_distances(model: _Model, done: dict[str, TaskResult], options: EvaluationOptions) -> dict[str, TaskResult]:
+    """The distances of a model from its teacher, which are computed or read, in the order of their tasks."""
+    if model.distillation is None:
+        return {}
+    results, settings = dict[str, TaskResult](), model.distillation.settings
+    for task in settings:
+        found = None if options.force else find_done(model.folder, model.fingerprint, task, settings[task])
+        if found is not None:
+            results[task] = found
+    if results:
+        print(f"{model.name}: {', '.join(results)} done before")
+    missing = [task for task in settings if task not in results]
+    with _stopping(f"the distance of {model.name} from its teacher", [*done, *results], model.folder), _refusing():
+        for result in measure_distillation(model.distillation, missing):
+            save_result(model.folder, {"name": model.name, "fingerprint": model.fingerprint}, result)
+            results[result.task] = result
+    return {task: results[task] for task in settings}
 
 
 @contextmanager
