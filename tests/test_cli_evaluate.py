@@ -57,7 +57,7 @@ def test_sampled_answers_have_avg_and_pass_at_k(tmp_path, model, data, capsys):
     assert "pass@3" in capsys.readouterr().out
     (file,) = (tmp_path / "evaluations").glob("*/results.json")
     ((name, entry),) = json.loads(file.read_text())["results"].items()
-    assert name == "gsm8k (3 repeats, temperature 0.8, 5 new tokens)"
+    assert "3 repeats, temperature 0.8" in name
     assert {"avg@3", "pass@3", "math_verify"} <= entry["scores"].keys()
     assert entry["items"] == 4
 

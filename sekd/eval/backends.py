@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import logging as python_logging
 import os
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,6 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from rollouts.vllm_local import LORA_RANKS
 from rollouts.vllm_setup import set_up_vllm
 from sekd.hardware import choose_dtype
 from sekd.models import causal_lm
@@ -172,13 +172,7 @@ def _tokenizer_of(name: str) -> tuple[str, str | None]:
 def _load_hf(name: str, options: BackendOptions) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    adapter = find_adapter(name)
-    source, revision = (name, None) if adapter is None else (str(adapter.base_model_name_or_path), adapter.revision)
-    model: Any = _load_weights(source, revision, options)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, name)
+    model = _load_weights(name, options.dtype, options.arguments)
     if "device_map" not in options.arguments:
         model = model.to(_choose_device())
     own = causal_lm(model).generation_config
@@ -197,18 +191,20 @@ def _load_hf(name: str, options: BackendOptions) -> Any:
     )
 
 
-def _load_weights(name: str, revision: str | None, options: BackendOptions) -> Any:
-    """The model, all of whose weights were in its files."""
+def _load_weights(name: str, dtype: str | None, arguments: dict[str, Any]) -> Any:
+    """The transformers model, all of whose weights were in its files; with its adapter if ``name`` is one."""
+    adapter = find_adapter(name)
+    source, revision = (name, None) if adapter is None else (str(adapter.base_model_name_or_path), adapter.revision)
     model, report = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=choose_model_dtype(options.dtype),
-        output_loading_info=True,
-        **options.arguments,
+        source, revision=revision, dtype=choose_model_dtype(dtype), output_loading_info=True, **arguments
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
-    return model
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, name)
 
 
 def _choose_device() -> str:
@@ -240,7 +236,6 @@ def _close_hf(lm: Any) -> None:
 
 
 def _load_vllm(name: str, options: BackendOptions) -> Any:
-    adapter = find_adapter(name)
     tokenizer, tokenizer_revision = _tokenizer_of(name)
     arguments: dict[str, Any] = set_up_vllm(KV_CACHE_GIB, enforce_eager=not torch.cuda.is_available())
     if options.samples and not torch.cuda.is_available():
@@ -249,7 +244,6 @@ def _load_vllm(name: str, options: BackendOptions) -> Any:
     if options.arguments.get("tensor_parallel_size", 1) != 1:
         arguments["distributed_executor_backend"] = "mp"
     arguments |= {
-        "pretrained": name,
         "tokenizer": tokenizer,
         "tokenizer_revision": tokenizer_revision,
         "dtype": choose_model_dtype(options.dtype),
@@ -257,17 +251,29 @@ def _load_vllm(name: str, options: BackendOptions) -> Any:
         "max_model_len": options.context,
         "seed": options.seed,
     }
-    if adapter is not None:
-        rank = next((r for r in LORA_RANKS if r >= adapter.r), adapter.r)
-        arguments |= {"pretrained": adapter.base_model_name_or_path, "revision": adapter.revision}
-        arguments |= {"lora_local_path": name, "max_lora_rank": rank, "max_loras": 1}
-    with warnings.catch_warnings():
+    with _as_whole_model(name, options) as source, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about vLLM's own code
-        lm = _import_vllm_class()(**arguments | options.arguments)
+        lm = _import_vllm_class()(**{"pretrained": source} | arguments | options.arguments)
     lm.takes_seed = True  # sampled requests have seeds of their own (sekd.eval.harness)
-    if adapter is not None:
-        lm.model.llm_engine.add_lora(lm.lora_request)  # otherwise an error would come with the first request
     return lm
+
+
+@contextmanager
+def _as_whole_model(name: str, options: BackendOptions) -> Iterator[str]:
+    """The model's name; of an adapter, a temporary folder with the base that it is merged into.
+
+    With an adapter of its own, vLLM 0.32 cannot compute the log-likelihoods of several prompts at once.
+    """
+    if find_adapter(name) is None:
+        yield name
+        return
+    model = _load_weights(name, options.dtype, {})
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError("its adapter cannot be merged into the base; use --backend hf")
+    with tempfile.TemporaryDirectory(prefix="sekd-merged-") as folder:
+        model.merge_and_unload().save_pretrained(folder)
+        del model
+        yield folder
 
 
 def _import_vllm_class() -> Any:
