@@ -142,9 +142,8 @@ def compare_models(models: Results, *suites: str) -> Comparison:
                 differences[name][task] = _compare_noted(comparison, task, names[0], first, name, result)
         _note_skipped(comparison, task, given)
         for score in dict.fromkeys(score for result in given for score in result.scores):
-            is_extra = (
-                score.startswith(SHOWN) and (given[0].task, given[0].settings.get("split"), score) not in in_means
-            )
+            is_extra = score in SHOWN or score.startswith("pass@")
+            is_extra &= (given[0].task, given[0].settings.get("split"), score) not in in_means
             comparison.rows.append(
                 Row(
                     task,

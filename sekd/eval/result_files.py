@@ -114,6 +114,7 @@ def fingerprint_model(model: str, revision: str | None = None) -> str:
     Raises:
         ValueError: there is no such model, or its adapter is invalid.
     """
+    check_model_name("model", model)
     adapter = find_adapter(model, revision)
     code = _hash_files(model) if os.path.isdir(model) else _find_commit(model, revision, adapter is not None)
     if adapter is None:
@@ -124,7 +125,6 @@ def fingerprint_model(model: str, revision: str | None = None) -> str:
 def _find_commit(model: str, revision: str | None, is_adapter: bool) -> str:
     from transformers.utils import cached_file, extract_commit_hash
 
-    check_model_name("model", model)
     try:
         path = cached_file(model, "adapter_config.json" if is_adapter else "config.json", revision=revision or "main")
     except (OSError, ValueError) as error:
@@ -186,7 +186,7 @@ def save_result(folder: str, model: dict[str, Any], result: TaskResult) -> str:
     _write_rows(folder, rows)
     entries = {**entries, name: entry}
     content = {"model": _as_json(model), "results": entries}
-    write_atomically(os.path.join(folder, RESULTS), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(os.path.join(folder, RESULTS), json.dumps(content, indent=2) + "\n")
     if replaced is not None:
         _write_rows(folder, _keep(rows, [other["saved"] for other in entries.values()]))
     return name
@@ -202,9 +202,7 @@ def load_results(folder: str) -> dict[str, TaskResult]:
     if content is None:
         return {}
     rows = _read_rows(folder)
-    return {
-        name: _as_result(folder, entry, _keep(rows, [entry["saved"]])) for name, entry in content["results"].items()
-    }
+    return {name: _as_result(folder, entry, rows) for name, entry in content["results"].items()}
 
 
 def find_done(folder: str, fingerprint: str, task: str, settings: dict[str, Any]) -> TaskResult | None:
@@ -253,7 +251,10 @@ def _read_for_saving(folder: str, model: dict[str, Any]) -> tuple[dict[str, Any]
         if content is None:
             return {}, None
         if content["model"].get("fingerprint") == model["fingerprint"]:
-            return content["results"], _read_rows(folder)
+            rows = _read_rows(folder)
+            for entry in content["results"].values():
+                _choose_rows(folder, entry, rows)
+            return content["results"], rows
         other = content["model"].get("name")
         logger.warning(f"{folder!r} has results of another model, {other!r}, or of older weights: they are replaced")
     except DamagedFile as error:
@@ -295,7 +296,12 @@ def _read_rows(folder: str, saved: str | None = None) -> pa.Table:
         raise DamagedFile(f"{path!r} is damaged: {error}") from error
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise DamagedFile(f"{path!r} is damaged, or something else wrote it: it has no column {missing[0]!r}")
-    return table
+    metrics = [pa.field(name, pa.float64()) for name in table.column_names if name.startswith(METRIC)]
+    schema = pa.schema([*SCHEMA, *metrics])
+    try:
+        return table.select(schema.names).cast(schema)
+    except pa.ArrowException as error:
+        raise DamagedFile(f"{path!r} is damaged, or something else wrote it: {error}") from error
 
 
 def _write_rows(folder: str, rows: pa.Table) -> None:
@@ -325,11 +331,17 @@ def _as_table(name: str, saved: str, items: list[Item]) -> pa.Table:
     return pa.table({**{key: columns[key] for key in SCHEMA.names}, **values})
 
 
+def _choose_rows(folder: str, entry: dict[str, Any], rows: pa.Table) -> pa.Table:
+    """The rows of a result; DamagedFile if some are missing."""
+    chosen = rows.filter(pc.equal(rows["saved"], entry["saved"]))
+    if len(chosen) != entry["items"]:
+        path, task = os.path.join(folder, SAMPLES), entry["task"]
+        raise DamagedFile(f"{path!r} is damaged: it has {len(chosen)} of the {entry['items']} items of {task}")
+    return chosen
+
+
 def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult:
-    if len(rows) != entry["items"]:
-        path = os.path.join(folder, SAMPLES)
-        raise DamagedFile(f"{path!r} is damaged: it has {len(rows)} of the {entry['items']} items of {entry['task']}")
-    items = []
+    rows, items = _choose_rows(folder, entry, rows), []
     calibrations = _read_calibrations(rows["calibration"].combine_chunks())
     rows = rows.drop_columns(["calibration"])
     metric_names = [name for name in rows.column_names if name.startswith(METRIC)]
