@@ -77,6 +77,8 @@ def test_results_of_other_settings_stand_beside_each_other(tmp_path):
         ({"split": "train[7000:]"}, "gsm8k (train[7000:])"),
         ({"shots": 5, "limit": 200, "chat_template": True}, "gsm8k (5 shots, limit 200, chat template)"),
         ({"repeats": 4, "temperature": 0.7}, "gsm8k (4 repeats, temperature 0.7)"),
+        ({"repeats": 4, "temperature": 1.0}, "gsm8k (4 repeats)"),
+        ({"temperature": 1.0}, "gsm8k (temperature 1.0)"),
         ({"data": "def"}, "gsm8k (data def)"),
         ({"data": "def", "backend": "hf"}, "gsm8k (data def, backend hf)"),
     ]

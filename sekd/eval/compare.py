@@ -18,7 +18,7 @@ from sekd.eval.tasks import SUITE_MEANS, SUITES
 from sekd.files import write_atomically
 from sekd.tables import escape_controls, print_table
 
-NOTED = frozenset({"backend", "dtype", "device", "batch_size", "limit", "rows", "data", "seed", "lm_eval"})
+NOTED = frozenset({"backend", "arguments", "dtype", "device", "batch_size", "limit", "rows", "data", "seed", "lm_eval"})
 """Settings in which two compared results may differ: a note says so. Any other difference forbids the comparison."""
 UNTOLD = frozenset({"rows", "data", "lm_eval", "batch_size", "device"})
 """Settings of ``NOTED`` without a note: what they change is told by the items that are compared, or is nothing."""
