@@ -31,6 +31,12 @@ examples:
 
 
 DISTILLATION = "distillation"
+SAME_NAMES = (
+    *("text", "text_split", "prompts", "prompts_split", "answer_column", "prompt_column", "completion_column"),
+    *("messages_column", "text_column", "prompt_template", "system_prompt", "text_prompt_length", "max_length"),
+    *("limit", "seed", "repeats", "temperature", "top_p", "max_new_tokens", "dtype", "batch_size"),
+)
+"""Options of the command that are fields of ``DistillationOptions``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,10 +165,7 @@ def read_distillation(options: argparse.Namespace, engine: str) -> Any:
 
     if options.teacher is None:
         raise ValueError("the suite distillation needs --teacher MODEL: from which model to measure the distance")
-    same = ("text", "text_split", "prompts", "prompts_split", "answer_column", "prompt_column", "completion_column")
-    same += ("messages_column", "text_column", "prompt_template", "system_prompt", "text_prompt_length", "max_length")
-    same += ("limit", "seed", "repeats", "temperature", "top_p", "max_new_tokens", "dtype", "batch_size")
-    given = {name: value for name in same if (value := getattr(options, name)) is not None}
+    given = {name: value for name in SAME_NAMES if (value := getattr(options, name)) is not None}
     return DistillationOptions(**given, engine=engine, use_chat_template=options.chat_template)
 
 

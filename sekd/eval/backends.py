@@ -134,7 +134,7 @@ def limit_context(name: str, tokenizer: Any) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that the memory of the machine or the GPU is too small."""
     return (
-        isinstance(error, MemoryError)
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, Exception) and should_reduce_batch_size(error))
         or any(part in str(error).lower() for part in MEMORY_ERRORS)
@@ -233,7 +233,7 @@ def shrink_batches(lm: Any, backend: str, name: str, fixed: bool, error: Excepti
 
 
 def _close_hf(lm: Any) -> None:
-    lm._model = None  # the only reference to the weights
+    lm._model = lm.pretrained = None  # the only references to the weights
 
 
 # --- vLLM -----------------------------------------------------------------------------------------------------------

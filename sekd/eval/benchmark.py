@@ -102,7 +102,7 @@ def evaluate_models(
     with _refusing():
         if not find_spec(BACKENDS[backend].package):
             raise ValueError(
-                f"backend {backend!r} needs the package {BACKENDS[backend].package}: install it, or use hf"
+                f"backend {backend!r} needs the package {BACKENDS[backend].package}, which is not installed; use hf"
             )
         for model in models:
             check_model_name(FIELD, model)
@@ -174,44 +174,37 @@ def _check_model(name: str, tasks: dict[str, PreparedTask], options: EvaluationO
 
 
 def _evaluate(model: _Model, tasks: dict[str, PreparedTask], options: EvaluationOptions) -> dict[str, TaskResult]:
-    """The results of one model, in the order of the tasks."""
+    """The results of one model, in the order of the tasks; then its distance from the teacher."""
     results = dict[str, TaskResult]()
     with ExitStack() as stack:
         with _refusing():
             stack.enter_context(own_folder(model.folder))
-        for name, task in tasks.items():
-            done = None if options.force else find_done(model.folder, model.fingerprint, task.name, task.settings)
-            if done is not None:
-                results[name] = done
-        missing = {name: task for name, task in tasks.items() if name not in results}
+        stack.enter_context(_stopping(model, results))
+        if not options.force:
+            settings = {name: (task.name, task.settings) for name, task in tasks.items()}
+            settings |= {task: (task, own) for task, own in _list_distances(model).items()}
+            for name, (known, own) in settings.items():
+                done = find_done(model.folder, model.fingerprint, known, own)
+                if done is not None:
+                    results[name] = done
         if results:
             print(f"{model.name}: {', '.join(results)} done before")
-        if missing:
+        if missing := {name: task for name, task in tasks.items() if name not in results}:
             with _loaded(model, missing, options) as lm:
                 for name, task in missing.items():
-                    with _stopping(f"{name} of {model.name}", [*results], model.folder):
-                        results[name] = _run(lm, model, name, task, options)
-        distances = _measure_distances(model, results, options)
-    return {name: results[name] for name in tasks} | distances
+                    results[name] = _run(lm, model, name, task, options)
+        distances = [task for task in _list_distances(model) if task not in results]
+        if model.distillation is not None and distances:
+            with _refusing():
+                for result in measure_distillation(model.distillation, distances):
+                    _save(model, result)
+                    results[result.task] = result
+    return {name: results[name] for name in (*tasks, *_list_distances(model))}
 
 
-def _measure_distances(model: _Model, done: dict[str, TaskResult], options: EvaluationOptions) -> dict[str, TaskResult]:
-    """The distances of a model from its teacher, which are computed or read, in the order of their tasks."""
-    if model.distillation is None:
-        return {}
-    results, settings = dict[str, TaskResult](), model.distillation.settings
-    for task in settings:
-        found = None if options.force else find_done(model.folder, model.fingerprint, task, settings[task])
-        if found is not None:
-            results[task] = found
-    if results:
-        print(f"{model.name}: {', '.join(results)} done before")
-    missing = [task for task in settings if task not in results]
-    with _stopping(f"the distance of {model.name} from its teacher", [*done, *results], model.folder), _refusing():
-        for result in measure_distillation(model.distillation, missing):
-            save_result(model.folder, {"name": model.name, "fingerprint": model.fingerprint}, result)
-            results[result.task] = result
-    return {task: results[task] for task in settings}
+def _list_distances(model: _Model) -> dict[str, dict[str, Any]]:
+    """The tasks of the suite distillation that are asked for, with their settings."""
+    return {} if model.distillation is None else model.distillation.settings
 
 
 @contextmanager
@@ -232,13 +225,15 @@ def _loaded(model: _Model, tasks: dict[str, PreparedTask], options: EvaluationOp
 
 
 @contextmanager
-def _stopping(task: str, done: Sequence[str], folder: str) -> Iterator[None]:
+def _stopping(model: _Model, results: dict[str, TaskResult]) -> Iterator[None]:
     """Let Ctrl-C say what is kept."""
     try:
         yield
     except KeyboardInterrupt as error:
-        tasks = f"{', '.join(done)} and the answers so far are kept" if done else "the answers so far are kept"
-        raise KeyboardInterrupt(f"stopped in {task}; {tasks} in {folder!r}: the same command goes on") from error
+        done = f"{', '.join(results)} done, and all other answers so far are" if results else "all answers so far are"
+        raise KeyboardInterrupt(
+            f"stopped while evaluating {model.name}: {done} kept in {model.folder}; the same command goes on"
+        ) from error
 
 
 def _run(lm: Any, model: _Model, name: str, task: PreparedTask, options: EvaluationOptions) -> TaskResult:
@@ -266,7 +261,10 @@ def _run(lm: Any, model: _Model, name: str, task: PreparedTask, options: Evaluat
     finally:
         bar.close()
         file.close()
-    description = {"name": model.name, "fingerprint": model.fingerprint}
-    save_result(model.folder, description, result)
+    _save(model, result)
     file.remove()
     return result
+
+
+def _save(model: _Model, result: TaskResult) -> None:
+    save_result(model.folder, {"name": model.name, "fingerprint": model.fingerprint}, result)
