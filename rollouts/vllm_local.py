@@ -4,9 +4,7 @@ import copy
 import glob
 import os
 import shutil
-import sysconfig
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +26,7 @@ from rollouts.base import (
     request_seeds,
     separate_seeds,
 )
+from rollouts.vllm_setup import set_up_vllm
 
 logger = logging.get_logger(__name__)
 
@@ -35,17 +34,10 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for its ``max_lora_rank``."""
 
 
-def _can_compile() -> bool:
-    """Whether torch.compile can target this CPU: it needs a C++ compiler and Python's headers."""
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return shutil.which(os.environ.get("CXX", "g++")) is not None and os.path.exists(header)
-
-
-def _read_top(flat: Any, sampling: Sampling) -> np.ndarray | None:
-    """At each position, vLLM lists the sampled token first and then the likeliest tokens."""
-    return np.array(flat.logprobs, np.float32).reshape(len(flat), -1)[:, 1:] if sampling.top_logprobs else None
-
-
+        context, options = max(max_prompt_length + max_completion_length, evaluation_context), dict[str, Any]()
+        if not torch.cuda.is_available() and drawing.seed is not None:
+            # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
+            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
 class VLLMEngine(BaseEngine):
     """vLLM inside the trainer's process. Weights are sent in memory, and everything ends with the process.
 
@@ -141,23 +133,11 @@ class VLLMEngine(BaseEngine):
         **sampling: Any,
     ) -> None:
         self.sampling = drawing = Sampling(temperature, max_completion_length, **sampling)
-        # Otherwise vLLM would start a second process, and pin each thread of this one to a core.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch warns about vLLM's own code
-            from vllm import LLM
-            from vllm.platforms import current_platform
+        settings = set_up_vllm(kv_cache_gib, enforce_eager)
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
-        context, options = max(max_prompt_length + max_completion_length, evaluation_context), dict[str, Any]()
-        if not torch.cuda.is_available():
-            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # on a CPU, its saved files cannot be loaded again
-            enforce_eager = enforce_eager or not _can_compile()
-            if drawing.seed is not None:
-                # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
-                options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
+                skip_tokenizer_init=not (drawing.stop or evaluation_context),  # only stop strings need it
         self.lora_rank = next((r for r in LORA_RANKS if r >= lora_rank), lora_rank) if lora_rank else 0
         if lora_rank:
             options |= {"enable_lora": True, "max_lora_rank": self.lora_rank, "max_loras": 1}
@@ -169,14 +149,17 @@ class VLLMEngine(BaseEngine):
                 load_format=load_format,
                 max_model_len=context,
                 max_logprobs=max(20, drawing.top_logprobs),
+<<<<<<< HEAD
                 enforce_eager=enforce_eager,
                 distributed_executor_backend="uni",
                 skip_tokenizer_init=not (drawing.stop or evaluation_context),  # only stop strings need it
+=======
+                skip_tokenizer_init=not drawing.stop,  # only stop strings need it
+>>>>>>> w-backends
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_sleep_mode=self.sleeps,
                 seed=drawing.seed or 0,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
+                **settings,
                 **options,
             )
         except ValueError as error:  # options that do not suit the model
