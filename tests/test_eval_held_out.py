@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import make_model, make_trainer
+from helpers import config, make_model, make_trainer
 
+from sekd.data.batch import Sample
 from sekd.data.prepare import prepare
+from sekd.eval.held_out import STUDENT_MEANS, TEACHER_MEANS, Pair, measure_samples
+from sekd.teachers import LiveTeacher
 
 
 def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
@@ -22,7 +25,7 @@ def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
         max_eval_samples=7,
     )
     metrics = trainer.evaluate()
-    forward, reverse, rows = 0.0, 0.0, 0
+    forward, reverse, teacher_ce, same, rows = 0.0, 0.0, 0.0, 0, 0
     for row in prepare(pairs.select(range(7)), tokenizer, trainer.args):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
@@ -31,10 +34,15 @@ def test_evaluate_reports_exact_divergences_a_token(tmp_path, tokenizer, pairs):
         where = [t for t in range(len(row["input_ids"]) - 1) if row["supervised"][t + 1]]
         forward += (p.exp() * (p - q)).sum(-1)[where].sum().item()
         reverse += (q.exp() * (q - p)).sum(-1)[where].sum().item()
+        teacher_ce -= sum(p[t, ids[0, t + 1]].item() for t in where)
+        same += sum(int(q[t].argmax()) == int(p[t].argmax()) for t in where)
         rows += len(where)
     assert metrics["eval_positions"] == rows
     assert metrics["eval_forward_kl"] == pytest.approx(forward / rows, rel=1e-4)
     assert metrics["eval_reverse_kl"] == pytest.approx(reverse / rows, rel=1e-4)
+    assert metrics["eval_teacher_ce"] == pytest.approx(teacher_ce / rows, rel=1e-4)
+    assert 0 < same < rows
+    assert metrics["eval_top1_agreement"] == pytest.approx(same / rows)
     assert metrics["eval_loss"] == metrics["eval_forward_kl"]
 
 
@@ -96,3 +104,39 @@ def test_compute_metrics_gets_the_likeliest_tokens_and_the_targets(tmp_path, tok
             if is_valid:
                 hits.append(guess == target)
     assert metrics["eval_accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_each_sample_has_its_own_sums_in_any_batch(pairs, tokenizer):
+    """Against each sequence alone, dense and in float64; one sample has no position."""
+    student, teacher = make_model("softcap"), make_model("tied", 1)
+    samples = [Sample(**row) for row in prepare(pairs.select(range(9)), tokenizer, config())]
+    samples[4] = Sample(samples[4].input_ids, [0] * len(samples[4].input_ids), 4, 2)
+    seen = []
+    pair = Pair(student, LiveTeacher(teacher, 121), 121, torch.device("cpu"), batch_size=4, chunk_rows=5)
+    for sample, sums in zip(samples, measure_samples(pair, samples, seen.append), strict=True):
+        ids = torch.tensor([sample.input_ids])
+        with torch.no_grad():
+            q = student(input_ids=ids).logits[0, :, :121].double().log_softmax(-1)
+            p = teacher(input_ids=ids).logits[0, :, :121].double().log_softmax(-1)
+        expected, bins = (
+            dict.fromkeys([*STUDENT_MEANS, *TEACHER_MEANS, "positions"], 0.0),
+            [[0.0] * 3 for _ in range(15)],
+        )
+        for t in range(len(sample.input_ids) - 1):
+            if not sample.supervised[t + 1]:
+                continue
+            y = sample.input_ids[t + 1]
+            expected["positions"] += 1
+            expected["student_ce"] -= q[t, y].item()
+            expected["teacher_ce"] -= p[t, y].item()
+            expected["student_entropy"] -= sum(x.exp() * x for x in q[t]).item()
+            expected["forward_kl"] += sum(a.exp() * (a - b) for a, b in zip(p[t], q[t], strict=True)).item()
+            expected["reverse_kl"] += sum(b.exp() * (b - a) for a, b in zip(p[t], q[t], strict=True)).item()
+            expected["top1_agreement"] += float(p[t].argmax() == q[t].argmax())
+            confidence = q[t].max().exp().item()
+            of_bin = bins[min(int(confidence * 15), 14)]
+            of_bin[:] = of_bin[0] + 1, of_bin[1] + confidence, of_bin[2] + float(q[t].argmax() == y)
+        for name, value in expected.items():
+            assert sums[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        assert sums["calibration"].tolist() == [pytest.approx(row, rel=1e-4) for row in bins]
+    assert seen == [4, 4, 1]

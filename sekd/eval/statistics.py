@@ -1,0 +1,239 @@
+"""Scores of items: means, perplexity, calibration, their standard errors, and paired differences."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from sekd.eval.records import BINS, Item, Score
+
+DRAWS = 1_000
+"""Resamples of the items that give the standard error of a calibration error."""
+OVER_ITEMS = frozenset({"exact_match", "length", "cut_off"})
+"""Metrics that count every item once, whatever its weight; ``avg@k`` and ``pass@k`` do too."""
+LOWER_IS_BETTER = frozenset(
+    {
+        "nll",
+        "perplexity",
+        "ece",
+        "forward_kl",
+        "reverse_kl",
+        "sampled_reverse_kl",
+        "cut_off",
+        "brier_score",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "wer",
+        "ter",
+    }
+)
+"""Scores that are better when they are lower; all others are better when they are higher, or neither."""
+S = TypeVar("S", bound=Score)
+
+
+@dataclass(frozen=True)
+class Difference(Score):
+    """The score of a second model minus the score of a first one, on the same items, with its paired error."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score before it becomes one number with an error.
+
+    ``deviations`` are numbers with mean 0, in the same order for every model: what each item adds to the score beyond
+    the mean, or how each resample differs from the others. The standard error is the root of n / (n - 1) times their
+    sum of squares, for n deviations. The deviations of a difference are the difference of the deviations.
+    """
+
+    value: float
+    deviations: Float[np.ndarray, " n"]
+
+    def find_error(self) -> float | None:
+        """The standard error; None if one item gives none."""
+        n = len(self.deviations)
+        return math.sqrt(n / (n - 1) * float(np.square(self.deviations).sum())) if n > 1 else None
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A score that is no mean of a metric: which items have what it reads, and how it is estimated from them."""
+
+    has: Callable[[Item], bool]
+    estimate: Callable[[Sequence[Item]], Estimate]
+
+
+def estimate_mean(items: Sequence[Item], name: str) -> Estimate:
+    """The mean of a metric: sum_i w_i x_i / sum_i w_i, a ratio estimator with independent items.
+
+    The deviation of item i is w_i (x_i - mean) / sum w. With equal weights the standard error is the sample's standard
+    deviation over sqrt(n), which is lm-eval's.
+    """
+    x = np.array([item.metrics[name] for item in items], dtype=np.float64)
+    w = np.array([1.0 if counts_items(name) else item.weight for item in items], dtype=np.float64)
+    mean = float((w * x).sum() / w.sum())
+    return Estimate(mean, w * (x - mean) / w.sum())
+
+
+def estimate_perplexity(items: Sequence[Item]) -> Estimate:
+    """exp of the mean of ``nll``; the error by the delta method: perplexity times the error of the mean."""
+    mean = estimate_mean(items, "nll")
+    value = math.exp(min(mean.value, 700.0))
+    return Estimate(value, value * mean.deviations)
+
+
+def estimate_ece(items: Sequence[Item]) -> Estimate:
+    """The expected calibration error (Guo et al., 2017, equation 3) of all predictions of the items.
+
+    A prediction has a confidence, its probability, and is right or wrong. The ``BINS`` = 15 bins are equally wide:
+    confidence c falls into bin floor(15 c), and 1 into the last one. Then
+
+        ECE = sum over bins of (predictions in the bin / all predictions) * |share of right ones - mean confidence|
+
+    which is sum over bins of |right - sum of confidences| / predictions. The error is that of a bootstrap over items
+    with ``DRAWS`` resamples; its seed is fixed, so that two models are resampled alike. A model that is calibrated
+    still has an ECE above 0 on few items, since each bin's gap counts with its absolute value.
+    """
+    bins = np.array([item.calibration for item in items], dtype=np.float64)
+    counts, gaps = bins[:, :, 0].sum(1), bins[:, :, 2] - bins[:, :, 1]
+    n, generator, draws = len(items), np.random.default_rng(0), np.empty(DRAWS)
+    for i in range(DRAWS):
+        times = np.bincount(generator.integers(n, size=n), minlength=n)
+        draws[i] = np.abs(times @ gaps).sum() / (times @ counts)
+    value = float(np.abs(gaps.sum(0)).sum() / counts.sum())
+    return Estimate(value, (draws - draws.mean()) / math.sqrt(DRAWS) if n > 1 else np.zeros(1))
+
+
+AGGREGATES: dict[str, Aggregate] = {
+    "perplexity": Aggregate(lambda item: _has(item, "nll"), estimate_perplexity),
+    "ece": Aggregate(lambda item: any(count > 0 for count, _, _ in item.calibration or ()), estimate_ece),
+}
+
+
+def summarize(items: Sequence[Item]) -> dict[str, Score]:
+    """Each score of the items: the mean of every metric, then ``AGGREGATES``.
+
+    A score is over the items that are not skipped and have what it reads. A mean over positions leaves out items of
+    weight 0. A score without items is absent.
+    """
+    scores = {}
+    for name, has, estimate in _list_scores(items):
+        if chosen := [item for item in items if _counts(item) and has(item)]:
+            found = estimate(chosen)
+            scores[name] = Score(found.value, found.find_error(), len(chosen), name not in LOWER_IS_BETTER)
+    return scores
+
+
+def compare_scores(first: Sequence[Item], second: Sequence[Item], same_rows: bool = False) -> dict[str, Difference]:
+    """The score of the second model minus the first one's, for each score that both have, on the items of both.
+
+    The standard error is paired: it is that of the differences of the items, and smaller than that of two independent
+    scores where the models are right and wrong on the same items.
+
+    Args:
+        first: items of the first model.
+        second: items of the second model.
+        same_rows: the items are known to be of the same data, so that the index alone says which belong together.
+            Chat templates of two models, for example, make two prompts of one row.
+
+    Raises:
+        ValueError: the two have no item in common, or an index twice.
+    """
+    pairs = pair_items(first, second, same_rows)
+    differences = {}
+    for name, has, estimate in _list_scores([item for item, _ in pairs]):
+        if chosen := [(a, b) for a, b in pairs if has(a) and has(b)]:
+            before, after = (estimate(side) for side in zip(*chosen, strict=True))
+            found = Estimate(after.value - before.value, after.deviations - before.deviations)
+            better = name not in LOWER_IS_BETTER
+            differences[name] = Difference(found.value, found.find_error(), len(chosen), better)
+    return differences
+
+
+def pair_items(first: Sequence[Item], second: Sequence[Item], same_rows: bool = False) -> list[tuple[Item, Item]]:
+    """The items that both have and count, as pairs in the order of the first.
+
+    Items are the same if their index, prompt and answer are, or their index alone with ``same_rows``.
+
+    Raises:
+        ValueError: the two have no item in common, or an index twice.
+    """
+    by_index = {item.index: item for item in second}
+    for items in (first, second):
+        if len({item.index for item in items}) < len(items):
+            raise ValueError("the items cannot be compared: several of one model have the same index")
+    pairs = [(item, by_index[item.index]) for item in first if item.index in by_index]
+    pairs = [(a, b) for a, b in pairs if same_rows or (a.prompt, a.answer) == (b.prompt, b.answer)]
+    if not pairs:
+        raise ValueError(
+            f"the results cannot be compared: of {len(first)} and {len(second)} items, none has the same index, prompt "
+            "and answer in both"
+        )
+    return [(a, b) for a, b in pairs if _counts(a) and _counts(b)]
+
+
+def mean_of(scores: Sequence[S]) -> S:
+    """The mean of the scores, or differences, of independent tasks: each task counts the same.
+
+    Its standard error is sqrt(sum of squared errors) / number of tasks; None if a task has none.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    if not scores:
+        raise ValueError("the mean of no scores is not defined")
+    errors = [score.stderr for score in scores]
+    known = [error for error in errors if error is not None]
+    return replace(
+        scores[0],
+        value=math.fsum(score.value for score in scores) / len(scores),
+        stderr=math.hypot(*known) / len(scores) if len(known) == len(errors) else None,
+        items=sum(score.items for score in scores),
+    )
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The probability that at least one of k outputs is right, unbiased from n outputs of which c are right.
+
+    1 - C(n - c, k) / C(n, k) (Chen et al., 2021, equation 1).
+
+    Raises:
+        ValueError: k is not in 1 ... n, or c is not in 0 ... n.
+    """
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"pass@{k} needs at least {k} outputs and no more right ones than outputs; got {n} with {c}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def fill_bins(confidences: Sequence[float], hits: Sequence[bool]) -> tuple[tuple[float, float, float], ...]:
+    """The ``Item.calibration`` of predictions: for each bin, how many, the sum of confidences, how many are right."""
+    table = np.zeros((BINS, 3))
+    for confidence, hit in zip(confidences, hits, strict=True):
+        table[min(int(confidence * BINS), BINS - 1)] += (1.0, confidence, float(hit))
+    return tuple((float(n), float(total), float(right)) for n, total, right in table)
+
+
+def counts_items(name: str) -> bool:
+    """Does the mean of this metric count every item once, whatever the weights?"""
+    return name in OVER_ITEMS or name.startswith(("avg@", "pass@"))
+
+
+def _counts(item: Item) -> bool:
+    return item.skipped is None
+
+
+def _has(item: Item, name: str) -> bool:
+    return name in item.metrics and (counts_items(name) or item.weight > 0)
+
+
+def _list_scores(
+    items: Sequence[Item],
+) -> list[tuple[str, Callable[[Item], bool], Callable[[Sequence[Item]], Estimate]]]:
+    """The name of each score that the items may have, which items have it, and its estimate."""
+    names = dict.fromkeys(name for item in items for name in item.metrics)
+    means = [(name, partial(_has, name=name), partial(estimate_mean, name=name)) for name in names]
+    return [*means, *((name, aggregate.has, aggregate.estimate) for name, aggregate in AGGREGATES.items())]
