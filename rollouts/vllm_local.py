@@ -34,10 +34,6 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for its ``max_lora_rank``."""
 
 
-        context, options = max(max_prompt_length + max_completion_length, evaluation_context), dict[str, Any]()
-        if not torch.cuda.is_available() and drawing.seed is not None:
-            # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
-            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
 class VLLMEngine(BaseEngine):
     """vLLM inside the trainer's process. Weights are sent in memory, and everything ends with the process.
 
@@ -137,7 +133,10 @@ class VLLMEngine(BaseEngine):
         from vllm import LLM
         from vllm.platforms import current_platform
 
-                skip_tokenizer_init=not (drawing.stop or evaluation_context),  # only stop strings need it
+        context, options = max(max_prompt_length + max_completion_length, evaluation_context), dict[str, Any]()
+        if not torch.cuda.is_available() and drawing.seed is not None:
+            # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
+            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
         self.lora_rank = next((r for r in LORA_RANKS if r >= lora_rank), lora_rank) if lora_rank else 0
         if lora_rank:
             options |= {"enable_lora": True, "max_lora_rank": self.lora_rank, "max_loras": 1}
@@ -149,13 +148,7 @@ class VLLMEngine(BaseEngine):
                 load_format=load_format,
                 max_model_len=context,
                 max_logprobs=max(20, drawing.top_logprobs),
-<<<<<<< HEAD
-                enforce_eager=enforce_eager,
-                distributed_executor_backend="uni",
                 skip_tokenizer_init=not (drawing.stop or evaluation_context),  # only stop strings need it
-=======
-                skip_tokenizer_init=not drawing.stop,  # only stop strings need it
->>>>>>> w-backends
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_sleep_mode=self.sleeps,
                 seed=drawing.seed or 0,
@@ -248,3 +241,8 @@ class VLLMEngine(BaseEngine):
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+
+
+def _read_top(flat: Any, sampling: Sampling) -> np.ndarray | None:
+    """At each position, vLLM lists the sampled token first and then the likeliest tokens."""
+    return np.array(flat.logprobs, np.float32).reshape(len(flat), -1)[:, 1:] if sampling.top_logprobs else None
