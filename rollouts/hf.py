@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -126,6 +127,7 @@ class HFEngine(BaseEngine):
                 attention_mask=mask.to(device),
                 logits_processor=_order_processors(sampling),
                 stopping_criteria=[stopped],
+                synced_gpus=any(isinstance(module, FSDPModule) for module in self.model.modules()) or None,
             )
         if sampling.top_logprobs and not top:
             raise ValueError(f"{type(self.model).__name__} generates with another model's forward; pass that model")

@@ -26,11 +26,16 @@ from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
 
 
 def make_engine(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, classes: int | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SEKDConfig,
+    classes: int | None = None,
+    evaluation_context: int = 0,
 ) -> BaseEngine:
     """Start the engine ``args.rollout_engine`` for the student. Call :func:`send_weights` before its first round.
 
-    No token id from ``classes`` on is drawn, since the teacher has no such class.
+    No token id from ``classes`` on is drawn, since the teacher has no such class. ``evaluation_context`` is the number
+    of tokens that :meth:`BaseEngine.generate_with` will read and generate at most; 0 if nothing calls it.
 
     Every process that has an engine must call this.
     """
@@ -45,6 +50,7 @@ def make_engine(
         get_adapter=partial(extract_adapter, model),
         get_base_weights=partial(base_weights, model),
         options=MappingProxyType(vars(args)),
+        evaluation_context=evaluation_context,
     )
     return ENGINES[args.rollout_engine].start(setup)
 
