@@ -105,7 +105,9 @@ class _Worker:
     def _ask(self, line: str, seconds: float) -> str:
         """The process's reply to a line; empty if it gives none in this time."""
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sekd.eval.prepared import PreparedTask, TaskOptions, prepare_task, quiet
+from sekd.eval.prepared import DEFAULTS, PreparedTask, TaskOptions, prepare_task, quiet
 from sekd.eval.records import BINS, Item, Score, TaskResult
 from sekd.eval.statistics import summarize
 
@@ -46,7 +46,7 @@ def run_task(
     lm: "LM",
     name: str,
     split: str | None = None,
-    options: TaskOptions = TaskOptions(),
+    options: TaskOptions = DEFAULTS,
     on_request: Callable[[int], None] = lambda finished: None,
     gather: Callable[[list[Any]], list[Any]] | None = None,
 ) -> TaskResult:
@@ -204,7 +204,8 @@ def _score_row(prepared: PreparedTask, index: int, instances: "list[Instance]") 
     task, spec = prepared.task, prepared.spec
     instances = sorted(instances, key=lambda instance: instance.idx)
     first, row = instances[0], instances[0].doc
-    skipped, raw = None, {}
+    skipped: str | None = None
+    raw: dict[str, Any] = {}
     if spec is not None and spec.score is not None:
         raw, skipped = spec.score(row, first.resps)
     else:
@@ -215,7 +216,8 @@ def _score_row(prepared: PreparedTask, index: int, instances: "list[Instance]") 
     if task.OUTPUT_TYPE == "multiple_choice":
         item = _add_choices(task, item, row, instances)
     elif task.OUTPUT_TYPE == "generate_until":
-        item = replace(item, answer=str(task.doc_to_target(row)), outputs=tuple(map(_get_text, first.resps)))
+        answer = "" if spec is not None and spec.score is not None else str(task.doc_to_target(row))
+        item = replace(item, answer=answer, outputs=tuple(map(_get_text, first.resps)))
         if spec is not None and spec.grade is not None:
             raw["math_verify"] = float(spec.grade(item.outputs[0], item.answer))
     else:
@@ -297,7 +299,7 @@ def _aggregate_others(prepared: PreparedTask, scored: Sequence[_Scored]) -> dict
     for one in scored:
         for name, value in one.others.items():
             values[name].append(value)
-    scores = {}
+    scores: dict[str, Score] = {}
     for name, parts in values.items():
         metric = name.partition(",")[0]
         higher = bool(prepared.task.higher_is_better().get(metric, True))

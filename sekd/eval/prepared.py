@@ -70,6 +70,9 @@ class TaskOptions:
             )
 
 
+DEFAULTS = TaskOptions()
+
+
 @dataclass(frozen=True)
 class PreparedTask:
     """A task whose rows are loaded and checked; no model is needed so far.
@@ -114,7 +117,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def prepare_task(name: str, split: str | None = None, options: TaskOptions = TaskOptions()) -> PreparedTask:
+def prepare_task(name: str, split: str | None = None, options: TaskOptions = DEFAULTS) -> PreparedTask:
     """Load and check the rows of a task, and build the requests: all that can be wrong before a model is loaded.
 
     Args:
@@ -185,7 +188,9 @@ def _load_config(name: str, spec: TaskSpec | None) -> dict[str, Any]:
     with quiet():
         config = dict(load_yaml(path, resolve_func=True))
     if "class" in config:
-        raise ValueError(f"{name}: lm-eval defines this task by a class, which sekd cannot evaluate; use lm_eval itself")
+        raise ValueError(
+            f"{name}: lm-eval defines this task by a class, which sekd cannot evaluate; use lm_eval itself"
+        )
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
     return config

@@ -15,8 +15,8 @@ from sekd.eval.tasks import TASKS, TaskSpec
 KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str) and value != "",
     "text or empty": lambda value: isinstance(value, str),
-    "number": lambda value: isinstance(value, int) or isinstance(value, str) and value.isdecimal(),
-    "text or number": lambda value: isinstance(value, int | float) or isinstance(value, str) and value != "",
+    "number": lambda value: isinstance(value, int) or (isinstance(value, str) and value.isdecimal()),
+    "text or number": lambda value: isinstance(value, int | float) or (isinstance(value, str) and value != ""),
     "texts": lambda value: isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value),
     "records": lambda value: isinstance(value, list) and all(isinstance(v, dict | None) for v in value),
 }
@@ -39,7 +39,9 @@ def _list_places(task: str, folder: str) -> list[str]:
     return [os.path.join(folder, task), *([folder] if inside else [])]
 
 
-def load_task_rows(task: str, split: str, data_dirs: Sequence[str] = (), hub: tuple[str, str | None] = ("", None)) -> Dataset:
+def load_task_rows(
+    task: str, split: str, data_dirs: Sequence[str] = (), hub: tuple[str, str | None] = ("", None)
+) -> Dataset:
     """The rows of a split, such as ``test`` or ``train[:500]``, of a task.
 
     With ``data_dirs`` they come from there alone, else from the dataset ``hub``: its name and its configuration (by
@@ -60,7 +62,9 @@ def load_task_rows(task: str, split: str, data_dirs: Sequence[str] = (), hub: tu
     source = find_file(task, whole, data_dirs) if data_dirs else dataset
     if source is None:
         expected = os.path.join(data_dirs[0], task, f"{whole}.jsonl")
-        raise ValueError(f"{task}: no file {expected} (or {', '.join([*BUILDERS][2:])}); {_describe(spec, dataset, config)}")
+        raise ValueError(
+            f"{task}: no file {expected} (or {', '.join([*BUILDERS][2:])}); {_describe(spec, dataset, config)}"
+        )
     try:
         rows = load_rows(source, None if data_dirs else config, split, field=f"{task}:")
     except ValueError as error:
