@@ -3,7 +3,7 @@
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +22,10 @@ from lm_eval.models.utils import (
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rollouts import HFEngine, Rollout, Sampling
+from rollouts import Sampling
 from sekd.heads import in_chunks
 from sekd.models import causal_lm, get_head, hidden_states, run_inside
-from sekd.on_policy.engines import keep_generators
+from sekd.on_policy.engines import Generate
 from sekd.types import IGNORE, Batch
 
 MAX_STOP_STRINGS = 4
@@ -33,8 +33,6 @@ MAX_STOP_STRINGS = 4
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """lm-eval's request for a log-likelihood: its key, the tokens of the context, and those of the continuation."""
-
-Generate = Callable[[list[list[int]], Sampling], list[Rollout]]
 
 
 class StudentLM(HFLM):
@@ -117,9 +115,7 @@ class StudentLM(HFLM):
         for row, tokens in enumerate(inputs):  # padding on the right is never seen
             ids[row, : len(tokens)] = torch.tensor(tokens)
         rows = [row for row, continuation in continuations for _ in continuation]
-        columns = [
-            column for row, c in continuations for column in range(len(inputs[row]) - len(c), len(inputs[row]))
-        ]
+        columns = [column for row, c in continuations for column in range(len(inputs[row]) - len(c), len(inputs[row]))]
         targets = [token for _, continuation in continuations for token in continuation]
         places = torch.tensor([rows, columns, targets], device=self.device)
         batch = Batch(
@@ -214,16 +210,3 @@ class StudentLM(HFLM):
         """Tell lm-eval's hook of a finished request. Each one stands for those of the other processes too."""
         if request is not None:
             self.cache_hook.add_partial(kind, request, answer)
-
-
-def generate_inside(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, batch_size: int = 8
-) -> Generate:
-    """A function that generates with the student itself, through transformers, for runs without an engine."""
-
-    def generate(prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
-        engine = HFEngine(causal_lm(model), tokenizer=tokenizer, batch_size=batch_size)
-        with keep_generators("evaluation"), accelerator.autocast():
-            return engine.generate_with(prompts, sampling)
-
-    return generate

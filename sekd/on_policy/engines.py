@@ -1,7 +1,7 @@
 """Starting the rollout engine and sending it the student's weights, with the trainer's random generators kept."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,8 @@ from rollouts import (
     ENGINES,
     BaseEngine,
     EngineSetup,
+    HFEngine,
+    Rollout,
     RolloutEngine,
     Sampling,
     get_trait,
@@ -23,6 +26,9 @@ from rollouts import (
 from sekd.config import SEKDConfig
 from sekd.models import causal_lm, compute_dtype, count_classes
 from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
+
+Generate = Callable[[list[list[int]], Sampling], list[Rollout]]
+"""Gives one rollout for each prompt, in the same order."""
 
 
 def make_engine(
@@ -102,6 +108,19 @@ def send_weights(engine: RolloutEngine | None, model: nn.Module, step: int, max_
 def samples_from(engine: RolloutEngine | None, model: nn.Module) -> bool:
     """Whether the engine samples from the student itself, and not from a copy of its weights."""
     return engine is not None and get_trait(engine, "model") is causal_lm(model)
+
+
+def generate_inside(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, batch_size: int
+) -> Generate:
+    """A function that generates with the student itself through transformers, for evaluations without an engine."""
+
+    def generate(prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        engine = HFEngine(causal_lm(model), tokenizer=tokenizer, batch_size=batch_size)
+        with keep_generators("evaluation"), accelerator.autocast():
+            return engine.generate_with(prompts, sampling)
+
+    return generate
 
 
 @contextmanager
