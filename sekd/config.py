@@ -143,6 +143,12 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     eval_chat_template: bool = field(
         default=False, metadata=help_("Ask the tasks of eval_suite in the student's chat template.")
     )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata=help_(
+            "Whether more of metric_for_best_model is better. Default: yes, but not for losses and the like."
+        ),
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata=help_("Stop after this many evaluations in a row without a better metric_for_best_model."),

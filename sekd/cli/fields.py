@@ -134,6 +134,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "eval_data_dir",
         "eval_chat_template",
         "metric_for_best_model",
+        "greater_is_better",
         "load_best_model_at_end",
         "early_stopping_patience",
         "early_stopping_threshold",

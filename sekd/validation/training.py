@@ -37,7 +37,7 @@ MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
 """Trackers whose module has another name."""
 
 
-BETTER_LOW = ("loss", "perplexity", "ece", "nll", "kl", "_ce", "entropy", "cut_off", "error_rate")
+BETTER_LOW = ("loss", "perplexity", "ece", "nll", "kl", "_ce", "entropy", "cut_off", "brier_score", "_wer", "_ter")
 """How the names of metrics end that a better student has lower."""
 
 
@@ -100,9 +100,8 @@ def _check_evaluation(args: "SEKDConfig") -> None:
     if args.eval_strategy == "no" and not args.eval_on_start:
         for name in ("do_eval", "eval_suite"):
             if value := getattr(args, name):
-                logger.warning(
-                    f"{name} {show(value)} has no effect alone; set eval_strategy: steps or epoch, or eval_on_start: true"
-                )
+                remedy = "set eval_strategy: steps or epoch, or eval_on_start: true"
+                logger.warning(f"{name} {show(value)} has no effect alone; {remedy}")
     for name in ("eval_limit", "eval_data_dir", "eval_chat_template"):
         if not args.eval_suite and getattr(args, name) != get_default(args, name):
             raise ValueError(f"{name} {show(getattr(args, name))} has no effect without eval_suite; leave it out")
