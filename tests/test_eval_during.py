@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from evaluation_helpers import write_tasks
-from helpers import add_lora, keep_engine, make_model, make_trainer
+from helpers import add_lora, keep_engine, make_model, make_trainer, save_pair
 from rollout_helpers import Counting, make_run
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from rollouts import HFEngine
 from sekd.checkpoints import list_checkpoints
@@ -98,6 +98,7 @@ def test_the_progress_line_shows_main_scores_alone():
 
 def losses_and_weights(trainer):
     """What a run logs of its steps, and the student that it leaves."""
+    set_seed(0)  # of dropout; a Trainer sets it when it is made
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     timed = ("seconds", "second", "rollout_share", "tokens_per_second", "epoch", "weight_")
@@ -254,7 +255,7 @@ def test_the_best_checkpoint_survives_and_is_loaded(tmp_path, tokenizer, pairs, 
     trainer.add_callback(Keep())
     trainer.train()
     assert trainer.args.greater_is_better is True
-    assert 2 in list_checkpoints(tmp_path / "run")
+    assert 2 in list_checkpoints(str(tmp_path / "run"))
     assert trainer.state.best_global_step == 2
     weights = dict(trainer.model.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in kept[2].items())
@@ -321,8 +322,11 @@ def test_what_is_better_goes_by_the_name_of_the_metric(tmp_path, tokenizer, pair
 def test_what_cannot_work_is_said_before_models_load(tmp_path, tokenizer, pairs, tasks, options, message):
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
+    save_pair(tmp_path, plain)
+    (tmp_path / "student" / "model.safetensors").write_text("no weights")
+    student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, plain, pairs, "/no/model", "/no/teacher", **tasks | options)
+        make_trainer(tmp_path / "run", plain, pairs, student, teacher, **tasks | options)
 
 
 def test_distillation_needs_prompts(tmp_path, tokenizer, texts):

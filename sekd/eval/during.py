@@ -203,7 +203,7 @@ def _check_prompts(held_out: Any) -> None:
     """Raise ValueError if the held-out samples are no prompts."""
     if held_out is None:
         raise ValueError("eval_suite distillation generates from held-out prompts: set eval_dataset_name")
-    if not next(iter(held_out))["prompt_length"]:
+    if not next(iter(held_out)).get("prompt_length"):
         raise ValueError(
             "eval_suite distillation generates from held-out prompts, and the held-out data is plain text; name data "
             "with prompts in eval_dataset_name, or leave distillation out"
