@@ -32,7 +32,8 @@ def set_up_vllm(kv_cache_gib: float, enforce_eager: bool = False) -> dict[str, A
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about vLLM's own code
-        import vllm  # noqa: F401  # the environment above must stand before the import
+        from vllm import LLM  # noqa: F401  # it reads the environment above
+        from vllm.platforms import current_platform  # noqa: F401
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # on a CPU, its saved files cannot be loaded again
         enforce_eager = enforce_eager or not _can_compile()

@@ -23,7 +23,7 @@ class DamagedFile(ValueError):
 def write_atomically(path: str, text: str) -> None:
     """Write a text file. If the process dies meanwhile, the previous file stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "w") as file:
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

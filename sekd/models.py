@@ -1,7 +1,7 @@
 """Load models and reach inside them. Only this module handles wrappers, adapters and heads."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel, patch_environment
@@ -17,6 +17,7 @@ from sekd.heads import Head
 from sekd.types import Batch
 
 logger = logging.get_logger(__name__)
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -211,6 +212,6 @@ def common_vocab(student: nn.Module, teacher: nn.Module) -> int:
     return min(count_classes(student), count_classes(teacher))
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def freeze(model: M) -> M:
     """Freeze a model: no gradients, no dropout."""
     return model.eval().requires_grad_(False)

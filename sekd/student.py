@@ -1,5 +1,6 @@
 """The student before it trains: loaded with the adapter that it has, or given a new one."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -77,18 +78,24 @@ def check_context(
     """
     if args.lmbda == 0 or rollout_engine is not None or engine_trait(args, None, "shares_model"):
         return
-    config = load_config(STUDENT, model, init.get("revision")) if isinstance(model, str) else model.config
-    text_config: Any = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    ropes = getattr(text_config, "rope_parameters", None) or {}
-    positions *= (ropes.get("factor") or 1) if isinstance(ropes.get("factor"), int | float) else 1  # some lengthen it
+    positions = count_positions(
+        load_config(STUDENT, model, init.get("revision")) if isinstance(model, str) else model.config
+    )
     if args.max_prompt_length + args.max_completion_length > positions:
         raise ValueError(
             f"max_prompt_length {args.max_prompt_length} + max_completion_length {args.max_completion_length} is more "
             f"than the {positions:g} positions of the student (max_position_embeddings); lower one of them"
         )
+
+
+def count_positions(config: Any) -> float:
+    """The number of tokens that a model can read, from its configuration; infinite if that does not say."""
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None:
+        return math.inf
+    factor = (getattr(text_config, "rope_parameters", None) or {}).get("factor") or 1  # some lengthen it
+    return positions * factor if isinstance(factor, int | float) else positions
 
 
 def load_student(name: str, args: SEKDConfig, **init: Any) -> Any:

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("sekd.cli.train", "distil as a recipe says"),
     "samples": ("sekd.cli.samples", "choose the samples to train on"),
     "cache": ("sekd.cli.cache", "build, check and share an offline cache of a teacher"),
+    "evaluate": ("sekd.cli.evaluate", "evaluate models on benchmarks, and compare them"),
     "serve": ("sekd.cli.serve", "serve a student for rollouts with vLLM"),
     "recipes": ("sekd.cli.recipes", "list the recipes that sekd ships"),
 }

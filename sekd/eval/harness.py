@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sekd.eval.prepared import DEFAULTS, PreparedTask, TaskOptions, prepare_task, quiet
+from sekd.eval.prepared import DEFAULTS, PreparedTask, TaskOptions, prepare_task, quiet, without_logs
 from sekd.eval.records import BINS, Item, Score, TaskResult
 from sekd.eval.statistics import summarize
 
@@ -171,7 +171,8 @@ def _ask(
     silent = {"disable_tqdm": True} if "disable_tqdm" in inspect.signature(ask).parameters else {}
     lm.set_cache_hook(_Hook(hook, on_request))
     try:
-        with _seeded(_derive_seed(seed, repeat, lm.rank)) if sampled else contextlib.nullcontext():
+        seeded = _seeded(_derive_seed(seed, repeat, lm.rank)) if sampled else contextlib.nullcontext()
+        with without_logs(), seeded:
             responses = ask(requests, **silent)
     finally:
         lm.set_cache_hook(hook)

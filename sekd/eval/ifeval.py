@@ -30,9 +30,14 @@ def load_rules() -> None:
 
     lm-eval downloads punkt as it is imported, and waits and prints where there is no network. This neither prints nor
     waits longer than ``DOWNLOAD_SECONDS``. Without a network the sentence rules are skipped.
-    """
-    import langdetect
 
+    Raises:
+        ValueError: langdetect or nltk is not installed.
+    """
+    try:
+        import langdetect
+    except ModuleNotFoundError as error:
+        raise ValueError(f"ifeval needs langdetect and nltk ({error}): pip install 'sekd[eval]'") from error
     langdetect.DetectorFactory.seed = 0  # else the language of a short text is found by chance
     if not has_punkt() and os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("1", "true", "yes", "on"):
         _download_punkt()

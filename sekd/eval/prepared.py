@@ -11,9 +11,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from sekd.eval.task_data import hash_rows, load_task_rows
-from sekd.eval.tasks import TASKS, TaskSpec, index_lm_eval
+from sekd.eval.tasks import TASKS, TaskSpec, check_lm_eval, index_lm_eval
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """The names that lm-eval knows for the length of an output; the first one that is given counts."""
+BAD_ROWS = (ValueError, KeyError, TypeError, AttributeError, IndexError, TemplateError)
+"""What lm-eval's templates and functions raise where a row is not as they expect."""
 DEFAULT_LENGTH = 256
 """Tokens of an output where neither the user nor the task says otherwise: lm-eval's default."""
 
@@ -106,15 +109,23 @@ class PreparedTask:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's log lines and its bar while it builds requests, and the bars of datasets, are not shown."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Nothing is printed: neither lm-eval's log lines, nor its bar while it builds requests, nor those of datasets."""
+    with without_logs(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def without_logs() -> Iterator[None]:
+    """lm-eval and datasets log nothing below critical: what is wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def prepare_task(name: str, split: str | None = None, options: TaskOptions = DEFAULTS) -> PreparedTask:
@@ -136,17 +147,15 @@ def prepare_task(name: str, split: str | None = None, options: TaskOptions = DEF
         raise ValueError(f"{name}: repeats {options.repeats} is for generated outputs; this task has log-likelihoods")
     if options.repeats > 1 and config.get("repeats", 1) > 1:
         raise ValueError(f"{name}: lm-eval itself samples {config['repeats']} outputs of each prompt; set repeats to 1")
-    settings: dict[str, Any] = {"split": split or _find_split(config), "shots": shots}
+    settings: dict[str, Any] = {"split": split or _find_split(config), "shots": shots, "limit": options.limit}
     if generated:
         config["generation_kwargs"] = _choose_sampling(config.get("generation_kwargs"), options)
     task = _build_task(name, config, settings, spec, split, options)
-    if options.limit:
-        settings["limit"] = options.limit
     task.set_fewshot_seed(options.seed)
     with quiet():
         try:
             task.build_all_requests(limit=options.limit)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        except (*BAD_ROWS, AssertionError) as error:
             raise ValueError(f"{name}: a row of split {settings['split']} makes no prompt: {error}") from error
     rows = [row for _, row in task.doc_iterator(limit=options.limit)]
     settings |= {
@@ -172,11 +181,10 @@ def _load_config(name: str, spec: TaskSpec | None) -> dict[str, Any]:
     Raises:
         ValueError: lm-eval is not installed, or the task is a class of lm-eval that cannot take other data.
     """
-    try:
-        import lm_eval.tasks
-        from lm_eval.tasks._yaml_loader import load_yaml
-    except ModuleNotFoundError as error:
-        raise ValueError(f"evaluation needs lm-eval ({error}): pip install 'sekd[eval]'") from error
+    check_lm_eval()
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     if spec is not None and spec.setup is not None:
         spec.setup()
     if spec is not None and isinstance(spec.config, dict):
@@ -238,14 +246,13 @@ def _build_task(
     shots, own_split = settings["shots"], _find_split(config)
     config["num_fewshot"] = shots
     if spec is not None or options.data_dirs or split is not None:
-        hub = (config.get("dataset_path") or "", config.get("dataset_name"))
-        splits = {own_split: load_task_rows(name, settings["split"], options.data_dirs, hub)}
+        splits = {own_split: _load_rows(name, settings["split"], config, options)}
         pool = _find_pool(config)
         if not shots:
             config |= dict.fromkeys(("training_split", "validation_split", "fewshot_split", "fewshot_config"))
             config["test_split"] = own_split
         elif pool is not None and pool != own_split:
-            examples = load_task_rows(name, pool, options.data_dirs, hub)
+            examples = _load_rows(name, pool, config, options)
             if settings["split"].partition("[")[0] == pool:
                 examples = _remove_rows(examples, splits[own_split])
             splits[pool] = examples
@@ -255,8 +262,14 @@ def _build_task(
     with quiet():
         try:
             return TaskManager(include_defaults=False).load([config])["tasks"][config["task"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (*BAD_ROWS, OSError) as error:
             raise ValueError(f"{name}: lm-eval cannot read the rows of split {settings['split']}: {error}") from error
+
+
+def _load_rows(name: str, split: str, config: dict[str, Any], options: TaskOptions) -> Dataset:
+    hub = (config.get("dataset_path") or "", config.get("dataset_name"))
+    with quiet() if options.data_dirs else contextlib.nullcontext():  # a download shows its progress
+        return load_task_rows(name, split, options.data_dirs, hub)
 
 
 def _find_pool(config: dict[str, Any]) -> str | None:

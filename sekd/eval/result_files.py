@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sekd.eval.records import Item, Score, TaskResult
+from sekd.eval.records import BINS, Item, Score, TaskResult
+from sekd.eval.tasks import TASKS
 from sekd.files import DamagedFile, lock_folder, sync, write_atomically
 from sekd.pretrained import check_model_name, find_adapter
 from sekd.versions import installed_versions
@@ -43,17 +44,16 @@ SCHEMA = pa.schema(
 )
 """The columns of ``samples.parquet``. A column ``metric_NAME`` for each metric follows."""
 METRIC = "metric_"
-LABELS: dict[str, tuple[Any, str]] = {
-    "shots": (0, "{} shots"),
-    "limit": (None, "limit {}"),
-    "seed": (0, "seed {}"),
-    "repeats": (1, "{} repeats"),
-    "temperature": (None, "temperature {}"),
-    "top_p": (1.0, "top_p {}"),
-    "chat_template": (False, "chat template"),
-    "max_new_tokens": (None, "{} new tokens"),
+LABELS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "shots": ((None, 0), "{} shots"),
+    "limit": ((None,), "limit {}"),
+    "seed": ((None, 0), "seed {}"),
+    "repeats": ((None, 1), "{} repeats"),
+    "temperature": ((None, 0.0, 1.0), "temperature {}"),
+    "top_p": ((None, 1.0), "top_p {}"),
+    "chat_template": ((None, False), "chat template"),
 }
-"""Settings that stand in the name of a result: the value that is left out, and how another one is written."""
+"""Settings that stand in the name of a result: the values that are left out, and how another one is written."""
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -114,6 +114,7 @@ def fingerprint_model(model: str, revision: str | None = None) -> str:
     Raises:
         ValueError: there is no such model, or its adapter is invalid.
     """
+    check_model_name("model", model)
     adapter = find_adapter(model, revision)
     code = _hash_files(model) if os.path.isdir(model) else _find_commit(model, revision, adapter is not None)
     if adapter is None:
@@ -124,7 +125,6 @@ def fingerprint_model(model: str, revision: str | None = None) -> str:
 def _find_commit(model: str, revision: str | None, is_adapter: bool) -> str:
     from transformers.utils import cached_file, extract_commit_hash
 
-    check_model_name("model", model)
     try:
         path = cached_file(model, "adapter_config.json" if is_adapter else "config.json", revision=revision or "main")
     except (OSError, ValueError) as error:
@@ -186,7 +186,7 @@ def save_result(folder: str, model: dict[str, Any], result: TaskResult) -> str:
     _write_rows(folder, rows)
     entries = {**entries, name: entry}
     content = {"model": _as_json(model), "results": entries}
-    write_atomically(os.path.join(folder, RESULTS), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(os.path.join(folder, RESULTS), json.dumps(content, indent=2) + "\n")
     if replaced is not None:
         _write_rows(folder, _keep(rows, [other["saved"] for other in entries.values()]))
     return name
@@ -202,9 +202,7 @@ def load_results(folder: str) -> dict[str, TaskResult]:
     if content is None:
         return {}
     rows = _read_rows(folder)
-    return {
-        name: _as_result(folder, entry, _keep(rows, [entry["saved"]])) for name, entry in content["results"].items()
-    }
+    return {name: _as_result(folder, entry, rows) for name, entry in content["results"].items()}
 
 
 def find_done(folder: str, fingerprint: str, task: str, settings: dict[str, Any]) -> TaskResult | None:
@@ -227,20 +225,20 @@ def find_done(folder: str, fingerprint: str, task: str, settings: dict[str, Any]
 def name_result(task: str, settings: dict[str, Any], entries: dict[str, Any]) -> str:
     """The name of a result among ``entries``, the other results of the model.
 
-    It is the name of the entry with the same task and settings. A new one has the task's name and the ``LABELS`` of its
-    settings; if another result has that name, the settings in which the two differ follow.
+    It is the name of the entry with the same task and settings. A new one has the task's name, the split unless it is
+    the task's own, and the ``LABELS`` of its settings. If another result has that name, the settings in which the two
+    differ follow.
     """
     settings = _as_json(settings)
     for name, entry in entries.items():
         if entry["task"] == task and entry["settings"] == settings:
             return name
-    told = [
-        form.format(settings[key]) for key, (default, form) in LABELS.items() if settings.get(key, default) != default
-    ]
+    split = settings.get("split")
+    told = [split] if split and task in TASKS and split != TASKS[task].split else []
+    told += [form.format(settings[key]) for key, (usual, form) in LABELS.items() if settings.get(key) not in usual]
     while (name := f"{task} ({', '.join(told)})" if told else task) in entries:
         other = entries[name]["settings"]
-        different = sorted(key for key in {*settings, *other} if settings.get(key) != other.get(key))
-        told += [f"{key} {settings.get(key)}" for key in different] or ["again"]
+        told += [f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)]
     return name
 
 
@@ -251,7 +249,10 @@ def _read_for_saving(folder: str, model: dict[str, Any]) -> tuple[dict[str, Any]
         if content is None:
             return {}, None
         if content["model"].get("fingerprint") == model["fingerprint"]:
-            return content["results"], _read_rows(folder)
+            rows = _read_rows(folder)
+            for entry in content["results"].values():
+                _choose_rows(folder, entry, rows)
+            return content["results"], rows
         other = content["model"].get("name")
         logger.warning(f"{folder!r} has results of another model, {other!r}, or of older weights: they are replaced")
     except DamagedFile as error:
@@ -293,7 +294,12 @@ def _read_rows(folder: str, saved: str | None = None) -> pa.Table:
         raise DamagedFile(f"{path!r} is damaged: {error}") from error
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise DamagedFile(f"{path!r} is damaged, or something else wrote it: it has no column {missing[0]!r}")
-    return table
+    metrics = [pa.field(name, pa.float64()) for name in table.column_names if name.startswith(METRIC)]
+    schema = pa.schema([*SCHEMA, *metrics])
+    try:
+        return table.select(schema.names).cast(schema)
+    except pa.ArrowException as error:
+        raise DamagedFile(f"{path!r} is damaged, or something else wrote it: {error}") from error
 
 
 def _write_rows(folder: str, rows: pa.Table) -> None:
@@ -323,14 +329,21 @@ def _as_table(name: str, saved: str, items: list[Item]) -> pa.Table:
     return pa.table({**{key: columns[key] for key in SCHEMA.names}, **values})
 
 
+def _choose_rows(folder: str, entry: dict[str, Any], rows: pa.Table) -> pa.Table:
+    """The rows of a result; DamagedFile if some are missing."""
+    chosen = rows.filter(pc.equal(rows["saved"], entry["saved"]))
+    if len(chosen) != entry["items"]:
+        path, task = os.path.join(folder, SAMPLES), entry["task"]
+        raise DamagedFile(f"{path!r} is damaged: it has {len(chosen)} of the {entry['items']} items of {task}")
+    return chosen
+
+
 def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult:
-    if len(rows) != entry["items"]:
-        path = os.path.join(folder, SAMPLES)
-        raise DamagedFile(f"{path!r} is damaged: it has {len(rows)} of the {entry['items']} items of {entry['task']}")
-    items = []
-    for row in rows.to_pylist():
-        metrics = {key[len(METRIC) :]: row[key] for key in row if key.startswith(METRIC) and row[key] is not None}
-        calibration = row["calibration"]
+    rows, items = _choose_rows(folder, entry, rows), []
+    calibrations = _read_calibrations(rows["calibration"].combine_chunks())
+    rows = rows.drop_columns(["calibration"])
+    metric_names = [name for name in rows.column_names if name.startswith(METRIC)]
+    for row, calibration in zip(rows.to_pylist(), calibrations, strict=True):
         items.append(
             Item(
                 index=row["index"],
@@ -339,9 +352,9 @@ def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult
                 outputs=tuple(row["outputs"]),
                 correct=row["correct"],
                 loglikelihoods=tuple(row["loglikelihoods"]),
-                metrics=metrics,
+                metrics={name[len(METRIC) :]: row[name] for name in metric_names if row[name] is not None},
                 weight=row["weight"],
-                calibration=None if calibration is None else tuple((n, c, h) for n, c, h in calibration),
+                calibration=calibration,
                 skipped=row["skipped"],
             )
         )
@@ -350,6 +363,12 @@ def _as_result(folder: str, entry: dict[str, Any], rows: pa.Table) -> TaskResult
         for name, score in entry["scores"].items()
     }
     return TaskResult(entry["task"], entry["main"], scores, items, entry["settings"], entry["seconds"])
+
+
+def _read_calibrations(column: pa.ListArray) -> list[tuple[tuple[float, float, float], ...] | None]:
+    """``Item.calibration`` of each row; ``to_pylist`` takes seconds for the items of HellaSwag."""
+    tables = iter(column.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, BINS, 3).tolist())
+    return [tuple((n, c, h) for n, c, h in next(tables)) if valid else None for valid in column.is_valid().to_pylist()]
 
 
 def _as_json(content: dict[str, Any]) -> dict[str, Any]:

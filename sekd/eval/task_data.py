@@ -61,14 +61,17 @@ def load_task_rows(
         raise ValueError(f"{task}: split {split!r} is not like 'test' or 'train[:500]'")
     source = find_file(task, whole, data_dirs) if data_dirs else dataset
     if source is None:
-        expected = os.path.join(data_dirs[0], task, f"{whole}.jsonl")
+        folder = next((d for d in data_dirs if os.path.basename(os.path.abspath(d)) not in TASKS), data_dirs[0])
+        expected = os.path.join(folder, task, f"{whole}.jsonl")
         raise ValueError(
             f"{task}: no file {expected} (or {', '.join([*BUILDERS][2:])}); {_describe(spec, dataset, config)}"
         )
     try:
         rows = load_rows(source, None if data_dirs else config, split, field=f"{task}:")
     except ValueError as error:
-        raise ValueError(f"{error}; {_describe(spec, dataset, config)}") from error
+        message = str(error) if source in str(error) else f"{task}: {source}: {error}"
+        remedy = "" if data_dirs else "; or name a folder that has them, with --data-dir (or eval_data_dir)"
+        raise ValueError(f"{message}; {_describe(spec, dataset, config)}{remedy}") from error
     if not len(rows):
         raise ValueError(f"{task}: split {split!r} of {source} has no rows")
     if spec:

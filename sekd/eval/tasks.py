@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ TASKS: dict[str, TaskSpec] = {
         hub=("baber/piqa", None),
         split="validation",
         shots_split="train",
-        columns={"goal": "text or empty", "sol1": "text", "sol2": "text", "label": "number"},
+        columns={"goal": "text or empty", "sol1": "text or empty", "sol2": "text or empty", "label": "number"},
     ),
     "lambada_openai": TaskSpec(
         config="lambada/lambada_openai.yaml",
@@ -206,9 +207,16 @@ def resolve(names: Iterable[str]) -> list[tuple[str, str | None]]:
 @functools.cache
 def index_lm_eval() -> dict[str, Any]:
     """lm-eval's tasks, groups and tags by name. It reads all its files, which takes some seconds."""
+    check_lm_eval()
     from lm_eval.tasks import TaskManager
 
     return TaskManager().task_index
+
+
+def check_lm_eval() -> None:
+    """Raise a ValueError if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("evaluation needs lm-eval, which is not installed: pip install 'sekd[eval]'")
 
 
 def _expand(name: str) -> list[str]:
@@ -223,10 +231,9 @@ def _expand(name: str) -> list[str]:
             "of lm-eval"
         )
     entry = index[name]
-    if entry.tags and entry.yaml_path is None:  # a tag
-        return [task for tag in sorted(entry.tags) for task in _expand(tag)]
-    members = entry.cfg.get("task") if entry.cfg else name
-    if not isinstance(members, list):
+    if entry.yaml_path is None:  # a tag
+        members = sorted(entry.tags)
+    elif isinstance(members := entry.cfg["task"], str):
         return [name]
     if changed := [m for m in members if not isinstance(m, str)]:
         raise ValueError(f"lm-eval's group {name!r} changes settings of its tasks ({changed[0]}); name the tasks")

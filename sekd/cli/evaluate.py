@@ -1,0 +1,182 @@
+"""``sekd evaluate``."""
+
+import argparse
+import importlib.util
+import os
+import signal
+from typing import Any
+
+from sekd.cli.common import Stopped, WrongInput, reading_input
+
+DESCRIPTION = """\
+Evaluate models on benchmarks, and compare them with the first one.
+
+The suite `paper` has zero-shot accuracy on HellaSwag, PIQA, ARC-Easy, GSM8K and LAMBADA with their mean, the perplexity
+on LAMBADA, the calibration error, and IFEval. `validation` has ARC-Easy, GSM8K, HellaSwag and PIQA on other rows.
+--tasks takes arc_challenge, svamp, aime25, and every task of lm-eval. A split may follow a task: gsm8k@train[:500].
+
+`distillation` measures the distance from --teacher: forward and reverse KL, perplexity, calibration and top-1 agreement
+on --text, and on fresh completions of --prompts reverse KL, length, cut-off share and, with --answer-column, accuracy.
+
+A MODEL is a folder or a hub id, of a whole model or an adapter. Its results are in a folder of its own below --output:
+results.json and samples.parquet. The same command again computes only what is missing, also after Ctrl-C.
+
+examples:
+  sekd evaluate HuggingFaceTB/SmolLM2-135M-Instruct --suite paper
+  sekd evaluate start_model my_run/ --tasks gsm8k svamp --limit 200
+  sekd evaluate my_run/ --suite paper --data-dir data/eval data/gsm8k          # without the hub
+  sekd evaluate my_run/ --tasks aime25 --repeats 16 --temperature 0.6 --max-new-tokens 8192
+  sekd evaluate start_model my_run/ --suite distillation --teacher big_model --text held_out.jsonl
+"""
+
+
+DISTILLATION = "distillation"
+SAME_NAMES = (
+    *("text", "text_split", "prompts", "prompts_split", "answer_column", "prompt_column", "completion_column"),
+    *("messages_column", "text_column", "prompt_template", "system_prompt", "text_prompt_length", "max_length"),
+    *("limit", "seed", "repeats", "temperature", "top_p", "max_new_tokens", "dtype", "batch_size"),
+)
+"""Options of the command that are fields of ``DistillationOptions``."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.usage = f"{parser.prog} MODEL [MODEL ...] [--suite NAME ...] [--tasks NAME ...] [options]"
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or hub id; the first is compared with")
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("--suite", nargs="+", default=[], action="extend", metavar="NAME", help="paper, validation or distillation")
+    add("--tasks", nargs="+", default=[], action="extend", metavar="NAME", help="tasks beside or instead of a suite")
+    add("--data-dir", nargs="+", default=[], action="extend", metavar="DIR", help="folders with TASK/SPLIT.jsonl files")
+    add("--limit", type=int, metavar="N", help="only the first N items of each task")
+    add("--shots", type=int, metavar="N", help="few-shot examples (0; of other lm-eval tasks their own number)")
+    add("--chat-template", action="store_true", help="the prompts are chats, in the model's template")
+    add("--seed", type=int, default=0, metavar="N", help="of few-shot examples and sampling (%(default)s)")
+    add = parser.add_argument_group("generated answers").add_argument
+    add("--repeats", type=int, default=1, metavar="K", help="sample K answers of each prompt: avg@K and pass@K")
+    add("--temperature", type=float, metavar="T", help="0 takes the likeliest token (0; with --repeats 1)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="the share of probability that is sampled from (1)")
+    add("--max-new-tokens", type=int, metavar="N", help="length of an answer (the task's own, or 256)")
+    add = parser.add_argument_group("suite distillation").add_argument
+    add("--teacher", metavar="MODEL", help="a folder or hub id with the models' tokenizer")
+    add("--text", metavar="FILE", help="texts, prompts with completions, or conversations: a file or hub dataset")
+    add("--text-split", default="train", metavar="SPLIT", help="such as test or train[:100] (%(default)s)")
+    add("--prompts", metavar="FILE", help="prompts that each model completes: a file or hub dataset")
+    add("--prompts-split", default="train", metavar="SPLIT", help="such as test or train[:100] (%(default)s)")
+    add("--answer-column", metavar="NAME", help="the column of the prompts' right answers")
+    for name in ("prompt", "completion", "messages", "text"):
+        add(f"--{name}-column", default=name, metavar="NAME", help="(%(default)s)")
+    add("--prompt-template", default="{prompt}", metavar="TEXT", help="around each prompt; {prompt} is its place")
+    add("--system-prompt", metavar="TEXT", help="the first message of each chat")
+    add("--text-prompt-length", type=int, metavar="N", help="of plain text, the first N tokens are the prompt")
+    add("--max-length", type=int, default=1024, metavar="N", help="tokens of a text; longer ones are cut (%(default)s)")
+    add = parser.add_argument_group("how models run").add_argument
+    add("--backend", choices=("vllm", "hf"), help="vLLM or transformers (vllm where it is installed)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (the faster one on this machine)")
+    add("--batch-size", type=_read_batch_size, metavar="N", help="auto (a size that fits) or a number (auto)")
+    add(
+        "--model-args",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        help="more arguments of vllm.LLM or from_pretrained, such as tensor_parallel_size=2",
+    )
+    add = parser.add_argument_group("results").add_argument
+    add("--output", default="evaluations", metavar="DIR", help="the folder of the results (%(default)s)")
+    add("--force", action="store_true", help="evaluate again what is done")
+
+
+def _read_batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of at least 1")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    names = [name for given in (*options.suite, *options.tasks) for name in given.split(",") if name]
+    with reading_input():
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ValueError("sekd evaluate needs lm-eval: pip install 'sekd[eval]'")
+        from sekd.eval.backends import EvaluationRefused
+        from sekd.eval.benchmark import evaluate_models
+        from sekd.eval.compare import show_table, write_comparison
+        from sekd.eval.tasks import SUITES, resolve
+
+        benchmarks = [name for name in names if name != DISTILLATION]
+        # without any name, the error of resolve() lists what there is
+        tasks = resolve(benchmarks) if benchmarks or not names else []
+        how = read_options(options, measures_distance=DISTILLATION in names)
+    try:
+        results = evaluate_models(options.models, tasks, how)
+    except EvaluationRefused as error:
+        raise WrongInput(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Stopped(str(error) or "stopped", 128 + signal.SIGINT) from error
+    except OSError as error:
+        raise Stopped(f"stopped: {error}; what is done is kept, and the same command goes on") from error
+    suites = [name for name in names if name in SUITES]
+    show_table(results, *suites)
+    write_comparison(how.output, results, *suites)
+    print(f"the results are in {how.output}, with comparison.csv and comparison.md")
+    return 0
+
+
+def read_options(options: argparse.Namespace, measures_distance: bool) -> Any:
+    """The options of an evaluation.
+
+    Raises:
+        ValueError: a number is out of its range, or an option and the suite distillation do not go together.
+    """
+    from sekd.eval.backends import choose_backend
+    from sekd.eval.benchmark import EvaluationOptions
+    from sekd.eval.harness import TaskOptions
+
+    if not measures_distance and (given := [n for n in ("teacher", "text", "prompts") if getattr(options, n)]):
+        raise ValueError(f"--{given[0]} is for the suite distillation: add --suite distillation")
+    task = TaskOptions(
+        shots=options.shots,
+        limit=options.limit,
+        seed=options.seed,
+        data_dirs=tuple(options.data_dir),
+        chat_template=options.chat_template,
+        max_new_tokens=options.max_new_tokens,
+        repeats=options.repeats,
+        temperature=options.temperature,
+        top_p=options.top_p,
+    )
+    return EvaluationOptions(
+        task=task,
+        output=os.path.expanduser(options.output),
+        backend=options.backend,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        arguments=read_arguments(options.model_args),
+        force=options.force,
+        teacher=options.teacher,
+        distillation=read_distillation(options, options.backend or choose_backend()) if measures_distance else None,
+    )
+
+
+def read_distillation(options: argparse.Namespace, engine: str) -> Any:
+    """The options of the suite distillation. Those that are not given keep their defaults."""
+    from sekd.eval.distillation_data import DistillationOptions
+
+    if options.teacher is None:
+        raise ValueError("the suite distillation needs --teacher MODEL: from which model to measure the distance")
+    given = {name: value for name in SAME_NAMES if (value := getattr(options, name)) is not None}
+    return DistillationOptions(**given, engine=engine, use_chat_template=options.chat_template)
+
+
+def read_arguments(texts: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs, whose values are read as YAML; commas may separate pairs, as in lm-eval."""
+    import yaml
+
+    arguments = {}
+    for text in (part for given in texts for part in given.split(",") if part):
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--model-args {text!r} is not KEY=VALUE")
+        arguments[key] = yaml.safe_load(value)
+    return arguments
