@@ -137,6 +137,8 @@ class EngineSetup:
         get_adapter: the student's LoRA adapter, or None if an engine could not apply it.
         get_base_weights: the weights that the adapter was trained on, under their checkpoint names.
         options: the settings of the run by field name, such as ``rollout_timeout``.
+        evaluation_context: tokens of the longest prompt with its completion in :meth:`BaseEngine.generate_with`; 0 if
+            the run does not call it.
 
     ``get_adapter`` and ``get_base_weights`` gather shards, so only an engine that every process starts may call them.
     """
@@ -150,13 +152,14 @@ class EngineSetup:
     get_adapter: Callable[[], Adapter | None]
     get_base_weights: Callable[[], Iterable[tuple[str, Tensor]]]
     options: Mapping[str, Any]
+    evaluation_context: int = 0
 
 
 class BaseEngine(RolloutEngine):
     """An engine that can be started by its name in :data:`rollouts.ENGINES`.
 
     The attributes and the last method say how a run may use the engine. Their defaults suit an engine that has only the
-    three methods of :class:`RolloutEngine`. The first seven are read from the class, before an engine is started.
+    three methods of :class:`RolloutEngine`. The first eight are read from the class, before an engine is started.
 
     Attributes:
         requires: the package that must be installed.
@@ -165,6 +168,7 @@ class BaseEngine(RolloutEngine):
         uses_servers: connects to ``rollout_server_urls``; ``rollout_transfer`` says how weights reach them.
         generates_in_background: can generate while the student trains (``rollout_staleness``).
         shares_model: samples from the student itself, so it needs no weights and takes quantized students too.
+        takes_sampling: has :meth:`generate_with`. Otherwise transformers generates for evaluations in training.
         remedy: what to do if it computes other probabilities than the student; the end of an error message.
         model: the module that it samples from, if that is in this process.
         lora_rank: the largest rank of LoRA adapters that it takes alone; 0 if it takes whole weights.
@@ -176,6 +180,7 @@ class BaseEngine(RolloutEngine):
     uses_servers: bool = False
     generates_in_background: bool = False
     shares_model: bool = False
+    takes_sampling: bool = False
     remedy: str = "use another rollout_engine"
     model: Any = None
     lora_rank: int = 0
@@ -188,6 +193,17 @@ class BaseEngine(RolloutEngine):
             RolloutConfigError: the engine does not define it.
         """
         raise RolloutConfigError(f"{cls.__name__} has no start(setup), so it cannot be started by its name; define it")
+
+    def generate_with(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Rollout]:
+        """One rollout per prompt, in the same order, sampled in another way than the run's own.
+
+        The engine's own options and its count of rounds stay as they are: the next :meth:`generate` draws what it would
+        have drawn without this call. The seeds depend on ``sampling.seed`` and on the place of a prompt alone.
+
+        Raises:
+            RolloutConfigError: the engine does not define it (``takes_sampling`` is False).
+        """
+        raise RolloutConfigError(f"{type(self).__name__} samples in one way only: it does not define generate_with")
 
     def logprobs(self, token_ids: list[int]) -> dict[str, list[float]]:
         """The log-probability of each token but the first, by the name of each server or replica.
@@ -232,3 +248,8 @@ def request_seeds(seed: int | None, step: int, round_: int, count: int) -> list[
     # 2**31 - 1 is prime, so these multipliers spread neighbouring steps and rounds over all seeds.
     base = seed * 1_000_003 + step * 7_368_787 + round_ * 15_485_863
     return [(base + i * 104_729) % (2**31 - 1) for i in range(count)]
+
+
+def separate_seeds(sampling: Sampling, count: int) -> list[int | None]:
+    """A seed for each prompt of :meth:`BaseEngine.generate_with`: the same at every call, and those of no step."""
+    return request_seeds(sampling.seed, -1, 0, count)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +23,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rollouts.base import BaseEngine, EngineSetup, Rollout, Sampling, Weights, named_weights, request_seeds
+from rollouts.base import (
+    BaseEngine,
+    EngineSetup,
+    Rollout,
+    Sampling,
+    Weights,
+    named_weights,
+    request_seeds,
+    separate_seeds,
+)
 
 
 class HFEngine(BaseEngine):
@@ -37,6 +47,7 @@ class HFEngine(BaseEngine):
 
     per_process = True
     shares_model = True
+    takes_sampling = True
 
     @classmethod
     def start(cls, setup: EngineSetup) -> "HFEngine":
@@ -59,41 +70,43 @@ class HFEngine(BaseEngine):
             self.model = AutoModelForCausalLM.from_pretrained(model)
             tokenizer = tokenizer or (AutoTokenizer.from_pretrained(model) if options.stop else None)
         eos = self.model.generation_config.eos_token_id
-        eos_ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
-        self.stop_ids = [*dict.fromkeys([*eos_ids, *options.stop_token_ids])]
-        # Temperature and truncation are not here but in _order_processors: transformers has another order than vLLM.
-        self.generation = GenerationConfig(
-            do_sample=temperature > 0,
-            **(dict(temperature=1.0, top_p=1.0, top_k=0) if temperature > 0 else {}),
-            repetition_penalty=options.repetition_penalty,
-            max_new_tokens=max_completion_length,
-            eos_token_id=self.stop_ids or None,
-            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
-            use_cache=True,
-        )
+        self.eos_ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
         self.tokenizer = tokenizer
-        if options.stop and tokenizer is None:
-            raise ValueError(f"stop {list(options.stop)!r} needs a tokenizer; pass it, or the model by its name")
+        self._check_stop(options)
         self.batch_size, self.step, self.round = batch_size, 0, 0
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
+        self.round += 1
+        return self._generate(prompts, self.sampling, seeds)
+
+    def generate_with(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Rollout]:
+        self._check_stop(sampling)
+        return self._generate(prompts, sampling, separate_seeds(sampling, len(prompts)))
+
+    def _check_stop(self, sampling: Sampling) -> None:
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop {list(sampling.stop)!r} needs a tokenizer; pass it, or the model by its name")
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int | None]) -> list[Rollout]:
         # transformers reads every option that a call leaves out from the model's own generation_config.
         was_training, own_config = self.model.training, self.model.generation_config
         self.model.eval()
-        self.model.generation_config = self.generation
-        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
-        self.round += 1
+        self.model.generation_config = _make_config(sampling, self._get_stop_ids(sampling))
         rollouts: list[Rollout] = []
         try:
             for start in range(0, len(prompts), self.batch_size):
-                rollouts += self._batch(prompts[start : start + self.batch_size], seeds[start])
+                rollouts += self._batch(prompts[start : start + self.batch_size], sampling, seeds[start])
         finally:
             self.model.train(was_training)
             self.model.generation_config = own_config
         return rollouts
 
-    def _batch(self, prompts: Sequence[list[int]], seed: int | None) -> list[Rollout]:
+    def _get_stop_ids(self, sampling: Sampling) -> list[int]:
+        return [*dict.fromkeys([*self.eos_ids, *sampling.stop_token_ids])]
+
+    def _batch(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int | None) -> list[Rollout]:
         width = max(map(len, prompts))
         device = next(self.model.parameters()).device
         ids = torch.empty(len(prompts), width, dtype=torch.long)
@@ -102,27 +115,32 @@ class HFEngine(BaseEngine):
             # Pad with the prompt's first token: a repetition penalty also applies to masked tokens.
             ids[row] = torch.tensor([*prompt[:1] * (width - len(prompt)), *prompt])
             mask[row, width - len(prompt) :] = 1
-        stopped = _StopStrings(self.tokenizer, self.sampling.stop, width, len(prompts))
+        stopped = _StopStrings(self.tokenizer, sampling.stop, width, len(prompts))
         with (
             torch.random.fork_rng(enabled=seed is not None),
-            _record_top_logprobs(self.model, self.sampling.top_logprobs) as top,
+            _record_top_logprobs(self.model, sampling.top_logprobs) as top,
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             output = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                logits_processor=_order_processors(self.sampling),
+                logits_processor=_order_processors(sampling),
                 stopping_criteria=[stopped],
+                synced_gpus=any(isinstance(module, FSDPModule) for module in self.model.modules()) or None,
             )
-        if self.sampling.top_logprobs and not top:
+        if sampling.top_logprobs and not top:
             raise ValueError(f"{type(self.model).__name__} generates with another model's forward; pass that model")
         logprobs = torch.stack(top, dim=1).numpy() if top else [None] * len(prompts)
         completions = output[:, width:].tolist()
-        return [self._rollout(*row) for row in zip(prompts, completions, stopped.ends, logprobs, strict=True)]
+        stops = self._get_stop_ids(sampling)
+        rows = zip(prompts, completions, stopped.ends, logprobs, strict=True)
+        return [self._rollout(stops, *row) for row in rows]
 
-    def _rollout(self, prompt: list[int], output: list[int], end: int | None, top: np.ndarray | None) -> Rollout:
-        token_end = next((i + 1 for i, token in enumerate(output) if token in self.stop_ids), None)
+    def _rollout(
+        self, stops: Sequence[int], prompt: list[int], output: list[int], end: int | None, top: np.ndarray | None
+    ) -> Rollout:
+        token_end = next((i + 1 for i, token in enumerate(output) if token in stops), None)
         lengths = [length for length in (token_end, end) if length is not None]
         ids, reason = (output[: min(lengths)], "stop") if lengths else (output, "length")
         return Rollout(prompt, ids, self.step, reason, None if top is None else top[: len(ids)])
@@ -146,6 +164,19 @@ class HFEngine(BaseEngine):
 
     def close(self) -> None:
         self.model = None
+
+
+def _make_config(sampling: Sampling, stop_ids: list[int]) -> GenerationConfig:
+    """All options but temperature and truncation, which transformers has in another order than vLLM."""
+    return GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        **(dict(temperature=1.0, top_p=1.0, top_k=0) if sampling.temperature > 0 else {}),
+        repetition_penalty=sampling.repetition_penalty,
+        max_new_tokens=sampling.max_completion_length,
+        eos_token_id=stop_ids or None,
+        pad_token_id=stop_ids[0] if stop_ids else 0,
+        use_cache=True,
+    )
 
 
 def _order_processors(sampling: Sampling) -> LogitsProcessorList:

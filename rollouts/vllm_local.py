@@ -24,6 +24,7 @@ from rollouts.base import (
     Weights,
     named_weights,
     request_seeds,
+    separate_seeds,
 )
 from rollouts.vllm_setup import set_up_vllm
 
@@ -47,6 +48,8 @@ class VLLMEngine(BaseEngine):
         kv_cache_gib: memory for the key-value cache on a CPU.
         enforce_eager: neither compile the model nor capture CUDA graphs. It starts at once, but generates more slowly.
         sleep: free GPU memory for the trainer between a round and the next sync. It has no effect on a CPU.
+        evaluation_context: tokens of the longest prompt with its completion in :meth:`generate_with`, if that is more
+            than the context length. vLLM then starts with the tokenizer in ``model``, so that it takes stop strings.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
@@ -60,6 +63,7 @@ class VLLMEngine(BaseEngine):
 
     requires = "vllm"
     single_process = True
+    takes_sampling = True
     remedy = (
         "vLLM does not take this student's weights as they are (mixtures of experts on a CPU, for example); use "
         "rollout_engine: hf"
@@ -85,7 +89,7 @@ class VLLMEngine(BaseEngine):
         config = copy.deepcopy(setup.model.config)
         config.architectures = [type(setup.model).__name__]  # a model that was never saved has none here
         config.save_pretrained(folder)
-        if setup.sampling.stop:
+        if setup.sampling.stop or setup.evaluation_context:
             setup.tokenizer.save_pretrained(folder)
         if lora_rank:
             save_torch_state_dict({name: w.to("cpu", setup.dtype) for name, w in setup.get_base_weights()}, folder)
@@ -101,6 +105,7 @@ class VLLMEngine(BaseEngine):
                 kv_cache_gib=options["vllm_kv_cache_gib"],
                 enforce_eager=options["vllm_enforce_eager"],
                 sleep=options["vllm_sleep"],
+                evaluation_context=setup.evaluation_context,
             )
         finally:  # vLLM has read the weights
             for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors*")):
@@ -120,6 +125,7 @@ class VLLMEngine(BaseEngine):
         kv_cache_gib: float = 1.0,
         enforce_eager: bool = False,
         sleep: bool = False,
+        evaluation_context: int = 0,
         **sampling: Any,
     ) -> None:
         self.sampling = drawing = Sampling(temperature, max_completion_length, **sampling)
@@ -127,7 +133,7 @@ class VLLMEngine(BaseEngine):
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        context, options = max_prompt_length + max_completion_length, dict[str, Any]()
+        context, options = max(max_prompt_length + max_completion_length, evaluation_context), dict[str, Any]()
         if not torch.cuda.is_available() and drawing.seed is not None:
             # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
             options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
@@ -142,7 +148,7 @@ class VLLMEngine(BaseEngine):
                 load_format=load_format,
                 max_model_len=context,
                 max_logprobs=max(20, drawing.top_logprobs),
-                skip_tokenizer_init=not drawing.stop,  # only stop strings need it
+                skip_tokenizer_init=not (drawing.stop or evaluation_context),  # only stop strings need it
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_sleep_mode=self.sleeps,
                 seed=drawing.seed or 0,
@@ -156,12 +162,18 @@ class VLLMEngine(BaseEngine):
         self.lora, self.lora_count = None, 0
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
+        self.round += 1
+        return self._generate(prompts, self.sampling, seeds)
+
+    def generate_with(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Rollout]:
+        return self._generate(prompts, sampling, separate_seeds(sampling, len(prompts)))
+
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int | None]) -> list[Rollout]:
         from vllm import SamplingParams
 
         self._wake()
-        seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
-        self.round += 1
-        options = self.sampling.for_vllm() | {"detokenize": bool(self.sampling.stop), "flat_logprobs": True}
+        options = sampling.for_vllm() | {"detokenize": bool(sampling.stop), "flat_logprobs": True}
         outputs = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
             [SamplingParams(**options, seed=seed) for seed in seeds],
@@ -172,7 +184,7 @@ class VLLMEngine(BaseEngine):
             self.llm.sleep(level=1)
             self.asleep = True
         return [
-            Rollout(ids, list(out.token_ids), self.step, out.finish_reason, self._top(out.logprobs))
+            Rollout(ids, list(out.token_ids), self.step, out.finish_reason, _read_top(out.logprobs, sampling))
             for ids, out in zip(prompts, (request.outputs[0] for request in outputs), strict=True)
         ]
 
@@ -188,12 +200,6 @@ class VLLMEngine(BaseEngine):
         )
         entries = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return {"vLLM in this process": [entry[token].logprob for token, entry in entries]}
-
-    def _top(self, flat: Any) -> np.ndarray | None:
-        """At each position, vLLM lists the sampled token first and then the likeliest tokens."""
-        if not self.sampling.top_logprobs:
-            return None
-        return np.array(flat.logprobs, np.float32).reshape(len(flat), -1)[:, 1:]
 
     def sync_weights(self, model: Weights, step: int) -> None:
         self._wake()
@@ -235,3 +241,8 @@ class VLLMEngine(BaseEngine):
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+
+
+def _read_top(flat: Any, sampling: Sampling) -> np.ndarray | None:
+    """At each position, vLLM lists the sampled token first and then the likeliest tokens."""
+    return np.array(flat.logprobs, np.float32).reshape(len(flat), -1)[:, 1:] if sampling.top_logprobs else None

@@ -26,6 +26,7 @@ from rollouts.base import (
     Weights,
     named_weights,
     request_seeds,
+    separate_seeds,
 )
 from rollouts.claims import FAILED_LOAD, Claim
 from rollouts.http import Client, RequestRejected, ServerUnavailable
@@ -57,6 +58,8 @@ class VLLMServerEngine(BaseEngine):
         dtype: the dtype in which weights are sent; None keeps their own.
         transfer: "file", or "nccl" from the trainer's GPU to the servers'. Adapters are always files.
         parallel: simultaneous requests per server.
+        evaluation_context: tokens of the longest prompt with its completion in :meth:`generate_with`, if that is more
+            than those of ``max_prompt_length`` and ``max_completion_length``.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:
@@ -67,6 +70,7 @@ class VLLMServerEngine(BaseEngine):
 
     uses_servers = True
     generates_in_background = True
+    takes_sampling = True
     remedy = (
         "it serves another model, or does not take this student's weights: start it with model_name_or_path, or "
         "use rollout_engine: hf"
@@ -87,6 +91,7 @@ class VLLMServerEngine(BaseEngine):
             transfer=options["rollout_transfer"],
             timeout=options["rollout_timeout"],
             request_timeout=options["rollout_timeout"],
+            evaluation_context=setup.evaluation_context,
         )
 
     def __init__(
@@ -102,6 +107,7 @@ class VLLMServerEngine(BaseEngine):
         timeout: float = 600.0,
         request_timeout: float = 600.0,
         parallel: int = 64,
+        evaluation_context: int = 0,
         **sampling: Any,
     ) -> None:
         self.sampling = Sampling(temperature, max_completion_length, **sampling)
@@ -119,7 +125,7 @@ class VLLMServerEngine(BaseEngine):
         self.http = Client(request_timeout)
         self.closed = threading.Event()
         self.pool = ThreadPoolExecutor(parallel * len(self.urls))
-        context = max_prompt_length + max_completion_length
+        context = max(max_prompt_length + max_completion_length, evaluation_context)
         ranks = []
         for url in self.urls:
             wait_for_server(self.http, url, timeout)
@@ -132,8 +138,14 @@ class VLLMServerEngine(BaseEngine):
 
     def generate(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         seeds = request_seeds(self.sampling.seed, self.step, self.round, len(prompts))
-        requests = dict(enumerate(zip(prompts, seeds, strict=True)))
         self.round += 1
+        return self._generate(prompts, self.sampling, seeds)
+
+    def generate_with(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Rollout]:
+        return self._generate(prompts, sampling, separate_seeds(sampling, len(prompts)))
+
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int | None]) -> list[Rollout]:
+        requests = {i: (prompt, sampling, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))}
         rollouts: dict[int, Rollout] = {}
         reasons: dict[str, str] = {}
         failed: set[str] = set()  # servers whose last answer failed; they are asked only if no other is ready
@@ -160,7 +172,7 @@ class VLLMServerEngine(BaseEngine):
         return [rollouts[i] for i in range(len(prompts))]
 
     def _ask(
-        self, requests: dict[int, tuple[list[int], int | None]], reasons: dict[str, str], failed: set[str]
+        self, requests: dict[int, tuple[list[int], Sampling, int | None]], reasons: dict[str, str], failed: set[str]
     ) -> tuple[dict[int, Rollout], set[str]]:
         """Ask the servers that have this step's weights, and keep the answers of those that still have them afterwards.
 
@@ -251,8 +263,8 @@ class VLLMServerEngine(BaseEngine):
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerUnavailable(f"rollout server {url} did not answer with log-probabilities: {error}") from error
 
-    def _complete(self, url: str, prompt: list[int], seed: int | None) -> Rollout:
-        body = {"prompt": prompt, "seed": seed, "return_token_ids": True, **self.sampling.for_vllm()}
+    def _complete(self, url: str, prompt: list[int], sampling: Sampling, seed: int | None) -> Rollout:
+        body = {"prompt": prompt, "seed": seed, "return_token_ids": True, **sampling.for_vllm()}
         body |= {"return_tokens_as_token_ids": True}  # otherwise two tokens with the same text share an entry
         body |= {"model": self.version} if self.is_adapter else {}
         try:
@@ -261,22 +273,11 @@ class VLLMServerEngine(BaseEngine):
             ids, reason = choice["token_ids"], choice["finish_reason"]
             if choice["prompt_token_ids"] != prompt or reason not in ("stop", "length") or not ids:
                 raise ValueError(f"finish_reason {reason!r}, {len(ids)} tokens")
-            return Rollout(prompt, ids, self.step, reason, self._top(choice))
+            return Rollout(prompt, ids, self.step, reason, _read_top(choice, sampling.top_logprobs))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, RequestRejected) and not (self.is_adapter and error.code == 404):
                 raise
             raise ServerUnavailable(f"rollout server {url} did not answer with a completion: {error}") from error
-
-    def _top(self, choice: dict[str, Any]) -> np.ndarray | None:
-        """The server lists the likeliest tokens, and also the sampled token if it is not one of them."""
-        count = self.sampling.top_logprobs
-        if not count:
-            return None
-        positions = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
-        top = np.array(positions, np.float32)
-        if top.shape != (len(choice["token_ids"]), count):
-            raise ValueError(f"log-probabilities of shape {top.shape}")
-        return top
 
     def _has_weights(self, url: str, reasons: dict[str, str], resend: bool = True) -> bool:
         """Whether a server has the weights of this step. With ``resend``, a server without them gets them here."""
@@ -365,3 +366,14 @@ class VLLMServerEngine(BaseEngine):
                 'shares a GPU with the trainer; restart it, or use transfer "file"'
             ) from error
         self.peers[url] = peer, str(self.version)
+
+
+def _read_top(choice: dict[str, Any], count: int) -> np.ndarray | None:
+    """The server lists the likeliest tokens, and also the sampled token if it is not one of them."""
+    if not count:
+        return None
+    positions = [sorted(entry.values(), reverse=True)[:count] for entry in choice["logprobs"]["top_logprobs"]]
+    top = np.array(positions, np.float32)
+    if top.shape != (len(choice["token_ids"]), count):
+        raise ValueError(f"log-probabilities of shape {top.shape}")
+    return top

@@ -15,6 +15,7 @@ from sekd.scores import Scoring, make_scoring
 from sekd.selection_config import SelectionConfig, help_
 from sekd.validation import check_config
 from sekd.validation.selection import check_names
+from sekd.validation.training import is_better_low
 from sekd.validation.values import check_types
 
 
@@ -126,6 +127,34 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     )
     max_eval_samples: int | None = field(
         default=None, metadata=help_("Number of held-out sequences to evaluate; all by default.")
+    )
+    eval_suite: list[str] = field(
+        default_factory=list,
+        metadata=help_(
+            "What each evaluation in training measures besides held-out data: suites (paper, validation) and tasks, as "
+            "for `sekd evaluate`, and distillation (fresh rollouts of the held-out prompts)."
+        ),
+    )
+    eval_limit: int = field(default=100, metadata=help_("Items of each task of eval_suite: the first ones."))
+    eval_data_dir: list[str] = field(
+        default_factory=list,
+        metadata=help_("Folders with the data of the tasks, as --data-dir of `sekd evaluate`. Default: the hub."),
+    )
+    eval_chat_template: bool = field(
+        default=False, metadata=help_("Ask the tasks of eval_suite in the student's chat template.")
+    )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata=help_(
+            "Whether more of metric_for_best_model is better. Default: yes, but not for losses and the like."
+        ),
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=help_("Stop after this many evaluations in a row without a better metric_for_best_model."),
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata=help_("A metric that is better by no more than this does not count as better.")
     )
 
     # Rollouts
@@ -249,6 +278,8 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         check_config(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not is_better_low(self.metric_for_best_model)
         dtype = choose_dtype(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and dtype == "bfloat16"

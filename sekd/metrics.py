@@ -1,8 +1,12 @@
 """The numbers that a run logs: their names, means and short forms on the progress line."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from sekd.classes import CLASS_SELECTIONS
@@ -28,6 +32,10 @@ SHOWN = {
 }
 
 
+MAIN_SCORE = re.compile(r"eval_(\w+?(?:@\S+?)?)_(math_verify|prompt_level_strict_acc|accuracy|acc|exact_match)")
+"""Scores of tasks and suites that the progress line shows in percent."""
+
+
 def name_divergence(args: SEKDConfig) -> str:
     """The name under which the mean divergence is logged. It says what is measured, and on which classes.
 
@@ -45,7 +53,10 @@ def format_line(logs: Mapping[str, float]) -> str:
         for name in logs
         if name.endswith(SELECTED) and name not in SHOWN
     }
-    forms = {"loss": SHOWN["loss"], **divergences, **SHOWN}
+    matches = {name: MAIN_SCORE.fullmatch(name) for name in logs}
+    # IFEval has more scores than its main one.
+    scores = {name: f"{m[1]} {{:.1%}}" for name, m in matches.items() if m and not m[1].endswith(("loose", "strict"))}
+    forms = {"loss": SHOWN["loss"], **divergences, **SHOWN, **scores}
     return "  ".join(form.format(logs[name]) for name, form in forms.items() if name in logs)
 
 
@@ -53,6 +64,14 @@ def add_sums(sums: defaultdict[str, Tensor | float], more: Mapping[str, Tensor |
     """Add each number of ``more`` to the sum of its name, in float64 where the device has it."""
     for name, value in more.items():
         sums[name] += value.to(widest_float(value.device)) if isinstance(value, Tensor) else value
+
+
+def sum_all(sums: Mapping[str, Tensor | float], accelerator: Accelerator) -> dict[str, Any]:
+    """Each sum over all processes: a number, or a nested list for a tensor with several entries."""
+    device = accelerator.device
+    dtype = widest_float(device)
+    tensors = {name: torch.as_tensor(sums[name], dtype=dtype, device=device) for name in sorted(sums)}
+    return {name: accelerator.reduce(tensor, "sum").tolist() for name, tensor in tensors.items()}
 
 
 def compute_means(sums: Mapping[str, float], seconds: float, divergence: str) -> dict[str, float]:

@@ -91,10 +91,10 @@ class Run:
         return rows
 
     def held_out_rows(self) -> "Dataset | IterableDataset | None":
-        """The rows to evaluate on; None without evaluation.
+        """The rows to evaluate on; None without evaluation, and if ``eval_suite`` alone is evaluated.
 
         Raises:
-            ValueError: evaluation without held-out data, or on rows that are trained on.
+            ValueError: evaluation without held-out data or ``eval_suite``, or on rows that are trained on.
         """
         from sekd.data.load import is_local, load_rows, share_rows
 
@@ -104,8 +104,10 @@ class Run:
         name = args.eval_dataset_name or script.dataset_name
         split, test_split = script.dataset_train_split, script.dataset_test_split
         if name is None or (args.eval_dataset_name is None and is_local(name) and "[" not in test_split):
+            if args.eval_suite:
+                return None
             raise ValueError(
-                "evaluation needs data of its own: set eval_dataset_name, or slice the file, for example "
+                "evaluation needs data of its own: set eval_dataset_name or eval_suite, or slice the file, for example "
                 "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
             )
         rows = load_rows(name, script.dataset_config, test_split, script.dataset_streaming)

@@ -2,8 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +22,15 @@ from transformers import (
 from rollouts import RolloutEngine, RolloutError
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
-from sekd.data.batch import Sample, collate, from_rollout
+from sekd.data.batch import Sample, collate
 from sekd.data.prepare import is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
-from sekd.eval.held_out import compute_held_out_means, join_predictions, sum_held_out
+from sekd.eval.during import Evaluation
+from sekd.eval.early_stopping import make_early_stopping, resume_early_stopping
+from sekd.eval.held_out import Pair
 from sekd.fingerprints import check_same_weights
-from sekd.hardware import widest_float
-from sekd.losses import DIVERGENCES
-from sekd.metrics import add_sums, compute_means, name_divergence
+from sekd.metrics import add_sums, compute_means, name_divergence, sum_all
 from sekd.models import check_head, check_head_columns, log_dtypes, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -118,6 +117,7 @@ class SEKDTrainer(ResumableTrainer):
             packed |= is_packed(eval_dataset)
             if args.max_eval_samples is not None:
                 eval_dataset = eval_dataset.take(args.max_eval_samples)
+        self.evaluation = Evaluation(args, processing_class, eval_dataset)
 
         names = [getattr(m, "name_or_path", m) for m in (model, teacher_model or args.teacher_model_name_or_path)]
         if isinstance(model, str):
@@ -135,12 +135,13 @@ class SEKDTrainer(ResumableTrainer):
             args,
             data_collator=_make_samples,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=[] if eval_dataset is None and self.evaluation else eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[RunFiles(*(recipe_records or [args])), *(callbacks or [])],
+            callbacks=[RunFiles(*(recipe_records or [args])), *make_early_stopping(args), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.eval_dataset = eval_dataset  # the Trainer refuses None, but the tasks of eval_suite need no samples
         self.inputs = [*names, adapter and adapter.base_model_name_or_path]
         self.loss_is_scaled_for_ga = True  # the loss is divided by the step's sequences already
         if not args.disable_tqdm:
@@ -162,8 +163,18 @@ class SEKDTrainer(ResumableTrainer):
         self.add_callback(_EndOfStep(self))
         self._step_loss: Tensor | float = 0.0
         self.schedule = RolloutSchedule(
-            args, self.accelerator, processing_class, lambda: self.model_wrapped, vocab, self.count, rollout_engine
+            args,
+            self.accelerator,
+            processing_class,
+            lambda: self.model_wrapped,
+            vocab,
+            self.count,
+            rollout_engine,
+            self.evaluation.count_tokens(self.model),
         )
+        self.evaluation.connect(self.accelerator, self.schedule, compute_metrics)
+        pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
+        self.pad_token_id: int = pad if pad is not None else eos or 0
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
         keys, processes = list_keys(recipe_records or [args]), self.accelerator.num_processes
@@ -275,6 +286,7 @@ class SEKDTrainer(ResumableTrainer):
         self._step_loss, self._last_log = 0.0, time.monotonic()
         if checkpoint is not None:
             load_state(self.method.policy, self.args.position_policy, checkpoint)
+            resume_early_stopping(self.callback_handler.callbacks, self.state)
         self.schedule.begin(checkpoint)
 
     def save_state(self, folder: str) -> None:
@@ -285,7 +297,7 @@ class SEKDTrainer(ResumableTrainer):
 
     def export_log(self) -> dict[str, Any]:
         """The sums of the steps since the last log, and the seconds since then."""
-        return self._sum_all(self._sums) | {"seconds": time.monotonic() - self._last_log}
+        return sum_all(self._sums, self.accelerator) | {"seconds": time.monotonic() - self._last_log}
 
     def restore_log(self, state: dict[str, Any]) -> None:
         """Take the sums that :meth:`export_log` gave. They are of all processes, so the main process takes them."""
@@ -321,70 +333,43 @@ class SEKDTrainer(ResumableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The means of forward KL, reverse KL, cross-entropy and entropy over all valid positions of the held-out data.
+        """The means of :func:`measure_sequences` over all valid positions of the held-out data, and ``eval_suite``.
 
-        An on-policy run (``lmbda`` 1) evaluates fresh rollouts of the held-out prompts.
+        An on-policy run (``lmbda`` 1) evaluates fresh rollouts of the held-out prompts. With an ``eval_dataset`` as
+        argument, its samples alone are measured. Nothing that training draws, learns or keeps depends on this.
+
+        Raises:
+            ValueError: there is nothing to evaluate.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if "input_ids" not in next(iter(data)):
+        data, started = self.eval_dataset if eval_dataset is None else eval_dataset, time.monotonic()
+        if data is not None and "input_ids" not in next(iter(data)):
             data = prepare(data, self.processing_class, self.args)
-        samples = self._take_share(_make_samples(list(data)))
-        if self.args.lmbda == 1:
-            samples = [*map(from_rollout, samples, self.schedule.generate(samples))]
-        samples = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in samples]
-        size, model, teacher = self.args.per_device_eval_batch_size, self.model_wrapped, self.teacher
+        samples = None if data is None else _make_samples(list(data))
+        model, method = self.model_wrapped, self.method
+        places = self.args.device, self.pad_token_id, self.accelerator.autocast
+        pair = Pair(model, self.teacher, method.vocab, *places, self.args.per_device_eval_batch_size, method.chunk_rows)
         was_training = model.training
         model.eval()
-        sums: defaultdict[str, Tensor | float] = defaultdict(float)
-        predictions: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, len(samples), size):
-            batch = Batch.from_inputs(self._prepare_inputs(self._collate(samples[start : start + size])))
-            with self.accelerator.autocast():
-                part, guesses = run_inside(model, lambda b: sum_held_out(model, teacher, b, self.method), batch)
-            add_sums(sums, part)
-            if self.compute_metrics is not None:
-                real = batch.sample_ids >= 0
-                predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
+        metrics = self.evaluation.measure(pair, samples, with_suite=eval_dataset is None)
         model.train(was_training)
-        metrics: dict[str, float] = compute_held_out_means(self._sum_all(sums))
-        if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_{self._evaluated()}"]
+        self._last_log += time.monotonic() - started  # the speed of training is without evaluation
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _evaluated(self) -> str:
-        """The metric that becomes ``eval_loss``: cross-entropy if the teacher lacks its whole distribution."""
-        return DIVERGENCES[str(self.args.divergence)].held_out if self.teacher.has_logits else "student_ce"
-
-    def _take_share(self, samples: list[Sample]) -> list[Sample]:
-        """This process's share of the samples. Copies with id -1, which do not count, make all shares equally large."""
-        processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
-        return [*samples, *padding][index::processes]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer.log``; the log gets the means of the steps since the last one."""
         if "loss" in logs and self._sums:
             seconds = time.monotonic() - self._last_log
-            logs |= compute_means(self._sum_all(self._sums), seconds, name_divergence(self.args))
+            logs |= compute_means(sum_all(self._sums, self.accelerator), seconds, name_divergence(self.args))
             logs |= self.schedule.weight_check.take_log()
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)
 
-    def _sum_all(self, sums: Mapping[str, Tensor | float]) -> dict[str, Any]:
-        """Each sum over all processes: a number, or a nested list for a tensor with several entries."""
-        device = self.args.device
-        dtype = widest_float(device)
-        tensors = {name: torch.as_tensor(sums[name], dtype=dtype, device=device) for name in sorted(sums)}
-        return {name: self.accelerator.reduce(tensor, "sum").tolist() for name, tensor in tensors.items()}
-
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
-        pad = self.processing_class.pad_token_id
-        return collate(samples, pad if pad is not None else self.processing_class.eos_token_id or 0)
+        return collate(samples, self.pad_token_id)
 
 
 class _EndOfStep(TrainerCallback):

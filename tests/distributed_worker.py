@@ -100,6 +100,33 @@ def refuse_other_weights(folder: str) -> None:
         Path(folder, f"refusal_{rank}.txt").write_text(str(error))
 
 
+def evaluated(folder: str, choices: str) -> None:
+    """Two steps with and without evaluations; what the processes found."""
+    for name, options in json.loads(choices).items():
+        AcceleratorState._reset_state()
+        efficient_loading = options.pop("fsdp2_efficient_loading", None)
+        pairs = make_pairs()
+        held_out = dict(eval_dataset=pairs.select(range(5))) if "eval_suite" in options else {}
+        settings = TWO_STEPS | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2) | options
+        trainer = make_trainer(
+            f"{folder}/{name}", make_tokenizer(), pairs.select(range(32)), None, None, held_out, **settings
+        )
+        if efficient_loading is not None:
+            use_fsdp2(trainer, efficient_loading)
+        trainer.train()
+        weights = {n: tensor.clone() for n, tensor in full_weights(trainer.model)}
+        logs = trainer.state.log_history
+        evaluations = [log for log in logs if "eval_arc_easy_acc" in log]
+        losses = [log["loss"] for log in logs if "loss" in log]
+        of_all = gather_object([trainer.evaluate() if evaluations else {}])
+        differ = sum(metrics != of_all[0] for metrics in of_all)
+        found = {"losses": losses, "weights": weights, "evaluations": evaluations, "metrics_differ": differ}
+        if trainer.is_world_process_zero():
+            torch.save(found, f"{folder}/{name}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def served(path: str, url: str) -> None:
     """Three on-policy steps of two processes, of which one speaks to a vLLM server."""
     trainer = make_trainer(
@@ -127,4 +154,4 @@ SERVED = TWO_STEPS | dict(
 
 
 if __name__ == "__main__":
-    {"trained": trained, "served": served}[sys.argv[1]](*sys.argv[2:])
+    {"trained": trained, "served": served, "evaluated": evaluated}[sys.argv[1]](*sys.argv[2:])

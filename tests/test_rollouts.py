@@ -13,7 +13,7 @@ from helpers import EOS, keep_engine, make_tokenizer, make_trainer, make_vllm_mo
 from rollout_helpers import PROMPTS, SAID, model_logps, say, vllm_logps
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from rollouts import HFEngine, RolloutConfigError, RolloutEngine, Sampling, VLLMEngine
+from rollouts import BaseEngine, HFEngine, RolloutConfigError, RolloutEngine, Sampling, VLLMEngine, get_trait
 from rollouts.base import named_weights, request_seeds
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
@@ -64,7 +64,7 @@ def sampled(kind, request, folder, **options):
     options = dict(temperature=0.0) | options
     if kind == "hf":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        engine = HFEngine(model, max_completion_length=16, tokenizer=make_tokenizer(), **options)
+        engine = HFEngine(model, tokenizer=make_tokenizer(), **{"max_completion_length": 16} | options)
         return engine.generate(PROMPTS)
     vllm = request.getfixturevalue("vllm")
     vllm.sync_weights(make_vllm_model(), 0)
@@ -99,6 +99,39 @@ def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(kind, request, fol
             assert sampled(kind, request, folder, stop=["w{} w{}".format(*pair)])[i] == rollout
             tested += 1
     assert tested
+
+
+@KINDS
+def test_a_round_with_other_options_is_that_of_an_engine_with_these_options(kind, request, folder):
+    """Greedy, longer and with stop strings."""
+    plain = sampled(kind, request, folder)
+    stops = [f"w{token}" for rollout in plain for token in rollout.completion_ids[2:-1] if 20 <= token < 100][:1]
+    expected = sampled(kind, request, folder, stop=stops, max_completion_length=12)
+    assert expected != plain
+    if kind == "hf":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        engine = HFEngine(model, max_completion_length=4, tokenizer=make_tokenizer())
+    else:
+        engine = request.getfixturevalue("vllm")
+    options = replace(engine.sampling, temperature=0.0, stop=stops, max_completion_length=12, top_logprobs=0)
+    assert engine.generate_with(PROMPTS, options) == expected
+
+
+def test_a_round_with_other_options_changes_no_later_round(engine):
+    options = Sampling(temperature=0.7, max_completion_length=5, seed=3)
+    torch.manual_seed(0)
+    before = [engine.generate(PROMPTS), engine.generate(PROMPTS)]
+    engine.sync_weights(engine.model if engine.model is not None else make_vllm_model(), 0)
+    own = engine.sampling
+    after = [engine.generate(PROMPTS)]
+    extra = engine.generate_with(PROMPTS, options)
+    assert engine.generate_with(PROMPTS, options) == extra, "the same at every call"
+    after.append(engine.generate(PROMPTS))
+    assert after == before
+    assert before[0] != before[1]
+    assert engine.sampling is own
+    assert {len(rollout.completion_ids) for rollout in extra} == {5}
+    assert engine.generate_with(PROMPTS, replace(options, seed=4)) != extra
 
 
 @KINDS
@@ -358,3 +391,31 @@ def test_seeds_of_requests_differ():
     seeds = [s for step in range(20) for round_ in range(3) for s in request_seeds(0, step, round_, 64)]
     assert len(set(seeds)) == len(seeds)
     assert request_seeds(None, 0, 0, 2) == [None, None]
+
+
+def test_an_engine_without_other_options_says_so():
+    class Own(BaseEngine):
+        pass
+
+    assert not get_trait(Own, "takes_sampling")
+    with pytest.raises(RolloutConfigError, match="Own samples in one way only: it does not define generate_with"):
+        Own().generate_with(PROMPTS, Sampling())
+
+
+def test_stop_strings_of_another_round_need_a_tokenizer(folder):
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(folder))
+    with pytest.raises(ValueError, match=r"stop \['w1'\] needs a tokenizer"):
+        engine.generate_with(PROMPTS, Sampling(stop=["w1"]))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_has_the_context_and_the_tokenizer_that_an_evaluation_needs(folder):
+    engine = VLLMEngine(folder, max_completion_length=4, max_prompt_length=8, evaluation_context=40)
+    assert engine.llm.llm_engine.model_config.max_model_len == 40
+    prompts = [[*range(30)]]
+    (plain,) = engine.generate_with(prompts, Sampling(temperature=0.0, max_completion_length=10))
+    stop = f"w{plain.completion_ids[2]}"
+    (stopped,) = engine.generate_with(prompts, Sampling(temperature=0.0, max_completion_length=10, stop=[stop]))
+    assert stopped.completion_ids == plain.completion_ids[: plain.completion_ids.index(plain.completion_ids[2]) + 1]
+    engine.close()

@@ -1,7 +1,7 @@
 """Starting the rollout engine and sending it the student's weights, with the trainer's random generators kept."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,8 @@ from rollouts import (
     ENGINES,
     BaseEngine,
     EngineSetup,
+    HFEngine,
+    Rollout,
     RolloutEngine,
     Sampling,
     get_trait,
@@ -24,13 +27,21 @@ from sekd.config import SEKDConfig
 from sekd.models import causal_lm, compute_dtype, count_classes
 from sekd.on_policy.weights import base_weights, extract_adapter, full_weights
 
+Generate = Callable[[list[list[int]], Sampling], list[Rollout]]
+"""Gives one rollout for each prompt, in the same order."""
+
 
 def make_engine(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, classes: int | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SEKDConfig,
+    classes: int | None = None,
+    evaluation_context: int = 0,
 ) -> BaseEngine:
     """Start the engine ``args.rollout_engine`` for the student. Call :func:`send_weights` before its first round.
 
-    No token id from ``classes`` on is drawn, since the teacher has no such class.
+    No token id from ``classes`` on is drawn, since the teacher has no such class. ``evaluation_context`` is the number
+    of tokens that :meth:`BaseEngine.generate_with` will read and generate at most; 0 if nothing calls it.
 
     Every process that has an engine must call this.
     """
@@ -45,6 +56,7 @@ def make_engine(
         get_adapter=partial(extract_adapter, model),
         get_base_weights=partial(base_weights, model),
         options=MappingProxyType(vars(args)),
+        evaluation_context=evaluation_context,
     )
     return ENGINES[args.rollout_engine].start(setup)
 
@@ -96,6 +108,19 @@ def send_weights(engine: RolloutEngine | None, model: nn.Module, step: int, max_
 def samples_from(engine: RolloutEngine | None, model: nn.Module) -> bool:
     """Whether the engine samples from the student itself, and not from a copy of its weights."""
     return engine is not None and get_trait(engine, "model") is causal_lm(model)
+
+
+def generate_inside(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, batch_size: int
+) -> Generate:
+    """A function that generates with the student itself through transformers, for evaluations without an engine."""
+
+    def generate(prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        engine = HFEngine(causal_lm(model), tokenizer=tokenizer, batch_size=batch_size)
+        with keep_generators("evaluation"), accelerator.autocast():
+            return engine.generate_with(prompts, sampling)
+
+    return generate
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rollouts import Rollout, RolloutConfigError, RolloutEngine, RolloutError, get_trait
+from rollouts import Rollout, RolloutConfigError, RolloutEngine, RolloutError, Sampling, get_trait
 from sekd.checkpoints import RunRefused
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, from_rollout
@@ -44,6 +44,9 @@ Timed = tuple[list[Rollout], float]
 
 EVALUATION = -1
 """The step of an evaluation's rollouts. Its seeds differ from those of training, and are the same each time."""
+
+NEVER = -2
+"""The step of weights that were never sent."""
 
 
 @dataclass
@@ -91,6 +94,7 @@ class RolloutSchedule:
         classes: the number of classes that student and teacher have in common.
         count: adds to the sums of the next log, by name: ``count(rollouts=4)``.
         engine: is used instead of ``args.rollout_engine``, which otherwise is started before the first round.
+        evaluation_context: tokens of the longest prompt with its completion in :meth:`generate_with`; 0 without it.
     """
 
     def __init__(
@@ -102,7 +106,9 @@ class RolloutSchedule:
         classes: int,
         count: Callable[..., None],
         engine: RolloutEngine | None = None,
+        evaluation_context: int = 0,
     ) -> None:
+        self.evaluation_context = evaluation_context
         self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
         self.get_student, self.classes, self.count = get_student, classes, count
         self.engine, self.engine_was_given = engine, engine is not None
@@ -110,7 +116,7 @@ class RolloutSchedule:
         self.ready: deque[Step] = deque()
         self.pending: _Round | None = None
         self.restored: dict[int, list[Rollout]] = {}
-        self.started, self.synced_step = False, -1
+        self.started, self.synced_step = False, NEVER
         self.weight_check = self._make_weight_check()
         self.thread: ThreadPoolExecutor | None = None
         self.job: Future[Timed] | None = None
@@ -158,7 +164,9 @@ class RolloutSchedule:
             steps.append(step)
         samples = [sample for step in steps if step.needs_rollouts for sample in step.samples]
         # All processes agree here: they have the same number of steps, and restored rollouts of the same steps.
-        return _Round(steps, self._request(samples, weights_step, background) if samples else lambda: ([], 0.0))
+        if not samples:
+            return _Round(steps, lambda: ([], 0.0))
+        return _Round(steps, self._request(_get_prompts(samples), weights_step, background))
 
     def _take_restored(self, step: Step) -> list[Rollout]:
         """The rollouts that a checkpoint has for a step, or none."""
@@ -217,15 +225,32 @@ class RolloutSchedule:
 
     # The engine
 
-    def generate(self, samples: Sequence[Sample]) -> list[Rollout]:
-        """Completions of the samples' prompts with the current weights, for an evaluation."""
-        return self._request(samples, EVALUATION, background=False)()[0]
+    def begin_evaluation(self) -> None:
+        """Let the next rollouts of an evaluation have the current weights."""
+        self.synced_step = NEVER
 
-    def _request(self, samples: Sequence[Sample], step: int, background: bool) -> Callable[[], Timed]:
+    def generate(self, samples: Sequence[Sample]) -> list[Rollout]:
+        """Completions of the samples' prompts, for an evaluation (:meth:`begin_evaluation`)."""
+        return self._request(_get_prompts(samples), EVALUATION, background=False)()[0]
+
+    def generate_with(self, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        """Completions of prompts that are sampled in another way than those of training, for an evaluation.
+
+        The rollouts of training stay those that they would have been. Every process must call it.
+        """
+        return self._request(prompts, EVALUATION, background=False, sampling=sampling)()[0]
+
+    @property
+    def takes_sampling(self) -> bool:
+        """Whether the run has an engine with :meth:`generate_with`."""
+        return self.args.lmbda > 0 and engine_trait(self.args, self.engine, "takes_sampling")
+
+    def _request(
+        self, prompts: list[list[int]], step: int, background: bool, sampling: Sampling | None = None
+    ) -> Callable[[], Timed]:
         """Send the weights of ``step``, and request completions. The returned function waits for them."""
         if self.job is not None:
             wait([self.job])  # an engine does one thing at a time
-        prompts = _get_prompts(samples)
         rank = self.accelerator.process_index if self.shared_engine else 0
         by_rank = gather_object([prompts]) if self.shared_engine else [prompts]
         all_prompts = [prompt for of_rank in by_rank for prompt in of_rank]
@@ -233,7 +258,7 @@ class RolloutSchedule:
             self._prepare_engine(step, all_prompts)
             if self.engine is not None and not background:
                 with self._autocast():
-                    self.job = _run_inline(_generate_timed, self.engine, all_prompts)
+                    self.job = _run_inline(_generate_timed, self.engine, all_prompts, sampling)
         if self.engine is not None and background:
             # Generators cannot be kept while the student trains: an engine that generates in background has its own.
             self.thread = self.thread or ThreadPoolExecutor(1)
@@ -273,14 +298,15 @@ class RolloutSchedule:
         result: Any = 0
         if self.engine is None and (not self.shared_engine or self.accelerator.is_main_process):
             try:
-                self.engine = make_engine(self.get_student(), self.tokenizer, self.args, self.classes)
+                model, context = self.get_student(), self.evaluation_context
+                self.engine = make_engine(model, self.tokenizer, self.args, self.classes, context)
             except (RolloutError, RolloutConfigError) as error:
                 result = error
         if self.engine is not None:
             result = get_trait(self.engine, "lora_rank")
         max_lora_rank = self._broadcast_from_main(result)
         is_new, self.started = not self.started, True
-        if is_new or step != self.synced_step or step == EVALUATION:
+        if is_new or step != self.synced_step:
             self._broadcast_from_main(self._send_weights(step, max_lora_rank))
             self.synced_step = step
             self.weight_check.check_sync(self.engine, self.get_student(), prompts)
@@ -301,7 +327,7 @@ class RolloutSchedule:
     def begin(self, checkpoint: str | None) -> None:
         """Begin a run, or resume with the rollouts of a checkpoint that were not trained on yet."""
         self.ready.clear()
-        self.pending, self.restored, self.synced_step, done = None, {}, -1, 0
+        self.pending, self.restored, self.synced_step, done = None, {}, NEVER, 0
         if checkpoint:
             with open(os.path.join(checkpoint, TRAINER_STATE_NAME)) as file:
                 done = json.load(file)["global_step"]
@@ -337,7 +363,7 @@ class RolloutSchedule:
         if self.engine is not None:
             with keep_generators("close"):
                 self.engine.close()
-        self.engine, self.started, self.synced_step = None, False, -1
+        self.engine, self.started, self.synced_step = None, False, NEVER
         self.weight_check = self._make_weight_check()
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
@@ -349,9 +375,10 @@ def is_on_policy(args: SEKDConfig, step: int) -> bool:
     return random.Random(f"{args.seed}/{step}").random() < args.lmbda
 
 
-def _generate_timed(engine: RolloutEngine, prompts: list[list[int]]) -> Timed:
+def _generate_timed(engine: Any, prompts: list[list[int]], sampling: Sampling | None = None) -> Timed:
     started = time.monotonic()
-    return engine.generate(prompts), time.monotonic() - started
+    rollouts = engine.generate(prompts) if sampling is None else engine.generate_with(prompts, sampling)
+    return rollouts, time.monotonic() - started
 
 
 def _run_inline(function: Callable[..., Timed], *arguments: Any) -> Future[Timed]:

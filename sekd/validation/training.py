@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("max_eval_samples", "dataloader_prefetch_factor", "ddp_timeout"), 1),
+    **dict.fromkeys(("eval_limit", "early_stopping_patience"), 1),
+    "early_stopping_threshold": 0,
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), 0),
     **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed"), 0),
 }
@@ -33,6 +35,15 @@ NO_EFFECT = {
 
 MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
 """Trackers whose module has another name."""
+
+
+BETTER_LOW = ("loss", "perplexity", "ece", "nll", "kl", "_ce", "entropy", "cut_off", "brier_score", "_wer", "_ter")
+"""How the names of metrics end that a better student has lower."""
+
+
+def is_better_low(metric: str) -> bool:
+    """Whether a better student has a lower value of a metric."""
+    return metric.endswith(BETTER_LOW)
 
 
 def check_training(args: "SEKDConfig") -> None:
@@ -58,8 +69,7 @@ def check_training(args: "SEKDConfig") -> None:
     for name, reason in NO_EFFECT.items():
         if getattr(args, name) != get_default(args, name):
             raise ValueError(f"{name} {show(getattr(args, name))} has no effect: {reason}; leave it out")
-    if args.do_eval and args.eval_strategy == "no" and not args.eval_on_start:
-        logger.warning("do_eval true has no effect alone; set eval_strategy: steps or epoch, or eval_on_start: true")
+    _check_evaluation(args)
     for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
         if getattr(args, name):
             raise ValueError(f"{name} is not supported: sekd calls the student in parts; leave it out")
@@ -84,6 +94,33 @@ def check_training(args: "SEKDConfig") -> None:
         raise ValueError(f"deepspeed {show(args.deepspeed)} needs deepspeed: run `pip install deepspeed`")
     _check_trackers(args.report_to)
     _check_output_dir(args.output_dir)
+
+
+def _check_evaluation(args: "SEKDConfig") -> None:
+    if args.eval_strategy == "no" and not args.eval_on_start:
+        for name in ("do_eval", "eval_suite"):
+            if value := getattr(args, name):
+                remedy = "set eval_strategy: steps or epoch, or eval_on_start: true"
+                logger.warning(f"{name} {show(value)} has no effect alone; {remedy}")
+    for name in ("eval_limit", "eval_data_dir", "eval_chat_template"):
+        if not args.eval_suite and getattr(args, name) != get_default(args, name):
+            raise ValueError(f"{name} {show(getattr(args, name))} has no effect without eval_suite; leave it out")
+    if args.early_stopping_patience is None:
+        if args.early_stopping_threshold:
+            raise ValueError(
+                f"early_stopping_threshold {args.early_stopping_threshold} has no effect without "
+                "early_stopping_patience; set it, or leave the threshold out"
+            )
+        return
+    if args.eval_strategy == "no":
+        raise ValueError(
+            f"early_stopping_patience {args.early_stopping_patience} counts evaluations: set eval_strategy: steps"
+        )
+    if args.metric_for_best_model is None and not args.load_best_model_at_end:
+        raise ValueError(
+            f"early_stopping_patience {args.early_stopping_patience} needs metric_for_best_model, such as loss, or "
+            "arc_easy_acc with eval_suite: [arc_easy]"
+        )
 
 
 def _check_keys(name: str, mapping: Mapping[str, Any], known: Collection[str]) -> None:

@@ -1,0 +1,256 @@
+"""What a trainer's ``evaluate`` measures: divergences on held-out samples, and the tasks of ``eval_suite``."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sekd.config import SEKDConfig
+from sekd.data.batch import Sample, collate, from_rollout
+from sekd.eval.divergence import ROLLOUTS, get_answers, make_result, measure_rollouts_of
+from sekd.eval.held_out import Pair, compute_held_out_means, join_predictions, measure_sequences
+from sekd.eval.records import Score, TaskResult
+from sekd.eval.statistics import mean_of
+from sekd.losses import DIVERGENCES
+from sekd.metrics import add_sums, sum_all
+from sekd.models import causal_lm, run_inside
+from sekd.on_policy.engines import Generate, generate_inside, keep_generators, make_sampling
+from sekd.on_policy.schedule import RolloutSchedule
+from sekd.types import Batch
+
+if TYPE_CHECKING:
+    from sekd.eval.harness import PreparedTask
+
+DISTILLATION = "distillation"
+"""The name in ``eval_suite`` of divergences and right answers on fresh rollouts of the held-out prompts."""
+
+Predictions = list[tuple[torch.Tensor, torch.Tensor]]
+"""For each sample, the student's likeliest tokens and the targets, both [T], with -100 at invalid positions."""
+
+
+class Evaluation:
+    """The tasks of ``eval_suite``, checked before a model is loaded.
+
+    Args:
+        tokenizer: the student's.
+        held_out: the prepared samples of the held-out data, or None.
+
+    Raises:
+        ValueError: lm-eval is not installed, a name is unknown, the data of a task is missing or damaged, or there are
+            no held-out prompts for ``distillation``.
+    """
+
+    def __init__(self, args: SEKDConfig, tokenizer: PreTrainedTokenizerBase, held_out: Any) -> None:
+        self.args, self.tokenizer = args, tokenizer
+        self.distils = DISTILLATION in args.eval_suite
+        self.tasks: dict[str, PreparedTask] = {}
+        self.suites: dict[str, dict[str, dict[str, str]]] = {}
+        if self.distils:
+            _check_prompts(held_out)
+        if names := [name for name in args.eval_suite if name != DISTILLATION]:
+            self._prepare(names)
+        if self and held_out is None and args.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError(
+                f"metric_for_best_model {args.metric_for_best_model!r} is of held-out data, and there is none: name a "
+                "score of eval_suite, such as arc_easy_acc, or set eval_dataset_name"
+            )
+
+    def __bool__(self) -> bool:
+        return self.distils or bool(self.tasks)
+
+    def _prepare(self, names: list[str]) -> None:
+        from sekd.eval.harness import TaskOptions, prepare_task
+        from sekd.eval.tasks import SUITE_MEANS, SUITES, resolve
+
+        args = self.args
+        if args.eval_chat_template and self.tokenizer.chat_template is None:
+            raise ValueError("eval_chat_template true, but the student's tokenizer has no chat template; leave it out")
+        options = TaskOptions(
+            limit=args.eval_limit, data_dirs=tuple(args.eval_data_dir), chat_template=args.eval_chat_template
+        )
+        chosen = resolve(names)
+        several = {task for task, _ in chosen if [name for name, _ in chosen].count(task) > 1}
+        named = {(task, split): f"{task}@{split}" if task in several else task for task, split in chosen}
+        for (task, split), name in named.items():
+            self.tasks[name] = prepare_task(task, split, options)
+        for suite in [name for name in names if name in SUITES]:
+            own = {task: named[task, split] for task, split in SUITES[suite].items()}
+            self.suites[suite] = {
+                mean: {own[task]: score for task, score in scores.items()}
+                for mean, scores in SUITE_MEANS[suite].items()
+            }
+
+    def count_tokens(self, model: torch.nn.Module) -> int:
+        """Tokens of the longest prompt with its output, that the model can read; 0 if the tasks generate nothing.
+
+        Longer prompts lose their beginning, as in lm-eval.
+        """
+        generated = [task for task in self.tasks.values() if task.generated]
+        if not generated:
+            return 0
+        from lm_eval.models.utils import resolve_max_length
+
+        # The turns of few-shot examples add a template's tokens too.
+        frame = len(self._encode([self._apply_template("")])[0])
+        longest = max(
+            max(map(len, self._encode(task.texts))) + frame * (1 + task.settings["shots"]) + task.max_new_tokens
+            for task in generated
+        )
+        return min(longest, resolve_max_length(causal_lm(model).config, self.tokenizer))
+
+    def _apply_template(self, text: str) -> str:
+        if not self.args.eval_chat_template:
+            return text
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts)["input_ids"]
+
+    def connect(self, accelerator: Accelerator, schedule: RolloutSchedule, compute_metrics: Any) -> None:
+        """Take what :meth:`measure` needs and a trainer has: its processes, its rollouts and its own metrics."""
+        self.processes, self.schedule, self.compute_metrics = accelerator, schedule, compute_metrics
+
+    # What evaluate() measures. Every process calls it, and gets the same numbers.
+
+    def measure(self, pair: Pair, samples: list[Sample] | None, with_suite: bool) -> dict[str, float]:
+        """The metrics of samples, and (``with_suite``) of the tasks. The student must be in evaluation mode.
+
+        ``loss`` is the metric of the samples that the divergence names (:class:`sekd.losses.Divergence`).
+
+        Raises:
+            ValueError: there is nothing to measure.
+        """
+        if samples is None and not (with_suite and self):
+            raise ValueError("there is nothing to evaluate: set eval_dataset_name or eval_suite, or pass eval_dataset")
+        self.schedule.begin_evaluation()
+        metrics: dict[str, float] = {}
+        if samples is not None:
+            metrics = self._measure_held_out(pair, samples)
+        if samples is not None and with_suite and self.distils:
+            metrics |= self._measure_rollouts(pair, samples[: self.args.eval_limit])
+        return metrics | (self._measure_tasks(pair) if with_suite and self.tasks else {})
+
+    def _measure_held_out(self, pair: Pair, samples: list[Sample]) -> dict[str, float]:
+        own = take_share(samples, self.processes)
+        if self.args.lmbda == 1:
+            own = [*map(from_rollout, own, self.schedule.generate(own))]
+        sums, predictions = sum_samples(pair, own, self.compute_metrics is not None)
+        metrics = compute_held_out_means(sum_all(sums, self.processes))
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
+        # Without the teacher's whole distribution there is no divergence.
+        evaluated = DIVERGENCES[str(self.args.divergence)].held_out if pair.teacher.has_logits else "student_ce"
+        return {**metrics, "loss": metrics[evaluated]}
+
+    def _measure_rollouts(self, pair: Pair, samples: list[Sample]) -> dict[str, float]:
+        """``distillation_...``: divergences and right answers on fresh rollouts, sampled as in training."""
+        started, own = time.monotonic(), take_share(samples, self.processes)
+        if self.args.lmbda > 0:
+            rollouts = self.schedule.generate(own)
+        else:
+            sampling = make_sampling(causal_lm(pair.student), self.tokenizer, self.args, pair.vocab)
+            rollouts = self._generate_inside(pair)([s.input_ids[: s.prompt_length] for s in own], sampling)
+        answers = get_answers(own, self.tokenizer)
+        as_is = not self.args.teacher_context
+        with self._show_bar(DISTILLATION, len(samples)) as advance:
+            items = measure_rollouts_of(pair, own, rollouts, self.tokenizer, answers, as_is, advance)
+        items = gather_object(items) if self.processes.num_processes > 1 else items
+        return name_scores(DISTILLATION, make_result(ROLLOUTS, items, {}, time.monotonic() - started))
+
+    def _measure_tasks(self, pair: Pair) -> dict[str, float]:
+        """``TASK_SCORE`` for the scores of all tasks, and ``SUITE_MEAN`` for the means of suites."""
+        from sekd.eval.harness import run_prepared
+        from sekd.eval.student_lm import StudentLM
+
+        generate = self.schedule.generate_with if self.schedule.takes_sampling else self._generate_inside(pair)
+        lm = StudentLM(pair.student, self.tokenizer, self.processes, generate, pair.batch_size, pair.chunk_rows)
+        results: dict[str, TaskResult] = {}
+        metrics: dict[str, float] = {}
+        with keep_generators("evaluation"):
+            for name, task in self.tasks.items():
+                with self._show_bar(name, task.requests) as advance:
+                    results[name] = run_prepared(lm, task, advance)
+                metrics |= name_scores(name, results[name])
+        for suite, means in self.suites.items():
+            for mean, of_tasks in means.items():
+                scores = [results[task].scores.get(score) for task, score in of_tasks.items()]
+                if known := [score for score in scores if score is not None]:  # a task may have skipped all its items
+                    metrics |= _name_score(f"{suite}_{mean}", mean_of(known), with_error=True)
+        return metrics
+
+    def _generate_inside(self, pair: Pair) -> Generate:
+        return generate_inside(pair.student, self.tokenizer, self.processes, pair.batch_size)
+
+    @contextmanager
+    def _show_bar(self, name: str, total: int) -> Iterator[Callable[[int], Any]]:
+        """A bar with the remaining time; gives the function that moves it on. The main process stands for all."""
+        hidden = self.args.disable_tqdm or not self.processes.is_main_process
+        share = -(-total // self.processes.num_processes)
+        with tqdm(total=share, desc=f"evaluating {name}", leave=False, disable=hidden, dynamic_ncols=True) as bar:
+            yield bar.update
+
+
+def _check_prompts(held_out: Any) -> None:
+    """Raise ValueError if the held-out samples are no prompts."""
+    if held_out is None:
+        raise ValueError("eval_suite distillation generates from held-out prompts: set eval_dataset_name")
+    if not next(iter(held_out)).get("prompt_length"):
+        raise ValueError(
+            "eval_suite distillation generates from held-out prompts, and the held-out data is plain text; name data "
+            "with prompts in eval_dataset_name, or leave distillation out"
+        )
+
+
+def name_scores(task: str, result: TaskResult) -> dict[str, float]:
+    """The scores of a task by ``TASK_SCORE``; the main one comes first, with its standard error."""
+    order = sorted(result.scores, key=lambda name: name != result.main)
+    metrics: dict[str, float] = {}
+    for name in order:
+        metrics |= _name_score(f"{task}_{name}".replace(",", "_"), result.scores[name], name == result.main)
+    return metrics
+
+
+def _name_score(name: str, score: Score, with_error: bool) -> dict[str, float]:
+    metrics = {name: float(score.value)}
+    return metrics | ({f"{name}_stderr": float(score.stderr)} if with_error and score.stderr is not None else {})
+
+
+def take_share(samples: Sequence[Sample], accelerator: Accelerator) -> list[Sample]:
+    """This process's share of the samples. Copies with id -1, which do not count, make all shares equally large."""
+    processes, index = accelerator.num_processes, accelerator.process_index
+    padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
+    return [*samples, *padding][index::processes]
+
+
+def sum_samples(pair: Pair, samples: Sequence[Sample], keep_guesses: bool) -> tuple[dict[str, Any], Predictions]:
+    """The sums of :func:`sekd.eval.held_out.measure_sequences` over this process's samples, and their predictions.
+
+    Samples with a negative id count nothing. ``keep_guesses`` asks for the predictions, in the order of the samples.
+    """
+    sums: Any = defaultdict(float)
+    predictions: Predictions = []
+    for start in range(0, len(samples), pair.batch_size):
+        part = samples[start : start + pair.batch_size]
+        counted = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in part]
+        fields = collate(counted, pair.pad_token_id)
+        batch = Batch.from_inputs({name: tensor.to(pair.device) for name, tensor in fields.items()})
+        with pair.autocast():
+            of_sequences, guesses = run_inside(
+                pair.student,
+                lambda b: measure_sequences(pair.student, pair.teacher, b, pair.vocab, pair.chunk_rows),
+                batch,
+            )
+        add_sums(sums, {name: column.sum(0) for name, column in of_sequences.items()})
+        if keep_guesses:
+            real = batch.sample_ids >= 0
+            predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
+    return sums, predictions
