@@ -170,6 +170,30 @@ def test_a_damaged_file_is_not_done_and_is_kept_aside(tmp_path, caplog, name, da
     assert (tmp_path / (RESULTS + ".damaged")).exists()
 
 
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
+    save_result(str(tmp_path), MODEL, make_result())
+    before, content = load_results(str(tmp_path)), (tmp_path / SAMPLES).read_bytes()
+    noticed = 0
+    for place in range(4, len(content), len(content) // 60):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / SAMPLES).write_bytes(changed)
+        try:
+            assert load_results(str(tmp_path)) == before  # a byte that nothing reads
+        except DamagedFile:
+            noticed += 1
+    assert noticed > 5
+
+
+def test_samples_that_pandas_wrote_again_are_as_good(tmp_path):
+    save_result(str(tmp_path), MODEL, make_result())
+    before = load_results(str(tmp_path))
+    pandas.read_parquet(tmp_path / SAMPLES).assign(note="mine").to_parquet(tmp_path / SAMPLES)  # large strings
+    assert load_results(str(tmp_path)) == before
+    save_result(str(tmp_path), MODEL, make_result("piqa"))
+    assert load_results(str(tmp_path))["gsm8k"] == before["gsm8k"]
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
