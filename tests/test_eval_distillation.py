@@ -142,6 +142,20 @@ def test_completions_give_the_dense_numbers_of_each_prompt(tokenizer):
     assert not any("sampled_reverse_kl" in item.metrics for item in sharpened)
 
 
+def test_the_teacher_reads_its_own_prompt(tokenizer):
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    contexts, prompts, completions = [[9, 8, 7], [6]], [[1, 2], [3]], [[20], [21, 22], [23], [24, 25]]
+    samples = [Sample(ids, [0] * len(ids), i, len(ids), None, contexts[i]) for i, ids in enumerate(prompts)]
+    rollouts = [Rollout(prompts[i // 2], ids, 0, "length") for i, ids in enumerate(completions)]
+    pair = Pair(student, LiveTeacher(teacher, VOCAB), VOCAB, torch.device("cpu"))
+    for i, item in enumerate(measure_rollouts_of(pair, samples, rollouts, tokenizer)):
+        numbers = []
+        for ids in completions[2 * i : 2 * i + 2]:
+            q, p = (dense(m, start[i] + ids)[-len(ids) - 1 :] for m, start in ((student, prompts), (teacher, contexts)))
+            numbers += [compare(p[t], q[t], y)["reverse_kl"] for t, y in enumerate(ids)]
+        assert item.metrics["reverse_kl"] == pytest.approx(mean(numbers), rel=1e-4)
+
+
 def test_right_answers_are_counted_over_the_completions_of_a_prompt(tokenizer):
     """Answers are the text after ####: 2 of 4 right, then none of 4, then 4 of 4."""
     student = make_model("untied")
