@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ SUITE = ["arc_easy", "lambada_openai", "gsm8k"]
 
 @pytest.fixture
 def tasks(tmp_path):
-    return dict(eval_suite=SUITE, eval_data_dir=[write_tasks(tmp_path / "tasks")], eval_limit=6)
+    folder = Path(write_tasks(tmp_path / "tasks"))
+    shutil.copy(folder / "arc_easy" / "test.jsonl", folder / "arc_easy" / "validation.jsonl")
+    return dict(eval_suite=SUITE, eval_data_dir=[str(folder)], eval_limit=6)
 
 
 EVERY_STEP = dict(eval_strategy="steps", eval_steps=1, eval_on_start=True)
@@ -312,7 +316,7 @@ def test_what_is_better_goes_by_the_name_of_the_metric(tmp_path, tokenizer, pair
     ("options", "message"),
     [
         (dict(eval_suite=["arc_easi"]), r"unknown suite or task 'arc_easi'; nearest are arc_easy"),
-        (dict(eval_suite=["piqa"]), r"piqa: no file .*piqa"),
+        (dict(eval_suite=["hellaswag"]), r"hellaswag: no file .*hellaswag"),
         (dict(eval_suite=["distillation"]), r"eval_suite distillation generates from held-out prompts: set eval_data"),
         (dict(metric_for_best_model="loss"), r"metric_for_best_model 'loss' is of held-out data, and there is none"),
         (dict(eval_chat_template=True), r"eval_chat_template true, but the student's tokenizer has no chat template"),
@@ -352,6 +356,10 @@ def test_the_engine_gets_the_context_of_the_longest_prompt(tmp_path, tokenizer, 
         patch.setattr(HFEngine, "generate_with", lambda e, p, s: seen.extend(p) or generate(e, p, s))
         chats.evaluate()
     assert max(map(len, seen)) + 256 <= chats.schedule.evaluation_context <= max(map(len, seen)) + 256 + 6
+    with pytest.raises(ValueError, match=r"reads 200 tokens, and gsm8k generates up to 256; leave gsm8k out"):
+        short = make_model("untied")
+        short.config.max_position_embeddings = 200
+        make_trainer(tmp_path, tokenizer, pairs, short, **tasks)
     only_choices = make_trainer(tmp_path, tokenizer, pairs, **tasks | dict(eval_suite=["arc_easy"]))
     assert only_choices.schedule.evaluation_context == 0
 
