@@ -356,9 +356,9 @@ def test_the_engine_gets_the_context_of_the_longest_prompt(tmp_path, tokenizer, 
         patch.setattr(HFEngine, "generate_with", lambda e, p, s: seen.extend(p) or generate(e, p, s))
         chats.evaluate()
     assert max(map(len, seen)) + 256 <= chats.schedule.evaluation_context <= max(map(len, seen)) + 256 + 6
+    short = make_model("untied")
+    short.config.max_position_embeddings = 200
     with pytest.raises(ValueError, match=r"reads 200 tokens, and gsm8k generates up to 256; leave gsm8k out"):
-        short = make_model("untied")
-        short.config.max_position_embeddings = 200
         make_trainer(tmp_path, tokenizer, pairs, short, **tasks)
     only_choices = make_trainer(tmp_path, tokenizer, pairs, **tasks | dict(eval_suite=["arc_easy"]))
     assert only_choices.schedule.evaluation_context == 0
