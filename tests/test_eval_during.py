@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_helpers import write_tasks
-from helpers import add_lora, keep_engine, make_model, make_trainer, save_pair
+from helpers import add_lora, make_model, make_trainer, save_pair
 from rollout_helpers import Counting, make_run
 from transformers import TrainerCallback, set_seed
 
@@ -169,26 +169,20 @@ class AlsoOtherwise(Counting):
 
 
 def test_generated_tasks_have_the_current_weights(tmp_path, tokenizer, pairs, tasks):
-    """An engine with other weights would give other outputs."""
+    """An engine with other weights would give other outputs; the weights change between two evaluations."""
     engine = AlsoOtherwise(tokenizer=tokenizer)
-    trainer = make_run(tmp_path / "run", tokenizer, pairs, engine, max_steps=4, learning_rate=0.05, **tasks)
-    keep_engine(trainer).train()
-    seen = []
-
-    class Watching(TrainerCallback):
-        pass
-
-    ask = engine.generate_with
-    engine.generate_with = lambda prompts, sampling: seen.append(ask(prompts, sampling)) or seen[-1]
-    trainer.evaluate()
-    student = HFEngine(trainer.model, tokenizer=tokenizer)
-    (rollouts,) = seen
-    prompts = [rollout.prompt_ids for rollout in rollouts]
-    expected = student.generate_with(prompts, student.sampling.__class__(0.0, 256, stop_token_ids=[120], seed=0))
-    assert [r.completion_ids[:3] for r in rollouts] == [r.completion_ids[:3] for r in expected]
-    stale = HFEngine(make_model("untied"), tokenizer=tokenizer)
-    others = stale.generate_with(prompts, student.sampling.__class__(0.0, 256, stop_token_ids=[120], seed=0))
-    assert [r.completion_ids for r in others] != [r.completion_ids for r in expected]
+    trainer = make_run(tmp_path / "run", tokenizer, pairs, engine, **tasks | dict(eval_suite=["gsm8k"]))
+    seen, ask = [], engine.generate_with
+    engine.generate_with = lambda prompts, sampling: seen.append((sampling, ask(prompts, sampling))) or seen[-1][1]
+    for seed in (0, 7):
+        trainer.model.load_state_dict(make_model("untied", seed).state_dict())
+        trainer.evaluate()
+    (_, before), (sampling, after) = seen
+    expected = HFEngine(make_model("untied", 7), tokenizer=tokenizer).generate_with(
+        [rollout.prompt_ids for rollout in after], sampling
+    )
+    assert [r.completion_ids for r in after] == [r.completion_ids for r in expected]
+    assert [r.completion_ids for r in after] != [r.completion_ids for r in before]
 
 
 def test_an_engine_without_other_options_leaves_generation_to_transformers(tmp_path, tokenizer, pairs, tasks):
