@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from evaluation_helpers import write_tasks
-from helpers import add_lora, keep_engine, make_model, make_trainer, save_pair
+from helpers import add_lora, make_model, make_trainer, save_pair
 from rollout_helpers import Counting, make_run
 from transformers import TrainerCallback, set_seed
 
@@ -26,7 +28,9 @@ SUITE = ["arc_easy", "lambada_openai", "gsm8k"]
 
 @pytest.fixture
 def tasks(tmp_path):
-    return dict(eval_suite=SUITE, eval_data_dir=[write_tasks(tmp_path / "tasks")], eval_limit=6)
+    folder = Path(write_tasks(tmp_path / "tasks"))
+    shutil.copy(folder / "arc_easy" / "test.jsonl", folder / "arc_easy" / "validation.jsonl")
+    return dict(eval_suite=SUITE, eval_data_dir=[str(folder)], eval_limit=6)
 
 
 EVERY_STEP = dict(eval_strategy="steps", eval_steps=1, eval_on_start=True)
@@ -165,26 +169,20 @@ class AlsoOtherwise(Counting):
 
 
 def test_generated_tasks_have_the_current_weights(tmp_path, tokenizer, pairs, tasks):
-    """An engine with other weights would give other outputs."""
+    """An engine with other weights would give other outputs; the weights change between two evaluations."""
     engine = AlsoOtherwise(tokenizer=tokenizer)
-    trainer = make_run(tmp_path / "run", tokenizer, pairs, engine, max_steps=4, learning_rate=0.05, **tasks)
-    keep_engine(trainer).train()
-    seen = []
-
-    class Watching(TrainerCallback):
-        pass
-
-    ask = engine.generate_with
-    engine.generate_with = lambda prompts, sampling: seen.append(ask(prompts, sampling)) or seen[-1]
-    trainer.evaluate()
-    student = HFEngine(trainer.model, tokenizer=tokenizer)
-    (rollouts,) = seen
-    prompts = [rollout.prompt_ids for rollout in rollouts]
-    expected = student.generate_with(prompts, student.sampling.__class__(0.0, 256, stop_token_ids=[120], seed=0))
-    assert [r.completion_ids[:3] for r in rollouts] == [r.completion_ids[:3] for r in expected]
-    stale = HFEngine(make_model("untied"), tokenizer=tokenizer)
-    others = stale.generate_with(prompts, student.sampling.__class__(0.0, 256, stop_token_ids=[120], seed=0))
-    assert [r.completion_ids for r in others] != [r.completion_ids for r in expected]
+    trainer = make_run(tmp_path / "run", tokenizer, pairs, engine, **tasks | dict(eval_suite=["gsm8k"]))
+    seen, ask = [], engine.generate_with
+    engine.generate_with = lambda prompts, sampling: seen.append((sampling, ask(prompts, sampling))) or seen[-1][1]
+    for seed in (0, 7):
+        trainer.model.load_state_dict(make_model("untied", seed).state_dict())
+        trainer.evaluate()
+    (_, before), (sampling, after) = seen
+    expected = HFEngine(make_model("untied", 7), tokenizer=tokenizer).generate_with(
+        [rollout.prompt_ids for rollout in after], sampling
+    )
+    assert [r.completion_ids for r in after] == [r.completion_ids for r in expected]
+    assert [r.completion_ids for r in after] != [r.completion_ids for r in before]
 
 
 def test_an_engine_without_other_options_leaves_generation_to_transformers(tmp_path, tokenizer, pairs, tasks):
@@ -312,7 +310,7 @@ def test_what_is_better_goes_by_the_name_of_the_metric(tmp_path, tokenizer, pair
     ("options", "message"),
     [
         (dict(eval_suite=["arc_easi"]), r"unknown suite or task 'arc_easi'; nearest are arc_easy"),
-        (dict(eval_suite=["piqa"]), r"piqa: no file .*piqa"),
+        (dict(eval_suite=["hellaswag"]), r"hellaswag: no file .*hellaswag"),
         (dict(eval_suite=["distillation"]), r"eval_suite distillation generates from held-out prompts: set eval_data"),
         (dict(metric_for_best_model="loss"), r"metric_for_best_model 'loss' is of held-out data, and there is none"),
         (dict(eval_chat_template=True), r"eval_chat_template true, but the student's tokenizer has no chat template"),
@@ -352,6 +350,10 @@ def test_the_engine_gets_the_context_of_the_longest_prompt(tmp_path, tokenizer, 
         patch.setattr(HFEngine, "generate_with", lambda e, p, s: seen.extend(p) or generate(e, p, s))
         chats.evaluate()
     assert max(map(len, seen)) + 256 <= chats.schedule.evaluation_context <= max(map(len, seen)) + 256 + 6
+    short = make_model("untied")
+    short.config.max_position_embeddings = 200
+    with pytest.raises(ValueError, match=r"reads 200 tokens, and gsm8k generates up to 256; leave gsm8k out"):
+        make_trainer(tmp_path, tokenizer, pairs, short, **tasks)
     only_choices = make_trainer(tmp_path, tokenizer, pairs, **tasks | dict(eval_suite=["arc_easy"]))
     assert only_choices.schedule.evaluation_context == 0
 

@@ -89,31 +89,34 @@ class Evaluation:
             }
 
     def count_tokens(self, model: torch.nn.Module) -> int:
-        """Tokens of the longest prompt with its output, that the model can read; 0 if the tasks generate nothing.
+        """Tokens of the longest prompt with its output that the model can read; 0 if the tasks generate nothing.
 
         Longer prompts lose their beginning, as in lm-eval.
+
+        Raises:
+            ValueError: the outputs of a task do not fit the model's context.
         """
-        generated = [task for task in self.tasks.values() if task.generated]
+        generated = {name: task for name, task in self.tasks.items() if task.generated}
         if not generated:
             return 0
         from lm_eval.models.utils import resolve_max_length
 
-        # The turns of few-shot examples add a template's tokens too.
-        frame = len(self._encode([self._apply_template("")])[0])
-        longest = max(
-            max(map(len, self._encode(task.texts))) + frame * (1 + task.settings["shots"]) + task.max_new_tokens
-            for task in generated
-        )
-        return min(longest, resolve_max_length(causal_lm(model).config, self.tokenizer))
+        from sekd.eval.backends import measure_context
 
-    def _apply_template(self, text: str) -> str:
-        if not self.args.eval_chat_template:
-            return text
-        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts)["input_ids"]
+        context, longest = resolve_max_length(causal_lm(model).config, self.tokenizer), 0
+        frame = 0  # a turn's tokens beside its text
+        if self.args.eval_chat_template:
+            turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+            frame = len(self.tokenizer(self.tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"])
+        for name, task in generated.items():
+            if task.max_new_tokens >= context:
+                raise ValueError(
+                    f"eval_suite: the student reads {context} tokens, and {name} generates up to "
+                    f"{task.max_new_tokens}; leave {name} out"
+                )
+            tokens = measure_context(task.texts, task.max_new_tokens, self.tokenizer)
+            longest = max(longest, tokens + frame * (1 + task.settings["shots"]))
+        return min(longest, context)
 
     def connect(self, accelerator: Accelerator, schedule: RolloutSchedule, compute_metrics: Any) -> None:
         """Take what :meth:`measure` needs and a trainer has: its processes, its rollouts and its own metrics."""

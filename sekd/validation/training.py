@@ -98,10 +98,10 @@ def check_training(args: "SEKDConfig") -> None:
 
 def _check_evaluation(args: "SEKDConfig") -> None:
     if args.eval_strategy == "no" and not args.eval_on_start:
-        for name in ("do_eval", "eval_suite"):
-            if value := getattr(args, name):
+        for name, value in (("do_eval", "true"), ("eval_suite", args.eval_suite)):
+            if getattr(args, name):
                 remedy = "set eval_strategy: steps or epoch, or eval_on_start: true"
-                logger.warning(f"{name} {show(value)} has no effect alone; {remedy}")
+                logger.warning(f"{name} {value} has no effect alone; {remedy}")
     for name in ("eval_limit", "eval_data_dir", "eval_chat_template"):
         if not args.eval_suite and getattr(args, name) != get_default(args, name):
             raise ValueError(f"{name} {show(getattr(args, name))} has no effect without eval_suite; leave it out")
