@@ -232,7 +232,7 @@ def _score_row(prepared: PreparedTask, index: int, instances: "list[Instance]") 
             raw["nll"] = -float(likelihood) / words
             item = replace(item, weight=float(words))
     means = {name: float(value) for name, value in raw.items() if _is_mean(prepared, name, value)}
-    item = replace(item, metrics={} if skipped else means)
+    item = replace(item, metrics=means)
     return _Scored(item, {name: value for name, value in raw.items() if name not in means})
 
 

@@ -1,0 +1,97 @@
+"""Which outputs state the right answer?"""
+
+import threading
+import time
+
+import pytest
+
+from sekd.eval import answers
+from sekd.eval.answers import grade_math
+
+pytest.importorskip("math_verify")
+
+CASES = [  # output, answer, right
+    ("The answer is 18.", "9 * 2 = $<<9*2=18>>18.\n#### 18", True),
+    ("#### 18", "#### 18", True),
+    ("so 16 - 7 = 9 and 9 * 2 = 18 dollars", "#### 18", True),
+    ("10 - 3 = 7 apples are left", "#### 7", True),
+    ("She makes $18 every day.", "#### 18", True),
+    ("It costs $5 at first, and then $10", "#### 10", True),  # no LaTeX between the dollars
+    ("It costs $5 at first, and then $10", "#### 5", False),
+    ("$5, $10", "#### 10", True),
+    ("It is \\$18.", "#### 18", True),
+    ("18 or 20", "#### 18", False),  # the last of several numbers counts
+    ("17\n#### 18\n\nQuestion: What else?\n#### 20", "#### 18", True),  # what comes after the answer does not
+    ("#### 17 of 18", "#### 17", False),
+    ("\\boxed{18}. Check: 3 + 4 = 7", "#### 18", True),
+    ("\\boxed{17} is wrong, so \\boxed{18}", "18", True),
+    ("$70,000", "#### 70,000", True),
+    ("70000 dollars", "#### 70,000", True),
+    ("1 000", "#### 1,000", True),
+    ("-5", "#### -5", True),
+    ("5", "#### -5", False),
+    ("\\boxed{\\frac{1}{2}}", "0.5", True),
+    ("The answer is $\\frac{3}{4}$.", "\\frac{3}{4}", True),
+    ("1/2", "0.5", True),
+    ("145", "145.0", True),
+    ("#### $18.00", "#### 18", True),
+    ("50%", "#### 50", True),
+    ("**18**", "#### 18", True),
+    ("<think>First 12.</think> 18", "#### 18", True),
+    ("$2\\sqrt{3}$", "\\sqrt{12}", True),
+    ("$x + 1$", "1 + x", True),
+    ("Paris", "Paris", True),
+    ("London", "Paris", False),
+    ("four", "#### 4", False),
+    ("3.001", "#### 3", False),
+    ("", "#### 18", False),
+    ("18", "", False),
+    ("#### ", "#### 18", False),
+    ("I do not know", "#### 18", False),
+    ("9" * 500_000, "#### 9", False),
+    ("word " * 200_000 + "18", "#### 18", True),
+    ("10000000000!", "#### 3", False),
+]
+
+
+@pytest.mark.parametrize(("output", "answer", "right"), CASES, ids=range(len(CASES)))
+def test_right_and_wrong_answers(output, answer, right):
+    assert grade_math(output, answer) is right
+
+
+def test_a_number_too_large_to_compute_is_wrong_after_a_while(monkeypatch):
+    """It does not stop the process that asks, in a thread either, and the next output is graded as ever."""
+    assert grade_math("The answer is 18", "#### 18")  # the process runs
+    monkeypatch.setattr(answers, "SECONDS", 1.0)
+    started, results = time.perf_counter(), []
+
+    def grade():
+        results.append(grade_math("\\boxed{10^{10^{10^{10}}}}", "#### 18"))
+
+    thread = threading.Thread(target=grade)
+    thread.start()
+    thread.join()
+    assert results == [False]
+    assert time.perf_counter() - started < 5
+    monkeypatch.undo()
+    assert grade_math("The answer is 18", "#### 18")
+
+
+def test_threads_share_one_process():
+    results = {}
+
+    def grade(number):
+        results[number] = [grade_math(f"It is {number}", f"#### {other}") for other in range(6)]
+
+    threads = [threading.Thread(target=grade, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: [i == other for other in range(6)] for i in range(6)}
+
+
+def test_math_verify_is_not_installed(monkeypatch):
+    monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="math-verify: pip install"):
+        answers._Worker().grade("1", "2")
