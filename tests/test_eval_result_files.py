@@ -77,6 +77,8 @@ def test_results_of_other_settings_stand_beside_each_other(tmp_path):
         ({"split": "train[7000:]"}, "gsm8k (train[7000:])"),
         ({"shots": 5, "limit": 200, "chat_template": True}, "gsm8k (5 shots, limit 200, chat template)"),
         ({"repeats": 4, "temperature": 0.7}, "gsm8k (4 repeats, temperature 0.7)"),
+        ({"repeats": 4, "temperature": 1.0}, "gsm8k (4 repeats)"),
+        ({"temperature": 1.0}, "gsm8k (temperature 1.0)"),
         ({"data": "def"}, "gsm8k (data def)"),
         ({"data": "def", "backend": "hf"}, "gsm8k (data def, backend hf)"),
     ]
@@ -166,6 +168,30 @@ def test_a_damaged_file_is_not_done_and_is_kept_aside(tmp_path, caplog, name, da
     save_result(folder, MODEL, make_result())
     assert find_done(folder, "f1", "gsm8k", SETTINGS) is not None
     assert (tmp_path / (RESULTS + ".damaged")).exists()
+
+
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
+    save_result(str(tmp_path), MODEL, make_result())
+    before, content = load_results(str(tmp_path)), (tmp_path / SAMPLES).read_bytes()
+    noticed = 0
+    for place in range(4, len(content), len(content) // 60):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / SAMPLES).write_bytes(changed)
+        try:
+            assert load_results(str(tmp_path)) == before  # a byte that nothing reads
+        except DamagedFile:
+            noticed += 1
+    assert noticed > 5
+
+
+def test_samples_that_pandas_wrote_again_are_as_good(tmp_path):
+    save_result(str(tmp_path), MODEL, make_result())
+    before = load_results(str(tmp_path))
+    pandas.read_parquet(tmp_path / SAMPLES).assign(note="mine").to_parquet(tmp_path / SAMPLES)  # large strings
+    assert load_results(str(tmp_path)) == before
+    save_result(str(tmp_path), MODEL, make_result("piqa"))
+    assert load_results(str(tmp_path))["gsm8k"] == before["gsm8k"]
 
 
 KILLED = """

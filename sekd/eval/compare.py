@@ -18,7 +18,7 @@ from sekd.eval.tasks import SUITE_MEANS, SUITES
 from sekd.files import write_atomically
 from sekd.tables import escape_controls, print_table
 
-NOTED = frozenset({"backend", "dtype", "device", "batch_size", "limit", "rows", "data", "seed", "lm_eval"})
+NOTED = frozenset({"backend", "arguments", "dtype", "device", "batch_size", "limit", "rows", "data", "seed", "lm_eval"})
 """Settings in which two compared results may differ: a note says so. Any other difference forbids the comparison."""
 UNTOLD = frozenset({"rows", "data", "lm_eval", "batch_size", "device"})
 """Settings of ``NOTED`` without a note: what they change is told by the items that are compared, or is nothing."""
@@ -293,7 +293,7 @@ def describe(comparison: Comparison) -> list[str]:
     lines = ["A score is followed by its standard error."]
     if len(comparison.models) > 1:
         first = shorten_names(comparison.models)[comparison.models[0]]
-        lines.append(f"Below it is the difference to {first}, with its paired standard error (on the items of both).")
+        lines.append(f"A difference is to {first}, with its paired standard error, on the items of both.")
     for note, about in comparison.notes.items():
         lines.append(f"{'all tasks' if len(about) > 1 and tasks == set(about) else ', '.join(about)}: {note}")
     return lines

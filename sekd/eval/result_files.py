@@ -44,16 +44,16 @@ SCHEMA = pa.schema(
 )
 """The columns of ``samples.parquet``. A column ``metric_NAME`` for each metric follows."""
 METRIC = "metric_"
-LABELS: dict[str, tuple[Any, str]] = {
-    "shots": (0, "{} shots"),
-    "limit": (None, "limit {}"),
-    "seed": (0, "seed {}"),
-    "repeats": (1, "{} repeats"),
-    "temperature": (0.0, "temperature {}"),
-    "top_p": (1.0, "top_p {}"),
-    "chat_template": (False, "chat template"),
+LABELS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "shots": ((None, 0), "{} shots"),
+    "limit": ((None,), "limit {}"),
+    "seed": ((None, 0), "seed {}"),
+    "repeats": ((None, 1), "{} repeats"),
+    "temperature": ((None, 0.0, 1.0), "temperature {}"),
+    "top_p": ((None, 1.0), "top_p {}"),
+    "chat_template": ((None, False), "chat template"),
 }
-"""Settings that stand in the name of a result: the value that is left out, and how another one is written."""
+"""Settings that stand in the name of a result: the values that are left out, and how another one is written."""
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -235,9 +235,7 @@ def name_result(task: str, settings: dict[str, Any], entries: dict[str, Any]) ->
             return name
     split = settings.get("split")
     told = [split] if split and task in TASKS and split != TASKS[task].split else []
-    told += [
-        form.format(settings[key]) for key, (default, form) in LABELS.items() if settings.get(key, default) != default
-    ]
+    told += [form.format(settings[key]) for key, (usual, form) in LABELS.items() if settings.get(key) not in usual]
     while (name := f"{task} ({', '.join(told)})" if told else task) in entries:
         other = entries[name]["settings"]
         told += [f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)]

@@ -100,10 +100,14 @@ def estimate_ece(items: Sequence[Item]) -> Estimate:
     """
     bins = np.array([item.calibration for item in items], dtype=np.float64)
     counts, gaps = bins[:, :, 0].sum(1), bins[:, :, 2] - bins[:, :, 1]
-    n, generator, draws = len(items), np.random.default_rng(0), np.empty(DRAWS)
-    for i in range(DRAWS):
-        times = np.bincount(generator.integers(n, size=n), minlength=n)
-        draws[i] = np.abs(times @ gaps).sum() / (times @ counts)
+    n, generator, parts = len(items), np.random.default_rng(0), []
+    rows = min(DRAWS, max(1, 1_000_000 // n))  # resamples at once, in some megabytes
+    for start in range(0, DRAWS, rows):
+        chosen = generator.integers(n, size=(min(rows, DRAWS - start), n))
+        places = chosen + n * np.arange(len(chosen))[:, None]
+        times = np.bincount(places.ravel(), minlength=chosen.size).reshape(chosen.shape).astype(np.float64)
+        parts.append(np.abs(times @ gaps).sum(1) / (times @ counts))
+    draws = np.concatenate(parts)
     value = float(np.abs(gaps.sum(0)).sum() / counts.sum())
     return Estimate(value, (draws - draws.mean()) / math.sqrt(DRAWS) if n > 1 else np.zeros(1))
 
