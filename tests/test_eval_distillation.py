@@ -202,6 +202,23 @@ def test_an_adapter_is_measured_with_its_base(folder, tokenizer):
     assert as_teacher.scores["forward_kl"].value == pytest.approx(0, abs=1e-5)
 
 
+def test_only_the_classes_of_both_models_count(folder):
+    """The student is padded to 512 classes: its distribution is that over the teacher's 128, and it draws no other."""
+    make_vllm_model(3, vocab=512).save_pretrained(folder / "student")
+    files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
+    options = DistillationOptions(**files, limit=8, max_new_tokens=6, **QUIET)
+    prepared = prepare_distillation(*names(folder), options)
+    of_text, of_rollouts = measure_distillation(prepared)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in names(folder))
+    expected = []
+    for sample in prepared.texts:
+        q, p = (dense(model, sample.input_ids, VOCAB) for model in (student, teacher))
+        expected += [compare(p[t], q[t], y)["reverse_kl"] for t, y in enumerate(sample.input_ids[1:])]
+    assert of_text.scores["reverse_kl"].value == pytest.approx(mean(expected), rel=1e-4)
+    assert of_rollouts.scores["length"].value > 5, "three quarters of the student's own classes are forbidden"
+    assert all(re.fullmatch(r"(w\d+ ?|<\w+> ?)*", output) for item in of_rollouts.items for output in item.outputs)
+
+
 def test_settings_tell_what_the_numbers_depend_on(folder):
     files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
     base = dict(**files, limit=4, **QUIET)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import config, make_model, make_trainer
+from helpers import VOCAB, LargestTensor, config, make_model, make_trainer
 
 from sekd.data.batch import Sample
 from sekd.data.prepare import prepare
@@ -140,3 +140,16 @@ def test_each_sample_has_its_own_sums_in_any_batch(pairs, tokenizer):
             assert sums[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
         assert sums["calibration"].tolist() == [pytest.approx(row, rel=1e-4) for row in bins]
     assert seen == [4, 4, 1]
+
+
+def test_no_tensor_of_all_logits_exists():
+    """4 sequences of 60 tokens are measured in chunks of 16 positions: the largest tensors are weights and states."""
+    student, teacher = make_model("untied"), make_model("untied", 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (4, 60), generator=generator).tolist()
+    samples = [Sample(row, [1] * 60, i, 0) for i, row in enumerate(ids)]
+    pair = Pair(student, LiveTeacher(teacher, VOCAB), VOCAB, torch.device("cpu"), batch_size=4, chunk_rows=16)
+    with LargestTensor() as seen:
+        measure_samples(pair, samples)
+    assert seen.elements <= 4 * 60 * 48  # the states of the feed-forward layers
+    assert seen.elements < 4 * 60 * VOCAB / 2

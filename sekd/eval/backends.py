@@ -86,12 +86,12 @@ def load_lm(name: str, backend: str, options: BackendOptions) -> Any:
         EvaluationRefused: the model cannot be loaded, or does not fit into memory.
     """
     python_logging.getLogger("lm_eval").setLevel(python_logging.ERROR)
-    with _explaining(name, backend), _without_bars():
+    with _explaining(name, backend), without_bars():
         return BACKENDS[backend].load(name, options)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Let transformers show no bar for loading weights."""
     if not logging.is_progress_bar_enabled():
         yield

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rollouts import ENGINES, Rollout, get_trait
-from sekd.eval.backends import is_out_of_memory
+from sekd.eval.backends import is_out_of_memory, without_bars
 from sekd.eval.distillation_data import (
     STUDENT,
     TEACHER,
@@ -99,7 +99,8 @@ def measure_rollouts(student: str, teacher: str, options: DistillationOptions) -
 def _load(name: str, field: str, options: DistillationOptions) -> Any:
     """A whole model, or an adapter with its base, to be read only."""
     try:
-        return freeze(load_student(name, configure(options), dtype=options.chosen_dtype))
+        with without_bars():
+            return freeze(load_student(name, configure(options), dtype=options.chosen_dtype))
     except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         problem = "does not fit into memory" if is_out_of_memory(error) else "cannot be loaded"
         raise ValueError(f"{field} {name!r} {problem}: {_shorten(error)}") from error
