@@ -218,7 +218,7 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_vllm_is_the_default_and_says_if_its_cache_is_too_small(tmp_path, data, capsys):
+def test_vllm_is_the_default_and_its_refusal_is_one_line(tmp_path, data, capsys):
     folder = save_model(tmp_path / "vllm_model", kind="vllm")
     command = ["evaluate", folder, "--data-dir", data, "--dtype", "float32"]
     assert main([*command, "--tasks", "piqa", "gsm8k", "--max-new-tokens", "6"]) == 0
