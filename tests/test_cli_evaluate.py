@@ -160,42 +160,37 @@ def count_answers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_what_was_answered_survives_a_signal(tmp_path, model, number, capsys):
-    data = write_tasks(tmp_path / "many", count=150)
-    command = [model, "--tasks", "arc_easy", "gsm8k", "--data-dir", data, *HF, "--batch-size", "1"]
+def test_what_was_answered_survives_a_signal(tmp_path, model, number):
+    data = write_tasks(tmp_path / "many", count=100)
+    command = [model, "--tasks", "arc_easy", "lambada_openai", "--data-dir", data, *HF, "--batch-size", "1"]
     process = start(*command)
     while count_answers() < 20:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(number)
     _, error = process.communicate()
-    kept = count_answers()
-    assert kept >= 20
+    assert count_answers() >= 20
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert f"sekd: stopped while evaluating {model}: " in error.splitlines()[-1]
         assert "the same command goes on" in error
         assert "Traceback" not in error
-    assert main(["evaluate", *command, "--limit", "150", "--tasks", "arc_easy"]) == 0
-    capsys.readouterr()
     assert main(["evaluate", *command]) == 0
     assert count_answers() == 0
-    whole = ["evaluate", *command, "--output", "whole"]
-    assert main(whole) == 0
+    assert main(["evaluate", *command, "--output", "whole"]) == 0
     results = [json.loads(next(Path(folder).glob("*/results.json")).read_text()) for folder in ("evaluations", "whole")]
-    scores = [{task: entry["scores"] for task, entry in result["results"].items()} for result in results]
-    assert scores[0]["gsm8k"] == scores[1]["gsm8k"]
-    assert scores[0]["arc_easy"]["acc"] == scores[1]["arc_easy"]["acc"]
+    resumed, whole = ({task: entry["scores"] for task, entry in result["results"].items()} for result in results)
+    assert resumed == whole
 
 
 @pytest.mark.slow
 def test_a_model_that_does_not_fit_is_one_line(tmp_path, data):
-    """8 GB of weights, of which the file has only holes, under a limit of 7 GB."""
+    """64 GB of weights, of which the file has only holes, under a limit of 16 GB."""
     import struct
 
     folder = Path(save_model(tmp_path / "big"))
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 31_250_000}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 250_000_000}))
     shapes = {}
     with (folder / "model.safetensors").open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -204,7 +199,7 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path, data):
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        shape = [31_250_000, 32] if entry["shape"] == [128, 32] else entry["shape"]
+        shape = [250_000_000, 32] if entry["shape"] == [128, 32] else entry["shape"]
         size = 4
         for side in shape:
             size *= side
@@ -214,7 +209,7 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path, data):
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + place)
-    process = start(str(folder), "--tasks", "piqa", "--data-dir", data, *HF, limit=7 * 10**9)
+    process = start(str(folder), "--tasks", "piqa", "--data-dir", data, *HF, limit=16 * 10**9)
     _, error = process.communicate()
     assert process.returncode == 2, error
     (line,) = [line for line in error.splitlines() if line.startswith("sekd: ")]
@@ -223,7 +218,7 @@ def test_a_model_that_does_not_fit_is_one_line(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_vllm_is_the_default_and_says_if_its_cache_is_too_small(tmp_path, data, capsys):
+def test_vllm_is_the_default_and_its_refusal_is_one_line(tmp_path, data, capsys):
     folder = save_model(tmp_path / "vllm_model", kind="vllm")
     command = ["evaluate", folder, "--data-dir", data, "--dtype", "float32"]
     assert main([*command, "--tasks", "piqa", "gsm8k", "--max-new-tokens", "6"]) == 0

@@ -202,7 +202,9 @@ def test_vllm_and_hf_agree_on_the_items(tmp_path, options):
     by_vllm = evaluate_models([model], TASKS, replace(options, backend="vllm"))[model]
     for task in by_hf:
         for one, other in zip(by_hf[task].items, by_vllm[task].items, strict=True):
-            assert one.outputs == other.outputs
+            # of lm-eval's classes, that for transformers leaves special tokens out of its outputs
+            texts = [[t.replace("<unk>", "").split() for t in item.outputs] for item in (one, other)]
+            assert texts[0] == texts[1]
             assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-3)
 
 
