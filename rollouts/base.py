@@ -73,6 +73,13 @@ class Sampling:
     seed: int | None = 0
     classes: int | None = None
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution: neither sharpened nor truncated nor penalised."""
+        neutral = Sampling()
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return all(getattr(self, name) == getattr(neutral, name) for name in names)
+
     def for_vllm(self) -> dict[str, Any]:
         """The same under vLLM's names, for its ``SamplingParams`` and for requests to its server.
 

@@ -36,7 +36,7 @@ def make_text_lm(seed: int = 0, context: int = 16384, batch_size: int = 8, **kwa
         special_tokens=["<eos>", "<pad>"],
         show_progress=False,
     )
-    tokens.train([str(Path(__file__).parents[1] / "docs" / "design.md")], trainer)
+    tokens.train([str(Path(__file__).parents[1] / "LICENSE")], trainer)
     tokens.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = (

@@ -387,3 +387,11 @@ def test_a_tokenizer_without_a_chat_template(choices):
     lm.tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"arc_easy: chat_template: .*chat_template is not set"):
         run_task(lm, "arc_easy", None, TaskOptions(data_dirs=choices.data_dirs, chat_template=True))
+
+
+def test_a_model_without_finite_weights_is_no_score(choices):
+    lm = make_text_lm()
+    with torch.no_grad():
+        lm.model.lm_head.weight[0].fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"row 0: the model gives no log-likelihood \(nan\)"):
+        run_task(lm, "arc_easy", options=choices)

@@ -12,6 +12,7 @@ from sekd.eval.records import BINS, Item, Score
 from sekd.eval.statistics import (
     Difference,
     compare_scores,
+    count_passes,
     fill_bins,
     mean_of,
     pair_items,
@@ -241,3 +242,10 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_output():
 def test_pass_at_k_refuses_what_cannot_be(n, c, k):
     with pytest.raises(ValueError, match="pass@"):
         pass_at_k(n, c, k)
+
+
+def test_right_outputs_become_avg_and_pass_at_k():
+    """Of 5 outputs 2 are right: two drawn ones are both wrong in 3 of 10 pairs, four never."""
+    assert count_passes(2, 5) == pytest.approx({"avg@5": 0.4, "pass@2": 0.7, "pass@4": 1.0, "pass@5": 1.0})
+    assert count_passes(0, 3) == {"avg@3": 0.0, "pass@2": 0.0, "pass@3": 0.0}
+    assert count_passes(1, 4) == pytest.approx({"avg@4": 0.25, "pass@2": 0.5, "pass@4": 1.0})

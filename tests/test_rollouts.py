@@ -117,6 +117,12 @@ def test_a_round_with_other_options_is_that_of_an_engine_with_these_options(kind
     assert engine.generate_with(PROMPTS, options) == expected
 
 
+def test_sampling_knows_whether_it_changes_the_distribution():
+    assert Sampling(max_completion_length=3, stop=["x"], seed=4).is_unchanged
+    changes = dict(temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2)
+    assert not any(Sampling(**{name: value}).is_unchanged for name, value in changes.items())
+
+
 def test_a_round_with_other_options_changes_no_later_round(engine):
     options = Sampling(temperature=0.7, max_completion_length=5, seed=3)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from sekd.data.batch import Sample, from_rollout
 from sekd.eval.answers import grade_math
 from sekd.eval.held_out import Pair, measure_samples
 from sekd.eval.records import Item, TaskResult
-from sekd.eval.statistics import summarize
+from sekd.eval.statistics import count_passes, summarize
 from sekd.metrics import add_sums
 
 TEXT, ROLLOUTS = "text", "rollouts"
@@ -127,7 +127,7 @@ def _describe_completions(rollouts: Sequence[Rollout], right: Sequence[bool] | N
     if right is None:
         return metrics
     metrics["exact_match"] = sum(right) / k
-    return metrics if k == 1 else {**metrics, f"avg@{k}": sum(right) / k, f"pass@{k}": float(any(right))}
+    return metrics if k == 1 else metrics | count_passes(sum(right), k)
 
 
 def get_answers(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> list[str | None]:

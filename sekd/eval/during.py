@@ -157,15 +157,14 @@ class Evaluation:
     def _measure_rollouts(self, pair: Pair, samples: list[Sample]) -> dict[str, float]:
         """``distillation_...``: divergences and right answers on fresh rollouts, sampled as in training."""
         started, own = time.monotonic(), take_share(samples, self.processes)
+        sampling = make_sampling(causal_lm(pair.student), self.tokenizer, self.args, pair.vocab)
         if self.args.lmbda > 0:
             rollouts = self.schedule.generate(own)
         else:
-            sampling = make_sampling(causal_lm(pair.student), self.tokenizer, self.args, pair.vocab)
             rollouts = self._generate_inside(pair)([s.input_ids[: s.prompt_length] for s in own], sampling)
         answers = get_answers(own, self.tokenizer)
-        as_is = not self.args.teacher_context
         with self._show_bar(DISTILLATION, len(samples)) as advance:
-            items = measure_rollouts_of(pair, own, rollouts, self.tokenizer, answers, as_is, advance)
+            items = measure_rollouts_of(pair, own, rollouts, self.tokenizer, answers, sampling.is_unchanged, advance)
         items = gather_object(items) if self.processes.num_processes > 1 else items
         return name_scores(DISTILLATION, make_result(ROLLOUTS, items, {}, time.monotonic() - started))
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sekd.eval.prepared import DEFAULTS, PreparedTask, TaskOptions, prepare_task, quiet, without_logs
-from sekd.eval.records import BINS, Item, Score, TaskResult
-from sekd.eval.statistics import summarize
+from sekd.eval.records import Item, Score, TaskResult
+from sekd.eval.statistics import count_passes, fill_bins, summarize
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -255,6 +255,8 @@ def _add_choices(task: Any, item: Item, row: dict[str, Any], instances: "list[In
     """
     choices = [str(choice) for choice in task.doc_to_choice(row)]
     likelihoods = np.array([instance.resps[0][0] for instance in instances[: len(choices)]], dtype=np.float64)
+    if np.isnan(likelihoods).any():
+        raise ValueError(f"row {item.index}: the model gives no log-likelihood (nan); are its weights finite?")
     target = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
     right = [
         choices.index(t) if isinstance(t, str) and t in choices else t
@@ -262,14 +264,12 @@ def _add_choices(task: Any, item: Item, row: dict[str, Any], instances: "list[In
     ]
     best = int(np.argmax(likelihoods))
     confidence = float(1.0 / np.exp(likelihoods - likelihoods[best]).sum())
-    table = [(0.0, 0.0, 0.0)] * BINS
-    table[min(int(confidence * BINS), BINS - 1)] = (1.0, confidence, float(best in right))
     return replace(
         item,
         answer=choices[right[0]] if isinstance(right[0], int) and 0 <= right[0] < len(choices) else str(target),
         outputs=(choices[best],),
         loglikelihoods=tuple(likelihoods.tolist()),
-        calibration=tuple(table),
+        calibration=fill_bins([confidence], [best in right]),
     )
 
 
@@ -286,8 +286,7 @@ def _merge_rounds(prepared: PreparedTask, rounds: Sequence[_Scored]) -> _Scored:
     if correct is not None and (main == "nll" or not 0 <= correct <= 1):
         correct = None
     if (k := len(rounds)) > 1 and correct is not None:
-        metrics[f"avg@{k}"] = correct
-        metrics[f"pass@{k}"] = float(any(one.item.metrics[main] >= 1 for one in rounds))
+        metrics |= count_passes(sum(one.item.metrics[main] >= 1 for one in rounds), k)
     outputs = tuple(output for one in rounds for output in one.item.outputs)
     return _Scored(replace(item, metrics=metrics, outputs=outputs, correct=correct), rounds[0].others)
 

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction
 
 from sekd.data.batch import Sample, collate
-from sekd.distill import Method
 from sekd.distributions import cross_entropy, entropy
 from sekd.eval.records import BINS
 from sekd.hardware import widest_float
@@ -73,14 +72,6 @@ def measure_sequences(
     calibration = torch.zeros(len(valid) * BINS, 3, dtype=wide, device=valid.device).index_add_(0, in_bin, table)
     guesses = torch.full_like(batch.targets, IGNORE).masked_scatter(valid, guess)
     return {**sums, "positions": valid.sum(1), "calibration": calibration.view(-1, BINS, 3)}, guesses
-
-
-def sum_held_out(
-    student: nn.Module, teacher: Teacher, batch: Batch, method: Method
-) -> tuple[dict[str, Tensor], Tensor]:
-    """As :func:`measure_sequences`, with the sums over all sequences of the batch."""
-    sums, guesses = measure_sequences(student, teacher, batch, method.vocab, method.chunk_rows)
-    return {name: of_sequences.sum(0) for name, of_sequences in sums.items()}, guesses
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def count_passes(right: int, k: int) -> dict[str, float]:
+    """``avg@k``, the share of right outputs among k, and ``pass@j`` for j = 2, 4, 8, ... below k, and for k."""
+    below = [1 << i for i in range(1, k.bit_length()) if 1 << i < k]
+    return {f"avg@{k}": right / k, **{f"pass@{j}": pass_at_k(k, right, j) for j in (*below, k)}}
+
+
 def fill_bins(confidences: Sequence[float], hits: Sequence[bool]) -> tuple[tuple[float, float, float], ...]:
     """The ``Item.calibration`` of predictions: for each bin, how many, the sum of confidences, how many are right."""
     table = np.zeros((BINS, 3))
