@@ -102,11 +102,11 @@ def run(options: argparse.Namespace) -> int:
         from sekd.eval.backends import EvaluationRefused
         from sekd.eval.benchmark import evaluate_models
         from sekd.eval.compare import show_table, write_comparison
-        from sekd.eval.tasks import SUITES, resolve
+        from sekd.eval.tasks import SUITES, resolve_tasks
 
         benchmarks = [name for name in names if name != DISTILLATION]
-        # without any name, the error of resolve() lists what there is
-        tasks = resolve(benchmarks) if benchmarks or not names else []
+        # without any name, the error of resolve_tasks() lists what there is
+        tasks = resolve_tasks(benchmarks) if benchmarks or not names else []
         how = read_options(options, measures_distance=DISTILLATION in names)
     try:
         results = evaluate_models(options.models, tasks, how)
@@ -131,7 +131,7 @@ def read_options(options: argparse.Namespace, measures_distance: bool) -> Any:
     """
     from sekd.eval.backends import choose_backend
     from sekd.eval.benchmark import EvaluationOptions
-    from sekd.eval.harness import TaskOptions
+    from sekd.eval.prepared import TaskOptions
 
     if not measures_distance and (given := [n for n in ("teacher", "text", "prompts") if getattr(options, n)]):
         raise ValueError(f"--{given[0]} is for the suite distillation: add --suite distillation")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from rollouts.vllm_setup import set_up_vllm
+from sekd.eval.records import EvaluationRefused
 from sekd.hardware import choose_dtype
 from sekd.models import causal_lm
 from sekd.pretrained import TOKENIZER_FILES, find_adapter, load_config, load_tokenizer
@@ -32,10 +33,6 @@ MEMORY_ERRORS = ("cannot allocate memory", "kv cache", "free memory on device", 
 """Parts of the messages, in lower case, with which torch and vLLM say that a model does not fit."""
 KV_CACHE_GIB = 2
 """vLLM's key-value cache on a CPU."""
-
-
-class EvaluationRefused(ValueError):
-    """A model, a task, a file or an option that the user chose cannot be evaluated. The message says why."""
 
 
 @dataclass(frozen=True)

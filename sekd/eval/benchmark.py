@@ -29,8 +29,9 @@ from sekd.eval.backends import (
 )
 from sekd.eval.distillation import measure_distillation
 from sekd.eval.distillation_data import Distillation, DistillationOptions, prepare_distillation
-from sekd.eval.harness import PreparedTask, TaskOptions, prepare_task, run_prepared
+from sekd.eval.harness import run_prepared
 from sekd.eval.kept_answers import AnswerFile, KeepingLM
+from sekd.eval.prepared import PreparedTask, TaskOptions, prepare_task
 from sekd.eval.records import TaskResult
 from sekd.eval.result_files import find_done, fingerprint_model, folder_of, own_folder, save_result
 from sekd.pretrained import check_model_name
@@ -90,7 +91,7 @@ def evaluate_models(
 
     Args:
         models: folders or hub ids, of whole models or adapters.
-        tasks: names and splits, as ``sekd.eval.tasks.resolve`` gives them.
+        tasks: names and splits, as ``sekd.eval.tasks.resolve_tasks`` gives them.
         options: see ``EvaluationOptions``.
 
     Raises:

@@ -1,10 +1,14 @@
-"""The records of an evaluation: an item, a score, and the result of a task."""
+"""The records of an evaluation: an item, a score, the result of a task, and why there is none."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 BINS = 15
 """Bins of confidence in an expected calibration error."""
+
+
+class EvaluationRefused(ValueError):
+    """A model, a task, a file or an option that the user chose cannot be evaluated. The message says why."""
 
 
 @dataclass(frozen=True)
