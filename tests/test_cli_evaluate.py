@@ -91,7 +91,16 @@ def test_the_distance_from_a_teacher(tmp_path, model, data, capsys):
         (["--tasks", "piqa", "--repeats", "2"], "piqa: repeats 2 is for generated outputs"),
         (["--tasks", "gsm8k", "--repeats", "2", "--temperature", "0"], "repeats 2 at temperature 0"),
         (["--tasks", "piqa", "--teacher", "x"], "--teacher is for the suite distillation: add --suite distillation"),
-        (["--suite", "distillation", "--teacher", "x"], "the suite distillation needs --text FILE, --prompts FILE, or"),
+        (["--tasks", "piqa", "--prompt-template", "x {prompt}"], "--prompt-template is for the suite distillation"),
+        (["--tasks", "piqa", "--max-length", "9"], "--max-length is for the suite distillation"),
+        (["--suite", "distillation", "--teacher", "x"], "--data-dir is for benchmarks: add --tasks or another suite"),
+        (
+            ["--suite", "distillation", "--tasks", "piqa", "--teacher", "x"],
+            "the suite distillation needs --text FILE, --prompts FILE, or",
+        ),
+        (["--tasks", "piqa", "--model-args", "dtype=float32"], "--model-args dtype: use --dtype"),
+        (["--tasks", "piqa", "--model-args", "tokenizer=x"], "--model-args tokenizer: sekd sets it itself"),
+        (["--tasks", "piqa", "--model-args", "foo=1"], "unexpected keyword argument 'foo'; is an argument of --model"),
         (["--tasks", "piqa", "--model-args", "x"], "--model-args 'x' is not KEY=VALUE"),
         (
             ["--tasks", "gsm8k", "--max-new-tokens", "90000"],
@@ -137,7 +146,7 @@ def test_without_lm_eval_the_package_is_named(model, data, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     assert main(["evaluate", model, "--tasks", "piqa", "--data-dir", data]) == 2
-    assert "sekd evaluate needs lm-eval: pip install 'sekd[eval]'" in capsys.readouterr().err
+    assert "evaluation needs lm-eval, which is not installed: pip install 'sekd[eval]'" in capsys.readouterr().err
 
 
 def test_arguments_of_a_backend_are_yaml():

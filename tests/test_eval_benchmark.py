@@ -11,9 +11,10 @@ from evaluation_helpers import save_adapter, save_model, write_tasks
 from helpers import make_model
 
 from sekd.eval import benchmark
-from sekd.eval.backends import BackendOptions, EvaluationRefused, load_lm
+from sekd.eval.backends import BackendOptions, load_lm
 from sekd.eval.benchmark import EvaluationOptions, evaluate_models
 from sekd.eval.harness import TaskOptions, run_task
+from sekd.eval.records import EvaluationRefused
 from sekd.eval.result_files import load_results
 
 TASKS = [("arc_easy", "test"), ("lambada_openai", "test"), ("gsm8k", "test")]
@@ -185,8 +186,8 @@ def test_the_distance_from_a_teacher_is_saved_beside_the_tasks(tmp_path, model, 
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"w{i} w{i + 1} w3 w4"}) + "\n" for i in range(6)))
     teacher = save_model(tmp_path / "teacher", seed=1)
-    distillation = DistillationOptions(text=str(texts), engine="hf", dtype="float32")
-    options = replace(options, teacher=teacher, distillation=distillation)
+    distillation = DistillationOptions(teacher, text=str(texts), engine="hf", dtype="float32")
+    options = replace(options, distillation=distillation)
     results = evaluate_models([model], TASKS[:1], options)[model]
     assert [*results] == ["arc_easy", "text"]
     assert results["text"].scores["forward_kl"].value > 0

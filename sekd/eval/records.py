@@ -7,6 +7,10 @@ BINS = 15
 """Bins of confidence in an expected calibration error."""
 
 
+class EvaluationRefused(ValueError):
+    """A model, a task, a file or an option that the user chose cannot be evaluated. The message says why."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One evaluated item: a question, a text or a prompt.
