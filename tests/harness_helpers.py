@@ -9,6 +9,10 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sekd.eval.harness import run_prepared
+from sekd.eval.prepared import DEFAULTS, TaskOptions, prepare_task
+from sekd.eval.records import TaskResult
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FILES = {
     "arc_easy": "eval/arc_easy/test.jsonl",
@@ -60,6 +64,11 @@ def make_text_lm(seed: int = 0, context: int = 16384, batch_size: int = 8, **kwa
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
     return HFLM(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu", **kwargs)
+
+
+def run_task(lm: Any, name: str, split: str | None = None, options: TaskOptions = DEFAULTS) -> TaskResult:
+    """What a model gives on a task."""
+    return run_prepared(lm, prepare_task(name, split, options))
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

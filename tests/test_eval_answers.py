@@ -7,6 +7,7 @@ import pytest
 
 from sekd.eval import answers
 from sekd.eval.answers import grade_math
+from sekd.eval.prepared import prepare_task
 
 pytest.importorskip("math_verify")
 
@@ -91,7 +92,75 @@ def test_threads_share_one_process():
     assert results == {i: [i == other for other in range(6)] for i in range(6)}
 
 
+def test_a_grader_that_ended_starts_again():
+    assert grade_math("It is 18", "#### 18")
+    answers._WORKER._process.kill()
+    answers._WORKER._process.wait()
+    assert grade_math("It is 18", "#### 18")
+
+
+def break_grader(monkeypatch, tmp_path, code):
+    """A worker whose process runs with this code in the place of math-verify."""
+    (tmp_path / "math_verify.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return answers._Worker()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("def parse(*args, **kwargs): return [1]\ndef verify(*args, **kwargs): return False", "it replies 'false'"),
+        ("import time\ntime.sleep(60)", "no reply in 1 seconds"),
+    ],
+)
+def test_a_grader_that_does_not_work_is_noticed(monkeypatch, tmp_path, code, message):
+    """With what its process wrote, and the remedy, in one line."""
+    worker = break_grader(monkeypatch, tmp_path, code)
+    monkeypatch.setattr(answers, "START_SECONDS", 1.0 if "sleep" in code else 60.0)
+    for call in (worker.check, lambda: worker.grade("The answer is 18.", "18")):
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "pip install 'sekd[eval]'" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+ENDS = """
+import os
+def parse(text, **kwargs):
+    if "18" in text:
+        {end}
+    print("what a library prints is no reply")
+    return [text]
+def verify(*args, **kwargs):
+    return True
+"""
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit('worse')", "os.kill(os.getpid(), 9)", "raise MemoryError"])
+def test_an_output_that_ends_the_process(monkeypatch, tmp_path, end):
+    """An error ends the evaluation; a signal or a lack of memory comes from the output, which is wrong."""
+    worker = break_grader(monkeypatch, tmp_path, ENDS.format(end=end))
+    if "worse" in end:
+        with pytest.raises(ValueError, match=r"does not work \(it ends with 'worse'\); pip install"):
+            worker.grade("It is 18", "17")
+    else:
+        assert not worker.grade("It is 18", "17")
+    assert worker.grade("It is 17", "17")
+
+
 def test_math_verify_is_not_installed(monkeypatch):
     monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="math-verify: pip install"):
-        answers._Worker().grade("1", "2")
+    for call in (answers._Worker().check, lambda: answers._Worker().grade("1", "2")):
+        with pytest.raises(ValueError, match="math-verify, which is not installed: pip install"):
+            call()
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "svamp", "aime25"])
+def test_the_grader_is_checked_before_a_model_is_loaded(monkeypatch, task):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(answers, "_WORKER", answers._Worker())
+    find = answers.importlib.util.find_spec
+    monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
+    with pytest.raises(ValueError, match="math-verify, which is not installed"):
+        prepare_task(task)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from evaluation_helpers import save_adapter, save_model, write_tasks
+from harness_helpers import run_task
 from helpers import make_model
 
 from sekd.eval import benchmark
 from sekd.eval.backends import BackendOptions, load_lm
 from sekd.eval.benchmark import EvaluationOptions, evaluate_models
-from sekd.eval.harness import TaskOptions, run_task
+from sekd.eval.prepared import TaskOptions
 from sekd.eval.records import EvaluationRefused
 from sekd.eval.result_files import load_results
 

@@ -21,7 +21,7 @@ from sekd.eval.compare import (
 )
 from sekd.eval.records import Item, Score, TaskResult
 from sekd.eval.statistics import compare_scores, fill_bins, mean_of, summarize
-from sekd.eval.tasks import SUITE_MEANS, SUITES, TASKS
+from sekd.eval.tasks import SUITES, TASKS
 
 SETTINGS = {"shots": 0, "version": "1", "data": "abc", "seed": 0, "backend": "hf", "dtype": "float32"}
 FIRST, SECOND = "HuggingFaceTB/SmolLM2-135M-Instruct", "runs/gsm8k_on_policy_sekd/checkpoint-1000"
@@ -52,7 +52,7 @@ def make_result(task, seed, items=40, skipped=0, split=None, **settings):
 
 
 def make_suite(seed, suite="paper", **settings):
-    return {task: make_result(task, seed, split=split, **settings) for task, split in SUITES[suite].items()}
+    return {task: make_result(task, seed, split=split, **settings) for task, split in SUITES[suite].tasks.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def find_row(comparison, task, score):
 
 def test_every_score_is_shown_beside_its_paired_difference(models):
     comparison = compare_models(models)
-    for task in SUITES["paper"]:
+    for task in SUITES["paper"].tasks:
         results = [results[task] for results in models.values()]
         for score in results[0].scores:
             row = find_row(comparison, task, score)
@@ -94,20 +94,20 @@ def test_the_mean_of_a_suite_by_hand(models):
 
 def test_two_suites_in_one_call_take_their_own_splits():
     results = make_suite(0)
-    for task, split in SUITES["validation"].items():
+    for task, split in SUITES["validation"].tasks.items():
         results[f"{task} ({split})"] = make_result(task, 9, split=split)
     comparison = compare_models({FIRST: results}, "paper", "validation")
     for suite, name in (("paper", "{}"), ("validation", "{} ({})")):
         own = [
-            results[name.format(task, SUITES[suite][task])].scores[score].value
-            for task, score in SUITE_MEANS[suite]["accuracy"].items()
+            results[name.format(task, SUITES[suite].tasks[task])].scores[score].value
+            for task, score in SUITES[suite].means["accuracy"].items()
         ]
         assert find_row(comparison, suite, "accuracy").values[0].value == pytest.approx(sum(own) / len(own))
 
 
 def test_what_a_suite_sums_up_is_not_shown_twice(models):
     shown = [(row.task, row.score) for row in compare_models(models, "paper").rows if row.shown]
-    mains = [(task, TASKS[task].main) for task in SUITES["paper"]]
+    mains = [(task, TASKS[task].main) for task in SUITES["paper"].tasks]
     assert shown == [*mains, ("paper", "accuracy"), ("paper", "ece"), ("paper", "perplexity")]
     alone = [(row.task, row.score) for row in compare_models(models).rows if row.shown]
     assert ("arc_easy", "ece") in alone
@@ -138,7 +138,7 @@ def test_another_backend_is_noted_once_for_all_tasks(models):
     other = make_suite(1, backend="vllm")
     comparison = compare_models({FIRST: models[FIRST], SECOND: other})
     assert find_row(comparison, "piqa", "acc").differences[1] is not None
-    notes = {"checkpoint-1000 has backend vllm, SmolLM2-135M-Instruct hf": list(SUITES["paper"])}
+    notes = {"checkpoint-1000 has backend vllm, SmolLM2-135M-Instruct hf": list(SUITES["paper"].tasks)}
     assert comparison.notes == notes
     assert "all tasks: checkpoint-1000 has backend vllm, SmolLM2-135M-Instruct hf" in as_markdown(comparison)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_helpers import write_tasks
+from harness_helpers import run_task
 from helpers import add_lora, make_model, make_trainer, save_pair
 from rollout_helpers import Counting, make_run
 from transformers import TrainerCallback, set_seed
@@ -21,7 +22,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed here")
 
 from lm_eval.models.huggingface import HFLM
 
-from sekd.eval.harness import TaskOptions, run_task
+from sekd.eval.prepared import TaskOptions
+from sekd.eval.tasks import Suite
 
 SUITE = ["arc_easy", "lambada_openai", "gsm8k"]
 
@@ -59,13 +61,12 @@ def test_scores_are_those_of_the_command(tmp_path, tokenizer, pairs, tasks):
 
 
 def test_means_of_suites(tmp_path, tokenizer, pairs, tasks, monkeypatch):
-    suites = {"small": {"arc_easy": "test", "lambada_openai": "test"}, "other": {"arc_easy": "validation"}}
-    means = {
-        "small": {"accuracy": {"arc_easy": "acc", "lambada_openai": "acc"}},
-        "other": {"accuracy": {"arc_easy": "acc"}},
+    both = {"arc_easy": "test", "lambada_openai": "test"}
+    suites = {
+        "small": Suite(both, {"accuracy": dict.fromkeys(both, "acc")}),
+        "other": Suite({"arc_easy": "validation"}, {"accuracy": {"arc_easy": "acc"}}),
     }
     monkeypatch.setattr("sekd.eval.tasks.SUITES", suites)
-    monkeypatch.setattr("sekd.eval.tasks.SUITE_MEANS", means)
     options = tasks | dict(eval_suite=["small", "other"])
     metrics = make_trainer(tmp_path / "run", tokenizer, pairs, **options).evaluate()
     first, second = metrics["eval_arc_easy@test_acc"], metrics["eval_lambada_openai_acc"]

@@ -6,11 +6,12 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from harness_helpers import SHARED, make_text_lm, read_rows, run_lm_eval, write_rows
+from harness_helpers import SHARED, make_text_lm, read_rows, run_lm_eval, run_task, write_rows
 
-from sekd.eval.harness import TaskOptions, prepare_task, run_prepared, run_task
+from sekd.eval.harness import run_prepared
 from sekd.eval.ifeval import SENTENCE_RULES
-from sekd.eval.records import BINS
+from sekd.eval.prepared import TaskOptions, prepare_task
+from sekd.eval.records import BINS, EvaluationRefused
 from sekd.eval.tasks import TASKS
 
 pytest.importorskip("lm_eval")
@@ -41,6 +42,15 @@ def choices(tmp_path):
     write_rows(tmp_path / "arc_easy" / "test.jsonl", CHOICES)
     write_rows(tmp_path / "arc_easy" / "train.jsonl", CHOICES[::-1])
     return TaskOptions(data_dirs=(str(tmp_path),))
+
+
+def index_wikitext(monkeypatch):
+    """lm-eval has no other task: to read them all takes seconds."""
+    import lm_eval.tasks
+
+    folder = lm_eval.tasks.__path__[0] + "/wikitext"
+    manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
+    monkeypatch.setattr("sekd.eval.prepared.index_lm_eval", lambda: manager.task_index)
 
 
 def compare(samples, results, ours, skip=()):
@@ -149,16 +159,9 @@ def test_svamp_and_its_prompt(tmp_path, lm):
 
 def test_a_task_of_lm_eval_that_has_no_record_here(tmp_path, lm, monkeypatch):
     """Rolling log-likelihoods, whose averages are no means of items."""
-    import lm_eval.tasks
-
-    from sekd.eval import prepared
-
     texts = [{"page": f"Words of page {i}. " * (i + 1)} for i in range(5)]
     write_rows(tmp_path / "wikitext" / "test.jsonl", texts)
-    manager = lm_eval.tasks.TaskManager(
-        include_path=lm_eval.tasks.__path__[0] + "/wikitext", include_defaults=False
-    )  # all tasks take seconds to read
-    monkeypatch.setattr(prepared, "index_lm_eval", lambda: manager.task_index)
+    index_wikitext(monkeypatch)
     files = {"test": str(tmp_path / "wikitext" / "test.jsonl")}
     changes = {"training_split": None, "validation_split": None}
     samples, results = run_lm_eval(tmp_path, "wikitext/wikitext.yaml", files, lm, changes)
@@ -215,44 +218,6 @@ def test_a_prepared_task_runs_again(lm, choices):
     prepared = prepare_task("arc_easy", None, choices)
     first, other, again = (run_prepared(m, prepared) for m in (lm, make_text_lm(1), lm))
     assert first.items == again.items != other.items
-
-
-@pytest.mark.parametrize("task", ["arc_easy", "svamp"])
-def test_several_processes_are_as_one(tmp_path, task):
-    """Two processes have the items of one, few-shot examples included, and ask equally many requests."""
-    rows = CHOICES[:7] if task == "arc_easy" else MATH["svamp"][:5]
-    write_rows(tmp_path / task / "test.jsonl", rows)
-    write_rows(tmp_path / task / "train.jsonl", rows[::-1])
-    options = TaskOptions(data_dirs=(str(tmp_path),), max_new_tokens=6, shots=2)
-    alone = run_task(make_text_lm(batch_size=1), task, None, options)
-    shares, asked = [], []
-    for rank in (1, 0):
-        lm = make_text_lm(batch_size=1)
-        lm._rank, lm._world_size = rank, 2
-        asked.append(0)
-
-        def count(number):
-            asked[-1] += number
-
-        def gather(share):
-            shares.extend(share)
-            return list(shares)
-
-        result = run_task(lm, task, None, options, count, gather)
-    assert result.items == alone.items
-    assert result.scores == alone.scores
-    assert asked[0] == asked[1] == (16 if task == "arc_easy" else 3)
-    with pytest.raises(ValueError, match="2 processes need a way to gather"):
-        run_task(lm, task, None, options)
-
-
-def test_a_process_without_rows_asks_as_often_as_the_others(tmp_path):
-    write_rows(tmp_path / "svamp" / "test.jsonl", MATH["svamp"][:1])
-    lm, asked = make_text_lm(), []
-    lm._rank, lm._world_size = 1, 2
-    options = TaskOptions(data_dirs=(str(tmp_path),), max_new_tokens=2)
-    run_task(lm, "svamp", None, options, asked.append, lambda share: share)
-    assert asked == [1]
 
 
 def test_samples_are_reproducible_and_change_no_generator(tmp_path, lm):
@@ -378,20 +343,35 @@ def test_options_out_of_range(options):
 
 def test_outputs_that_do_not_fit_the_context(tmp_path):
     write_rows(tmp_path / "aime25" / "test.jsonl", MATH["aime25"])
-    with pytest.raises(ValueError, match="aime25: outputs of up to 32768 tokens do not fit the model's context of 64"):
+    message = "aime25: outputs of up to 32768 tokens do not fit the model's context of 64"
+    with pytest.raises(EvaluationRefused, match=message):
         run_task(make_text_lm(context=64), "aime25", None, TaskOptions(data_dirs=(str(tmp_path),)))
 
 
-def test_a_tokenizer_without_a_chat_template(choices):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "chat_template is not set"),
+        ("{{ raise_exception('no\nsystem role') }}", "no system role"),
+        ("{% for m in messages %}{{ m.content", "unexpected end of template"),
+    ],
+)
+def test_chat_templates_that_cannot_be_applied(choices, template, message):
     lm = make_text_lm()
-    lm.tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"arc_easy: chat_template: .*chat_template is not set"):
+    lm.tokenizer.chat_template = template
+    with pytest.raises(EvaluationRefused, match=rf"^arc_easy: chat_template: .*{message}"):
         run_task(lm, "arc_easy", None, TaskOptions(data_dirs=choices.data_dirs, chat_template=True))
 
 
-def test_a_model_without_finite_weights_is_no_score(choices):
+@pytest.mark.parametrize("task", ["arc_easy", "lambada_openai", "wikitext"])
+def test_a_model_without_finite_weights_has_no_score(tmp_path, choices, task, monkeypatch):
+    """Of choices, of a target, and of whole texts."""
+    write_rows(tmp_path / "lambada_openai" / "test.jsonl", [{"text": f"one two {i}"} for i in range(3)])
+    write_rows(tmp_path / "wikitext" / "test.jsonl", [{"page": "Words of a page."}])
+    if task == "wikitext":
+        index_wikitext(monkeypatch)
     lm = make_text_lm()
     with torch.no_grad():
         lm.model.lm_head.weight[0].fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"row 0: the model gives no log-likelihood \(nan\)"):
-        run_task(lm, "arc_easy", options=choices)
+    with pytest.raises(EvaluationRefused, match=rf"{task}: the model gives no log-likelihood \(nan\) for row 0"):
+        run_task(lm, task, options=choices)

@@ -1,15 +1,16 @@
 """IFEval: lm-eval's rules, and what happens where nltk's punkt is missing."""
 
+import functools
 import random
 import subprocess
 import sys
 
 import pytest
-from harness_helpers import SHARED, make_text_lm, read_rows, write_rows
+from harness_helpers import SHARED, make_text_lm, read_rows, run_task, write_rows
 
 from sekd.eval import ifeval
-from sekd.eval.harness import TaskOptions, run_task
 from sekd.eval.ifeval import SENTENCE_RULES, has_punkt, load_rules, score_instructions
+from sekd.eval.prepared import TaskOptions
 
 pytest.importorskip("lm_eval.tasks")
 pytest.importorskip("langdetect")
@@ -53,6 +54,10 @@ def test_rows_with_a_sentence_rule_are_skipped_whatever_the_output(without_punkt
         }
 
 
+def test_rows_with_sentence_rules_alone_have_no_score(without_punkt):
+    assert score_instructions(make_row(SENTENCES), ["one two three"])[0] == {}
+
+
 def test_scores_of_a_task_leave_skipped_rows_out(tmp_path, without_punkt):
     """Prompt-level scores are over the other rows, instruction-level ones over all instructions that are known."""
     rows = [make_row(NO_COMMA), make_row(SENTENCES), make_row(WORDS, NO_COMMA), make_row(NO_COMMA, SENTENCES, key=3)]
@@ -67,6 +72,42 @@ def test_scores_of_a_task_leave_skipped_rows_out(tmp_path, without_punkt):
     assert [item.correct for item in result.items] == [1.0, None, 0.0, None]
     assert [item.skipped is None for item in result.items] == [True, False, True, False]
     assert all(item.answer == "" for item in result.items)
+
+
+def test_all_rounds_of_samples_count(tmp_path, without_punkt):
+    """By hand: three outputs of each of two prompts."""
+    write_rows(tmp_path / "ifeval" / "train.jsonl", [make_row(NO_COMMA), make_row(WORDS, NO_COMMA)])
+    rounds = iter([["no comma", "one two three"], ["a, comma", "one, two"], ["a, comma", "one two"]])
+    lm = make_text_lm()
+    lm.generate_until = lambda requests, disable_tqdm=False: next(rounds)
+    result = run_task(lm, "ifeval", None, TaskOptions(data_dirs=(str(tmp_path),), repeats=3))
+    instructions = result.scores["inst_level_strict_acc"]
+    assert instructions.value == pytest.approx((1 + 2 + 0 + 0 + 0 + 1) / 9)
+    assert (instructions.items, instructions.stderr) == (2, None)
+    assert result.scores["prompt_level_strict_acc"].value == pytest.approx((1 / 3 + 1 / 3) / 2)
+
+
+def test_punkt_is_looked_for_once(monkeypatch):
+    """And again after a download."""
+    import nltk
+
+    looked = []
+
+    def find(name):
+        looked.append(name)
+        raise LookupError
+
+    load_rules()
+    has_punkt.cache_clear()
+    monkeypatch.setattr(nltk.data, "find", find)
+    monkeypatch.setattr(nltk, "download", lambda *names, **kwargs: False)
+    for _ in range(3):
+        score_instructions(make_row(NO_COMMA), ["one two three"])
+    assert len(looked) == 1
+    ifeval._download_punkt()
+    assert not has_punkt()
+    assert len(looked) == 2
+    has_punkt.cache_clear()
 
 
 @pytest.mark.skipif(has_punkt(), reason="punkt is installed here")
@@ -111,7 +152,7 @@ def test_punkt_is_downloaded_where_there_is_a_network(monkeypatch):
 
     asked = []
     monkeypatch.setattr(nltk, "download", lambda *names, **kwargs: asked.append((names, kwargs)))
-    monkeypatch.setattr(ifeval, "has_punkt", lambda: False)
+    monkeypatch.setattr(ifeval, "has_punkt", functools.cache(lambda: False))
     load_rules()
     assert asked == []
     monkeypatch.delenv("HF_HUB_OFFLINE")

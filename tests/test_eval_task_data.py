@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from harness_helpers import FILES, SHARED, write_rows
 
-from sekd.eval.harness import TaskOptions, prepare_task
+from sekd.eval.prepared import TaskOptions, prepare_task
 from sekd.eval.task_data import find_file, hash_rows, load_task_rows
 
 ROWS = [{"goal": f"goal {i}", "sol1": "a", "sol2": "b", "label": i % 2} for i in range(10)]
@@ -52,10 +52,10 @@ def test_slices(folder):
 def test_hash_of_rows():
     """It is of the values that count, in any order of columns."""
     row = {"a": 1, "b": {"c": "x", "d": None}, "e": None}
-    assert hash_rows([row]) == hash_rows([{"b": {"c": "x"}, "a": "1", "e": None}])
+    assert hash_rows([row]) == hash_rows([{"b": {"c": "x"}, "a": "1"}])  # None is absent at every level
     assert hash_rows([row], ["a", "b.c"]) == hash_rows([{**row, "extra": 3}], ["a", "b.c"])
-    others = ([{**row, "a": 2}], [row, row], [{**row, "b": {"c": "y"}}], [])
-    assert len({hash_rows(rows) for rows in ([row], *others)}) == 5
+    others = ([{**row, "a": 2}], [row, row], [{**row, "b": {"c": "y"}}], [], [{**row, "a": 1.0}], [{**row, "e": ""}])
+    assert len({hash_rows(rows) for rows in ([row], *others)}) == 7
     assert len(hash_rows([row])) == 12
 
 

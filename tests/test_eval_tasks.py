@@ -6,11 +6,11 @@ import pytest
 
 from sekd.eval import tasks
 from sekd.eval.task_data import KINDS
-from sekd.eval.tasks import SUITE_MEANS, SUITES, TASKS, resolve
+from sekd.eval.tasks import SUITES, TASKS, resolve_tasks
 
 
 def test_suites_and_tasks():
-    assert resolve(["paper"]) == [
+    assert resolve_tasks(["paper"]) == [
         ("hellaswag", "validation"),
         ("piqa", "validation"),
         ("arc_easy", "test"),
@@ -18,29 +18,28 @@ def test_suites_and_tasks():
         ("lambada_openai", "test"),
         ("ifeval", "train"),
     ]
-    assert resolve(["gsm8k@train[:500]", "gsm8k", "svamp"]) == [
+    assert resolve_tasks(["gsm8k@train[:500]", "gsm8k", "svamp"]) == [
         ("gsm8k", "train[:500]"),
         ("gsm8k", "test"),
         ("svamp", "test"),
     ]
-    assert resolve(["paper", "gsm8k"]) == resolve(["paper"])  # no task twice
+    assert resolve_tasks(["paper", "gsm8k"]) == resolve_tasks(["paper"])  # no task twice
 
 
 def test_the_validation_suite_touches_nothing_of_the_paper_suite():
-    ours, theirs = SUITES["validation"], SUITES["paper"]
+    ours, theirs = SUITES["validation"].tasks, SUITES["paper"].tasks
     assert all(split.partition("[")[0] != theirs[task] for task, split in ours.items())
     assert {*ours} < {*theirs}
 
 
 def test_suite_means_name_scores_of_their_tasks():
-    assert SUITE_MEANS.keys() == SUITES.keys()
-    for suite, means in SUITE_MEANS.items():
-        for name, scores in means.items():
-            assert scores.keys() <= SUITES[suite].keys()
+    for suite in SUITES.values():
+        for name, scores in suite.means.items():
+            assert scores.keys() <= suite.tasks.keys()
             if name == "accuracy":
                 assert scores == {task: TASKS[task].main for task in scores}
-    assert len(SUITE_MEANS["paper"]["accuracy"]) == 5
-    assert len(SUITE_MEANS["validation"]["accuracy"]) == 4
+    assert len(SUITES["paper"].means["accuracy"]) == 5
+    assert len(SUITES["validation"].means["accuracy"]) == 4
 
 
 def test_every_column_has_a_known_kind():
@@ -76,24 +75,24 @@ def test_unknown_names_list_the_nearest():
         ("hella_swag", "hellaswag"),
     ):
         with pytest.raises(ValueError, match=rf"unknown suite or task '{name}'; nearest are [^.]*{nearest}"):
-            resolve([name])
+            resolve_tasks([name])
     with pytest.raises(
         ValueError, match=r"unknown suite or task 'qqqqqqqqqq'\. Suites: paper, validation; tasks: arc_easy"
     ):
-        resolve(["qqqqqqqqqq"])
-    assert resolve(["wikitext"]) == [("wikitext", None)]
-    assert resolve(["wikitext@validation"]) == [("wikitext", "validation")]
-    expanded = resolve(["mmlu"])  # a group of groups of tags
+        resolve_tasks(["qqqqqqqqqq"])
+    assert resolve_tasks(["wikitext"]) == [("wikitext", None)]
+    assert resolve_tasks(["wikitext@validation"]) == [("wikitext", "validation")]
+    expanded = resolve_tasks(["mmlu"])  # a group of groups of tags
     assert len(expanded) == 57
     assert ("mmlu_astronomy", None) in expanded
-    assert {name for name, _ in resolve(["ai2_arc"])} == {"arc_easy", "arc_challenge"}  # a tag
+    assert {name for name, _ in resolve_tasks(["ai2_arc"])} == {"arc_easy", "arc_challenge"}  # a tag
 
 
 def test_names_without_a_task():
     with pytest.raises(ValueError, match="no task is named; the suites are paper, validation"):
-        resolve([])
+        resolve_tasks([])
     with pytest.raises(ValueError, match="'paper@test': a suite has the splits of its tasks"):
-        resolve(["paper@test"])
+        resolve_tasks(["paper@test"])
 
 
 def test_lm_eval_is_not_installed(monkeypatch):

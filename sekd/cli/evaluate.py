@@ -112,12 +112,12 @@ def run(options: argparse.Namespace) -> int:
         from sekd.eval.benchmark import evaluate_models
         from sekd.eval.compare import show_table, write_comparison
         from sekd.eval.records import EvaluationRefused
-        from sekd.eval.tasks import SUITES, check_lm_eval, resolve
+        from sekd.eval.tasks import SUITES, check_lm_eval, resolve_tasks
 
         check_lm_eval()
         benchmarks = [name for name in names if name != DISTILLATION]
-        # without any name, the error of resolve() lists what there is
-        tasks = resolve(benchmarks) if benchmarks or not names else []
+        # without any name, the error of resolve_tasks() lists what there is
+        tasks = resolve_tasks(benchmarks) if benchmarks or not names else []
         check_effects(options, bool(tasks), DISTILLATION in names)
         how = read_options(options, measures_distance=DISTILLATION in names)
     try:
@@ -171,7 +171,7 @@ def read_options(options: argparse.Namespace, measures_distance: bool) -> Any:
     """
     from sekd.eval.backends import choose_backend
     from sekd.eval.benchmark import EvaluationOptions
-    from sekd.eval.harness import TaskOptions
+    from sekd.eval.prepared import TaskOptions
 
     given = {name: getattr(options, name) for name in TASK_NAMES if is_given(options, name)}
     return EvaluationOptions(

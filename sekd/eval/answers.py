@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import logging
 import re
 import resource
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 
 SECONDS = 5.0
@@ -18,6 +20,12 @@ MEMORY = 4 * 2**30
 """Bytes of address space that it may use."""
 LENGTH = 2000
 """Characters of an output that are searched, from its end, unless a \\boxed answer or "####" says where it is."""
+
+PROBE = ("\\boxed{\\frac{1}{2}}", "0.5")
+"""An output and its answer that a grader which works finds right; reading it takes all of math-verify's parts."""
+
+BROKEN = "grading mathematical answers with math-verify does not work"
+REMEDY = "pip install 'sekd[eval]'"
 
 _MATH = re.compile(r"\$(?=\S)[^$\n]*?\S\$(?!\d)|\$\$.*?\$\$", re.DOTALL)
 
@@ -30,12 +38,24 @@ def grade_math(output: str, answer: str) -> bool:
     finds: the last expression. What precedes ``</think>`` does not count. An output that takes longer than ``SECONDS``
     is wrong. The work is done in a process of its own, so this works in any thread, and a number too large to compute
     ends nothing but that process.
+
+    Raises:
+        ValueError: math-verify is not installed, or does not work (see ``check_grader``).
     """
     answer = answer.rsplit("####", 1)[-1].strip()
     output = _find_answer(output)
     if not output or not answer:
         return False
     return output == answer or _WORKER.grade(output, answer)
+
+
+def check_grader() -> None:
+    """Start the process that ``grade_math`` asks, unless it runs, and let it grade a right output.
+
+    Raises:
+        ValueError: math-verify is not installed, or does not work. The message has what its process wrote.
+    """
+    _WORKER.check()
 
 
 def _find_answer(output: str) -> str:
@@ -75,52 +95,85 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def grade(self, output: str, answer: str) -> bool:
-        """math-verify's judgement; False where it takes too long or ends the process.
+    def check(self) -> None:
+        """Start the process unless it runs.
 
         Raises:
-            ValueError: math-verify is not installed.
+            ValueError: it does not grade ``PROBE`` as right.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            self._start()
+
+    def grade(self, output: str, answer: str) -> bool:
+        """math-verify's judgement; False where it takes too long, or where a signal ends the process twice.
+
+        If the process ends, it starts again, and is asked again once.
+
+        Raises:
+            ValueError: math-verify is not installed, does not work, or twice ends with an error.
+        """
+        line = json.dumps([output, answer])
+        with self._lock:
+            for is_last in (False, True):
                 self._start()
-            reply = self._ask(json.dumps([output, answer]), SECONDS)
-            if not reply:
-                self._stop()
-            return reply == "true"
+                reply = self._ask(line, SECONDS)
+                if reply:
+                    return reply == "true"
+                code, said = self._stop(is_ending=reply is not None)
+                if reply is None:
+                    return False
+                # A signal ends it where C code recurses too deeply or gets no memory: the output is the cause.
+                if is_last and code >= 0:
+                    raise ValueError(f"{BROKEN} (it ends with {said!r}); {REMEDY}")
+        return False
 
     def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("grading mathematical answers needs math-verify: pip install 'sekd[eval]'")
+            raise ValueError(f"grading mathematical answers needs math-verify, which is not installed: {REMEDY}")
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # a pipe would fill up
         # -P: the folder of this file, which has a module named statistics, is no place to import from.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
         )
-        self._ask(json.dumps(["0", "0"]), START_SECONDS)
+        reply = self._ask(json.dumps(PROBE), START_SECONDS)
+        if reply != "true":
+            _, said = self._stop(is_ending=reply == "")
+            problem = f"no reply in {START_SECONDS:g} seconds" if reply is None else f"it replies {reply!r}, not 'true'"
+            raise ValueError(f"{BROKEN} ({said or problem}); {REMEDY}")
 
-    def _ask(self, line: str, seconds: float) -> str:
-        """The process's reply to a line; empty if it gives none in this time."""
+    def _ask(self, line: str, seconds: float) -> str | None:
+        """The process's reply to a line; empty if the process has ended, None if there is no reply in this time."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
+        self._errors.seek(0)  # for the process too: what it wrote about earlier outputs goes
+        self._errors.truncate()
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             return ""
         ready, _, _ = select.select([process.stdout], [], [], seconds)
-        return process.stdout.readline().strip() if ready else ""
+        return process.stdout.readline().strip() if ready else None
 
-    def _stop(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.communicate()
-        self._process = None
+    def _stop(self, is_ending: bool) -> tuple[int, str]:
+        """End the process. Returns its exit status, and the last line that it wrote to its standard error."""
+        process, self._process = self._process, None
+        assert process is not None
+        if not is_ending:
+            process.kill()
+        process.communicate()
+        self._errors.seek(0)
+        lines = self._errors.read().split("\n")
+        self._errors.close()
+        return process.returncode, next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 _WORKER = _Worker()
@@ -130,8 +183,14 @@ def _serve() -> None:
     """Reply to each line [output, answer] of the standard input with true or false."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; its end ends this process too
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable()
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
     for line in sys.stdin:
-        print(json.dumps(_verify(*json.loads(line))), flush=True)
+        try:
+            is_right = _verify(*json.loads(line))
+        except (MemoryError, RecursionError):  # the output is the cause
+            is_right = False
+        print(json.dumps(is_right), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from sekd.eval.backends import (
 )
 from sekd.eval.distillation import measure_distillation
 from sekd.eval.distillation_data import TEACHER, Distillation, DistillationOptions, prepare_distillation
-from sekd.eval.harness import PreparedTask, TaskOptions, prepare_task, run_prepared
+from sekd.eval.harness import run_prepared
 from sekd.eval.kept_answers import AnswerFile, KeepingLM, is_begun
+from sekd.eval.prepared import PreparedTask, TaskOptions, prepare_task
 from sekd.eval.progress import show_bar
 from sekd.eval.records import EvaluationRefused, TaskResult
 from sekd.eval.result_files import find_done, fingerprint_model, folder_of, own_folder, save_result
@@ -91,7 +92,7 @@ def evaluate_models(
 
     Args:
         models: folders or hub ids, of whole models or adapters.
-        tasks: names and splits, as ``sekd.eval.tasks.resolve`` gives them.
+        tasks: names and splits, as ``sekd.eval.tasks.resolve_tasks`` gives them.
         options: see ``EvaluationOptions``.
 
     Raises:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sekd.eval.records import Score, TaskResult
 from sekd.eval.statistics import LOWER_IS_BETTER, Difference, compare_scores, mean_of
-from sekd.eval.tasks import SUITE_MEANS, SUITES
+from sekd.eval.tasks import SUITES
 from sekd.files import write_atomically
 from sekd.tables import escape_controls, print_table
 
@@ -127,9 +127,9 @@ def compare_models(models: Results, *suites: str) -> Comparison:
     names = list(models)
     comparison = Comparison(names)
     in_means = {
-        (task, SUITES[suite].get(task), score)
+        (task, SUITES[suite].tasks.get(task), score)
         for suite in suites
-        for scores in SUITE_MEANS.get(suite, {}).values()
+        for scores in SUITES[suite].means.values()
         for task, score in scores.items()
     }
     differences: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in names}
@@ -154,7 +154,7 @@ def compare_models(models: Results, *suites: str) -> Comparison:
                 )
             )
     for suite in suites:
-        for score, parts in SUITE_MEANS.get(suite, {}).items():
+        for score, parts in SUITES[suite].means.items():
             _add_mean(comparison, models, differences, suite, score, parts)
     return comparison
 
@@ -206,7 +206,7 @@ def _add_mean(
         paired: list[Difference] = []
         missing = []
         for task, part in parts.items():
-            split = SUITES[suite].get(task)
+            split = SUITES[suite].tasks.get(task)
             own = [n for n, r in results.items() if r.task == task and r.settings.get("split") in (split, None)]
             if not own or part not in results[own[0]].scores:
                 missing.append(task)

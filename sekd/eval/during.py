@@ -27,7 +27,7 @@ from sekd.on_policy.schedule import RolloutSchedule
 from sekd.types import Batch
 
 if TYPE_CHECKING:
-    from sekd.eval.harness import PreparedTask
+    from sekd.eval.prepared import PreparedTask
 
 DISTILLATION = "distillation"
 """The name in ``eval_suite`` of divergences and right answers on fresh rollouts of the held-out prompts."""
@@ -67,8 +67,8 @@ class Evaluation:
         return self.distils or bool(self.tasks)
 
     def _prepare(self, names: list[str]) -> None:
-        from sekd.eval.harness import TaskOptions, prepare_task
-        from sekd.eval.tasks import SUITE_MEANS, SUITES, resolve
+        from sekd.eval.prepared import TaskOptions, prepare_task
+        from sekd.eval.tasks import SUITES, resolve_tasks
 
         args = self.args
         if args.eval_chat_template and self.tokenizer.chat_template is None:
@@ -76,16 +76,16 @@ class Evaluation:
         options = TaskOptions(
             limit=args.eval_limit, data_dirs=tuple(args.eval_data_dir), chat_template=args.eval_chat_template
         )
-        chosen = resolve(names)
+        chosen = resolve_tasks(names)
         several = {task for task, _ in chosen if [name for name, _ in chosen].count(task) > 1}
         named = {(task, split): f"{task}@{split}" if task in several else task for task, split in chosen}
         for (task, split), name in named.items():
             self.tasks[name] = prepare_task(task, split, options)
         for suite in [name for name in names if name in SUITES]:
-            own = {task: named[task, split] for task, split in SUITES[suite].items()}
+            own = {task: named[task, split] for task, split in SUITES[suite].tasks.items()}
             self.suites[suite] = {
                 mean: {own[task]: score for task, score in scores.items()}
-                for mean, scores in SUITE_MEANS[suite].items()
+                for mean, scores in SUITES[suite].means.items()
             }
 
     def count_tokens(self, model: torch.nn.Module) -> int:

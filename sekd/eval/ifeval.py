@@ -1,6 +1,7 @@
 """IFEval (Zhou et al., 2023): does an answer follow its instructions?"""
 
 import contextlib
+import functools
 import io
 import os
 import random
@@ -14,8 +15,9 @@ DOWNLOAD_SECONDS = 10.0
 """Time that a server may take to answer when punkt is downloaded."""
 
 
+@functools.cache
 def has_punkt() -> bool:
-    """Whether nltk finds punkt on this machine."""
+    """Whether nltk finds punkt on this machine. It is looked for once, and again after a download."""
     import nltk
 
     try:
@@ -54,6 +56,7 @@ def _download_punkt() -> None:
         nltk.download("punkt_tab", quiet=True)  # False where it fails
     finally:
         socket.setdefaulttimeout(seconds)
+        has_punkt.cache_clear()
 
 
 @contextlib.contextmanager
@@ -76,7 +79,8 @@ def score_instructions(row: dict[str, Any], outputs: Sequence[str]) -> tuple[dic
     The prompt-level scores are 0 or 1, the instruction-level ones a list with an entry for each instruction. A row is
     skipped if one of its instructions is of ``SENTENCE_RULES`` and punkt is not here: whether the output follows all
     its instructions is unknown. Rows are skipped by their instructions, never by the output, so the others are as fair
-    a sample for one model as for another. The instruction-level lists still have the other instructions.
+    a sample for one model as for another. The instruction-level lists still have the other instructions; without any,
+    they are left out.
     """
     from lm_eval.tasks.ifeval import utils
 
@@ -92,5 +96,5 @@ def score_instructions(row: dict[str, Any], outputs: Sequence[str]) -> tuple[dic
         random.setstate(state)
     if not unknown:
         return {name: value if isinstance(value, list) else float(value) for name, value in scores.items()}, None
-    lists = {name: value for name, value in scores.items() if isinstance(value, list)}
+    lists = {name: value for name, value in scores.items() if isinstance(value, list) and value}
     return lists, f"{', '.join(unknown)} needs nltk's punkt, which is not installed"

@@ -1,4 +1,4 @@
-"""The records of an evaluation: an item, a score, and the result of a task."""
+"""The records of an evaluation: an item, a score, the result of a task, and why there is none."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -143,7 +143,9 @@ class StudentLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The output for each request (a prompt, and lm-eval's options of sampling), without its stop string."""
-        groups: dict[str, list[int]] = defaultdict(list)  # by their options; seeds go by the place in the group
+        groups: dict[str, list[int]] = defaultdict(
+            list
+        )  # all requests of a group share the first one's seed; the place is added
         for i, request in enumerate(requests):
             options = {name: value for name, value in request.args[1].items() if name != "seed"}
             groups[json.dumps(options, sort_keys=True)].append(i)
@@ -207,6 +209,6 @@ class StudentLM(HFLM):
         return {i: answer for part in gather_object([answers]) for i, answer in part.items()}
 
     def _announce(self, kind: str, request: Any, answer: Any) -> None:
-        """Tell lm-eval's hook of a finished request. Each one stands for those of the other processes too."""
+        """Tell lm-eval's hook of a finished request. The bar of this process moves at the pace of all."""
         if request is not None:
             self.cache_hook.add_partial(kind, request, answer)

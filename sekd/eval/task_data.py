@@ -45,7 +45,7 @@ def load_task_rows(
     """The rows of a split, such as ``test`` or ``train[:500]``, of a task.
 
     With ``data_dirs`` they come from there alone, else from the dataset ``hub``: its name and its configuration (by
-    default that of ``TASKS``). Of a task of ``TASKS`` every value is checked.
+    default that of ``TASKS``). Every value of a task in ``TASKS`` is checked.
 
     Raises:
         ValueError: a folder or file is missing or damaged, the hub has no such dataset or cannot be reached, a column
@@ -107,18 +107,19 @@ def _get(row: Any, column: str) -> Any:
 def hash_rows(rows: Iterable[dict[str, Any]], columns: Iterable[str] = ()) -> str:
     """A hash of rows, 12 hexadecimal digits: the same for the same values in any kind of file and on the hub.
 
-    Only ``columns`` count, or all without any. An empty value counts as absent.
+    Only ``columns`` count, or all without any. A column or a key of a record counts as absent where its value is None.
+    Other values count as their text: 3 is "3", but not 3.0, and "" is a value.
     """
     top = {column.partition(".")[0] for column in columns}
     digest = hashlib.sha256()
     for row in rows:
-        kept = {name: _drop_empty(value) for name, value in row.items() if not top or name in top}
+        kept = _drop_none({name: value for name, value in row.items() if not top or name in top})
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:12]
 
 
-def _drop_empty(value: Any) -> Any:
+def _drop_none(value: Any) -> Any:
     """A value without the None that datasets puts where records of one column have different keys; 3 is "3"."""
     if isinstance(value, dict):
-        return {k: _drop_empty(v) for k, v in value.items() if v is not None}
-    return [_drop_empty(v) for v in value] if isinstance(value, list) else str(value)
+        return {k: _drop_none(v) for k, v in value.items() if v is not None}
+    return [_drop_none(v) for v in value] if isinstance(value, list) else str(value)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sekd.eval.answers import grade_math
+from sekd.eval.answers import check_grader, grade_math
 from sekd.eval.ifeval import load_rules, score_instructions
 
 
@@ -25,7 +25,7 @@ class TaskSpec:
         main: the score that averages and comparisons show.
         grade: whether an output is right, given the answer; then the main score is the share of right outputs.
         score: replaces lm-eval's scores of a row's outputs; returns the scores, and why the row is skipped or None.
-        setup: called before lm-eval reads ``config``.
+        setup: called before lm-eval reads ``config``; raises a ValueError if a package is missing or does not work.
     """
 
     config: str | dict[str, Any]
@@ -37,6 +37,19 @@ class TaskSpec:
     grade: Callable[[str, str], bool] | None = None
     score: Callable[[dict[str, Any], Sequence[str]], tuple[dict[str, Any], str | None]] | None = None
     setup: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that are evaluated together.
+
+    Attributes:
+        tasks: the tasks, each with its split; None for the task's own.
+        means: the scores of the suite: each is the mean of these scores of its tasks.
+    """
+
+    tasks: dict[str, str | None]
+    means: dict[str, dict[str, str]]
 
 
 def _score_nothing(row: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
@@ -97,6 +110,7 @@ TASKS: dict[str, TaskSpec] = {
         columns={"question": "text", "answer": "text"},
         main="math_verify",
         grade=grade_math,
+        setup=check_grader,
     ),
     "svamp": TaskSpec(
         config={
@@ -118,6 +132,7 @@ TASKS: dict[str, TaskSpec] = {
         columns={"Body": "text", "Question": "text", "Answer": "text or number"},
         main="math_verify",
         grade=grade_math,
+        setup=check_grader,
     ),
     "aime25": TaskSpec(
         config="aime/aime25.yaml",
@@ -127,6 +142,7 @@ TASKS: dict[str, TaskSpec] = {
         columns={"problem": "text", "answer": "text or number"},
         main="math_verify",
         grade=grade_math,
+        setup=check_grader,
     ),
     "ifeval": TaskSpec(
         config="ifeval/ifeval.yaml",
@@ -140,46 +156,46 @@ TASKS: dict[str, TaskSpec] = {
     ),
 }
 
-SUITES: dict[str, dict[str, str | None]] = {
-    "paper": {
-        "hellaswag": "validation",
-        "piqa": "validation",
-        "arc_easy": "test",
-        "gsm8k": "test",
-        "lambada_openai": "test",
-        "ifeval": "train",
-    },
-    "validation": {
-        "arc_easy": "validation",
-        "gsm8k": "train[7000:]",
-        "hellaswag": "train[:2000]",
-        "piqa": "train[:2000]",
-    },
-}
-"""The tasks of each suite, with their splits. ``validation`` shares no row with ``paper``."""
-
-SUITE_MEANS: dict[str, dict[str, dict[str, str]]] = {
-    "paper": {
-        "accuracy": {
-            "hellaswag": "acc",
-            "piqa": "acc",
-            "arc_easy": "acc",
-            "gsm8k": "math_verify",
-            "lambada_openai": "acc",
+SUITES: dict[str, Suite] = {
+    "paper": Suite(
+        tasks={
+            "hellaswag": "validation",
+            "piqa": "validation",
+            "arc_easy": "test",
+            "gsm8k": "test",
+            "lambada_openai": "test",
+            "ifeval": "train",
         },
-        "ece": {"hellaswag": "ece", "piqa": "ece", "arc_easy": "ece"},
-        "perplexity": {"lambada_openai": "perplexity"},
-        "ifeval": {"ifeval": "prompt_level_strict_acc"},
-    },
-    "validation": {
-        "accuracy": {"arc_easy": "acc", "gsm8k": "math_verify", "hellaswag": "acc", "piqa": "acc"},
-        "ece": {"arc_easy": "ece", "hellaswag": "ece", "piqa": "ece"},
-    },
+        means={
+            "accuracy": {
+                "hellaswag": "acc",
+                "piqa": "acc",
+                "arc_easy": "acc",
+                "gsm8k": "math_verify",
+                "lambada_openai": "acc",
+            },
+            "ece": {"hellaswag": "ece", "piqa": "ece", "arc_easy": "ece"},
+            "perplexity": {"lambada_openai": "perplexity"},
+            "ifeval": {"ifeval": "prompt_level_strict_acc"},
+        },
+    ),
+    "validation": Suite(
+        tasks={
+            "arc_easy": "validation",
+            "gsm8k": "train[7000:]",
+            "hellaswag": "train[:2000]",
+            "piqa": "train[:2000]",
+        },
+        means={
+            "accuracy": {"arc_easy": "acc", "gsm8k": "math_verify", "hellaswag": "acc", "piqa": "acc"},
+            "ece": {"arc_easy": "ece", "hellaswag": "ece", "piqa": "ece"},
+        },
+    ),
 }
-"""The scores of each suite: the mean of these scores of its tasks."""
+"""Suites by name. ``validation`` shares no row with ``paper``."""
 
 
-def resolve(names: Iterable[str]) -> list[tuple[str, str | None]]:
+def resolve_tasks(names: Iterable[str]) -> list[tuple[str, str | None]]:
     """The tasks that the names mean, each with its split, in their order and without repetition.
 
     A name is a suite, a task of ``TASKS``, or a task, group or tag of lm-eval. ``@`` and a split may follow a task:
@@ -194,7 +210,7 @@ def resolve(names: Iterable[str]) -> list[tuple[str, str | None]]:
         if task in SUITES:
             if split:
                 raise ValueError(f"{name!r}: a suite has the splits of its tasks; name a task before @")
-            tasks += SUITES[task].items()
+            tasks += SUITES[task].tasks.items()
         elif task in TASKS:
             tasks.append((task, split or TASKS[task].split))
         else:
