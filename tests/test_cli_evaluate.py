@@ -117,6 +117,28 @@ def test_invalid_input_is_one_line(model, data, capsys, flags, message):
     assert not Path("evaluations").exists() or not list(Path("evaluations").glob("*/*.json"))
 
 
+TEXT, PROMPTS = ["--text", "texts.jsonl"], ["--prompts", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*TEXT, "--shots", "2"], "--shots is for benchmarks: add --tasks"),
+        ([*TEXT, "--model-args", "x=1"], "--model-args is for benchmarks: add --tasks"),
+        ([*TEXT, "--answer-column", "answer"], "--answer-column is for --prompts: add it, or leave this out"),
+        ([*TEXT, "--repeats", "2"], "--repeats is for completions: add --prompts, or leave this out"),
+        ([*TEXT, "--temperature", "0"], "--temperature is for completions: add --prompts"),
+        ([*PROMPTS, "--max-length", "9"], "--max-length is for --text: add it"),
+        ([*PROMPTS, "--text-split", "test"], "--text-split is for --text: add it"),
+    ],
+)
+def test_an_option_without_effect_on_a_distillation_is_refused(model, capsys, flags, message):
+    assert main(["evaluate", model, "--suite", "distillation", "--teacher", model, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sekd: {message}")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("size", ["0", "many", "-1"])
 def test_a_batch_size_that_is_none(model, data, capsys, size):
     with pytest.raises(SystemExit) as ended:
@@ -247,4 +269,4 @@ def test_ctrl_c_before_anything_is_done(model, data, capsys, monkeypatch):
 
     monkeypatch.setattr("sekd.eval.benchmark.load_lm", wait)
     assert main(["evaluate", model, "--tasks", "piqa", "--data-dir", data, *HF]) == 130
-    assert "all answers so far are kept in evaluations/model-" in capsys.readouterr().err
+    assert "all finished answers are kept in evaluations/model-" in capsys.readouterr().err

@@ -167,6 +167,16 @@ def break_lack(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def test_an_adapter_that_lacks_weights_is_refused(adapter):
+    folder, _ = adapter
+    path = os.path.join(folder, "adapter_model.safetensors")
+    weights = load_file(path)
+    weights.pop(next(iter(weights)))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(EvaluationRefused, match="its files lack weights of the adapter: Found missing adapter keys"):
+        load_lm(folder, "hf", FLOAT32)
+
+
 def break_cut(folder):
     os.truncate(folder / "model.safetensors", 1000)
 

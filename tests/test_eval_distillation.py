@@ -3,16 +3,20 @@
 import json
 import math
 import re
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from evaluation_helpers import measure
 from helpers import EOS, VOCAB, add_lora, make_model, make_tokenizer, make_trainer, make_vllm_model, messages, save_pair
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rollouts import Rollout
 from sekd.data.batch import Sample
+from sekd.eval import distillation
 from sekd.eval.distillation import measure_distillation
 from sekd.eval.distillation_data import DistillationOptions, prepare_distillation
 from sekd.eval.divergence import get_answers, make_result, measure_rollouts_of
@@ -345,6 +349,70 @@ def test_models_that_cannot_be_compared_are_refused(folder, tokenizer):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=re.compile("--teacher '.*teacher' cannot be loaded: ")):
         measure("text", student, teacher, **options)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(folder):
+    """As benchmarks do: transformers would draw them at random."""
+    path = folder / "student" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"MODEL '.*student' cannot be loaded: its files lack 1 weights, such as"):
+        measure("text", *names(folder), text=str(folder / "texts.jsonl"), **QUIET)
+
+
+def test_the_seconds_of_generating_are_those_of_rollouts(folder, monkeypatch):
+    """By a clock that moves while a model is loaded and while the student generates."""
+    clock = [0]
+
+    def spend(seconds, function):
+        def spending(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return spending
+
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(distillation, "load_weights", spend(1000, distillation.load_weights))
+    monkeypatch.setattr(distillation, "_generate", spend(100, distillation._generate))
+    files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
+    results = measure_distillation(prepare(names(folder), **files, limit=3, max_new_tokens=3, **QUIET))
+    seconds = {}
+    for result in results:
+        seconds[result.task] = result.seconds
+        clock[0] += 10  # what is done with the result
+    assert seconds == {"text": 0, "rollouts": 100}
+
+
+def test_the_models_are_gone_at_the_end(folder, monkeypatch):
+    loaded, alive = [], []
+    load, free = distillation.load_weights, distillation.free_memory
+
+    def watch(*args):
+        model = load(*args)
+        loaded.append(weakref.ref(next(model.parameters())))
+        return model
+
+    def look():
+        free()
+        alive.append(sum(one() is not None for one in loaded))
+
+    monkeypatch.setattr(distillation, "load_weights", watch)
+    monkeypatch.setattr(distillation, "free_memory", look)
+    options = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"), limit=2, max_new_tokens=2)
+    assert len([*measure_distillation(prepare(names(folder), **options, **QUIET))]) == 2
+    assert alive == [1, 0], "after generating, and at the end"
+
+
+def test_the_grader_is_tried_before_a_model_loads(folder, monkeypatch):
+    def refuse():
+        raise ValueError("no math-verify")
+
+    monkeypatch.setattr("sekd.eval.answers.check_grader", refuse)
+    options = dict(prompts=str(folder / "pairs.jsonl"), **QUIET)
+    prepare(names(folder), **options)
+    with pytest.raises(ValueError, match="no math-verify"):
+        prepare(names(folder), **options, answer_column="completion")
 
 
 @pytest.mark.slow

@@ -278,9 +278,13 @@ def _stopping(model: _Model, results: dict[str, TaskResult], force: bool, keeps_
     try:
         yield
     except KeyboardInterrupt as error:
-        kept = [f"{', '.join(results)} done"] * bool(results) + ["all other finished answers"] * keeps_answers
-        told = f"{' and '.join(kept)} are kept in {model.folder}" if kept else "nothing was finished"
-        told += "" if keeps_answers else ", the present task begins anew"
+        done = ", ".join(results)
+        if keeps_answers:
+            told = f"{done} done, and all other finished answers are" if done else "all finished answers are"
+            told += f" kept in {model.folder}"
+        else:
+            told = f"{done} done and kept in {model.folder}" if done else "no task is done"
+            told += ", and the present task begins anew"
         again = "to go on, run it again without --force" if force else "the same command goes on"
         raise KeyboardInterrupt(f"stopped while evaluating {model.name}: {told}; {again}") from error
 
