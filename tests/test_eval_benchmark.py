@@ -223,15 +223,16 @@ def test_the_bar_counts_all_requests(model, options, capfd):
     assert "48/48" in capfd.readouterr().err
 
 
-def test_a_forced_evaluation_goes_on_without_force(model, options, monkeypatch, capsys):
-    options = replace(options, batch_size=4)
-    whole = evaluate_models([model], TASKS, options)[model]
+def test_a_forced_evaluation_goes_on_without_force(tmp_path, model, options, monkeypatch, capsys):
+    """With the tasks that it had not begun, and the models."""
+    options, other = replace(options, batch_size=4), save_model(tmp_path / "other", seed=1)
+    whole = evaluate_models([model, other], TASKS, options)[model]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 48 + 5)
         with pytest.raises(
             KeyboardInterrupt, match=r"arc_easy done, .* kept in .*; to go on, run it again without --fo"
         ):
-            evaluate_models([model], TASKS, replace(options, force=True))
+            evaluate_models([model, other], TASKS, replace(options, force=True))
     counts, original = {}, benchmark.run_prepared
     monkeypatch.setattr(
         benchmark,
@@ -239,14 +240,15 @@ def test_a_forced_evaluation_goes_on_without_force(model, options, monkeypatch, 
         lambda lm, task: (counts.update({task.name: len(lm.file.answers)}), original(lm, task))[1],
     )
     capsys.readouterr()
-    assert values(evaluate_models([model], TASKS, options)[model]) == {
-        task: pytest.approx(scores) for task, scores in values(whole).items()
-    }
+    resumed = evaluate_models([model], TASKS, options)[model]
+    assert values(resumed) == {task: pytest.approx(scores) for task, scores in values(whole).items()}
     assert "arc_easy done before" in capsys.readouterr().out
     assert counts.keys() == {"lambada_openai", "gsm8k"}, "although both have results of before"
     assert counts["lambada_openai"] >= 5
-    evaluate_models([model], TASKS, options)
-    assert sorted(os.listdir(find_folder(options))) == ["results.json", "samples.parquet"]
+    evaluate_models([other], TASKS, options)
+    assert counts == {"arc_easy": 0, "lambada_openai": 0, "gsm8k": 0}
+    for folder in Path(options.output).iterdir():
+        assert sorted(os.listdir(folder)) == ["results.json", "samples.parquet"]
 
 
 def distil(tmp_path, options):

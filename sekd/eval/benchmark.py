@@ -81,6 +81,16 @@ class _Model:
     distillation: Distillation | None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A task for a model: its name, its settings, and the file of its answers while it is not done."""
+
+    task: str
+    settings: dict[str, Any]
+    path: str
+    header: dict[str, Any]
+
+
 def evaluate_models(
     models: Sequence[str], tasks: Sequence[tuple[str, str | None]], options: EvaluationOptions
 ) -> dict[str, dict[str, TaskResult]]:
@@ -113,6 +123,9 @@ def evaluate_models(
         checked = [_check_model(model, prepared, options) for model in dict.fromkeys(models)]
         for one in checked:
             _make_folder(one.folder, options.output)
+        if options.force:
+            for one in checked:
+                _begin_anew(one, _list_work(one, prepared))
     return {model.name: _evaluate(model, prepared, options) for model in checked}
 
 
@@ -195,7 +208,7 @@ def _evaluate(model: _Model, tasks: dict[str, PreparedTask], options: Evaluation
         with _refusing():
             stack.enter_context(own_folder(model.folder))
         with _stopping(model, results, options.force, keeps_answers=True):
-            _find_results(model, work, options.force, results)
+            _find_results(model, work, results)
             if missing := {name: task for name, task in tasks.items() if name not in results}:
                 with _loaded(model, missing, options) as lm:
                     for name, task in missing.items():
@@ -212,30 +225,27 @@ def _evaluate(model: _Model, tasks: dict[str, PreparedTask], options: Evaluation
     return {name: results[name] for name in work}
 
 
-def _find_results(model: _Model, work: "dict[str, _Work]", force: bool, results: dict[str, TaskResult]) -> None:
-    """Put what is done into the results; nothing if it is done again (``force``)."""
-    for name, one in work.items():
-        if force:
+def _begin_anew(model: _Model, work: dict[str, _Work]) -> None:
+    """Begin the file of answers of each task: a task with one is not done, whatever result there is.
+
+    So if a forced evaluation is stopped, the next call goes on with all that is left, without force.
+    """
+    with own_folder(model.folder):
+        for one in work.values():
             with suppress(FileNotFoundError):
                 os.remove(one.path)
-            # It says that the task is not done, whatever result there is. So the next call, without force, goes on.
             AnswerFile(one.path, one.header).close()
-        elif not is_begun(one.path, one.header):
+
+
+def _find_results(model: _Model, work: dict[str, _Work], results: dict[str, TaskResult]) -> None:
+    """Put what is done into the results."""
+    for name, one in work.items():
+        if not is_begun(one.path, one.header):
             done = find_done(model.folder, model.fingerprint, one.task, one.settings)
             if done is not None:
                 results[name] = done
     if results:
         print(f"{model.name}: {', '.join(results)} done before")
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A task for a model: its name, its settings, and the file of its answers while it is not done."""
-
-    task: str
-    settings: dict[str, Any]
-    path: str
-    header: dict[str, Any]
 
 
 def _list_work(model: _Model, tasks: dict[str, PreparedTask]) -> dict[str, _Work]:
