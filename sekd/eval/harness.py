@@ -135,7 +135,7 @@ def _ask(
     finally:
         lm.set_cache_hook(hook)
     for instance, response in zip(asked, responses, strict=True):
-        if not prepared.generated and math.isnan(response[0] if isinstance(response, tuple) else response):
+        if not prepared.generated and math.isnan(response[0] if isinstance(response, tuple | list) else response):
             raise EvaluationRefused(
                 f"{prepared.name}: the model gives no log-likelihood (nan) for row {instance.doc_id}; are its weights "
                 "finite?"
@@ -250,7 +250,10 @@ def _merge_rounds(prepared: PreparedTask, rounds: Sequence[_Scored]) -> _Scored:
     if (k := len(rounds)) > 1 and correct is not None:
         metrics |= count_passes(sum(one.item.metrics[main] >= 1 for one in rounds), k)
     outputs = tuple(output for one in rounds for output in one.item.outputs)
-    others = {name: [value for one in rounds for value in one.others[name]] for name in rounds[0].others}
+    others = defaultdict[str, list[Any]](list)
+    for one in rounds:
+        for name, values in one.others.items():
+            others[name] += values
     return _Scored(replace(item, metrics=metrics, outputs=outputs, correct=correct), others)
 
 
