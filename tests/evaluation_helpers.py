@@ -6,6 +6,10 @@ from pathlib import Path
 
 from helpers import add_lora, make_model, make_tokenizer, make_vllm_model, words
 
+from sekd.eval.distillation import measure_distillation
+from sekd.eval.distillation_data import DistillationOptions, prepare_distillation
+from sekd.eval.records import TaskResult
+
 
 def save_model(folder: Path, seed: int = 0, kind: str = "untied", with_tokenizer: bool = True) -> str:
     """A tiny model in a folder; kind "vllm" for one that vLLM can run."""
@@ -59,3 +63,10 @@ def write_tasks(folder: Path, count: int = 12) -> str:
         lines = [json.dumps(row) + "\n" for row in make_rows(task, count, seed=len(task + split))]
         (folder / task / f"{split}.jsonl").write_text("".join(lines))
     return str(folder)
+
+
+def measure(task: str, student: str, teacher: str, **options) -> TaskResult:
+    """One task of the suite distillation, ``text`` or ``rollouts``, of two models by name."""
+    prepared = prepare_distillation(student, DistillationOptions(teacher, **options))
+    (result,) = measure_distillation(prepared, [task])
+    return result

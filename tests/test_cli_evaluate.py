@@ -91,7 +91,16 @@ def test_the_distance_from_a_teacher(tmp_path, model, data, capsys):
         (["--tasks", "piqa", "--repeats", "2"], "piqa: repeats 2 is for generated outputs"),
         (["--tasks", "gsm8k", "--repeats", "2", "--temperature", "0"], "repeats 2 at temperature 0"),
         (["--tasks", "piqa", "--teacher", "x"], "--teacher is for the suite distillation: add --suite distillation"),
-        (["--suite", "distillation", "--teacher", "x"], "the suite distillation needs --text FILE, --prompts FILE, or"),
+        (["--tasks", "piqa", "--prompt-template", "x {prompt}"], "--prompt-template is for the suite distillation"),
+        (["--tasks", "piqa", "--max-length", "9"], "--max-length is for the suite distillation"),
+        (["--suite", "distillation", "--teacher", "x"], "--data-dir is for benchmarks: add --tasks or another suite"),
+        (
+            ["--suite", "distillation", "--tasks", "piqa", "--teacher", "x"],
+            "the suite distillation needs --text FILE, --prompts FILE, or",
+        ),
+        (["--tasks", "piqa", "--model-args", "dtype=float32"], "--model-args dtype: use --dtype"),
+        (["--tasks", "piqa", "--model-args", "tokenizer=x"], "--model-args tokenizer: sekd sets it itself"),
+        (["--tasks", "piqa", "--model-args", "foo=1"], "unexpected keyword argument 'foo'; is an argument of --model"),
         (["--tasks", "piqa", "--model-args", "x"], "--model-args 'x' is not KEY=VALUE"),
         (
             ["--tasks", "gsm8k", "--max-new-tokens", "90000"],
@@ -106,6 +115,28 @@ def test_invalid_input_is_one_line(model, data, capsys, flags, message):
     assert error.startswith("sekd: ")
     assert error.count("\n") == 1
     assert not Path("evaluations").exists() or not list(Path("evaluations").glob("*/*.json"))
+
+
+TEXT, PROMPTS = ["--text", "texts.jsonl"], ["--prompts", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*TEXT, "--shots", "2"], "--shots is for benchmarks: add --tasks"),
+        ([*TEXT, "--model-args", "x=1"], "--model-args is for benchmarks: add --tasks"),
+        ([*TEXT, "--answer-column", "answer"], "--answer-column is for --prompts: add it, or leave this out"),
+        ([*TEXT, "--repeats", "2"], "--repeats is for completions: add --prompts, or leave this out"),
+        ([*TEXT, "--temperature", "0"], "--temperature is for completions: add --prompts"),
+        ([*PROMPTS, "--max-length", "9"], "--max-length is for --text: add it"),
+        ([*PROMPTS, "--text-split", "test"], "--text-split is for --text: add it"),
+    ],
+)
+def test_an_option_without_effect_on_a_distillation_is_refused(model, capsys, flags, message):
+    assert main(["evaluate", model, "--suite", "distillation", "--teacher", model, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sekd: {message}")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("size", ["0", "many", "-1"])
@@ -137,7 +168,7 @@ def test_without_lm_eval_the_package_is_named(model, data, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     assert main(["evaluate", model, "--tasks", "piqa", "--data-dir", data]) == 2
-    assert "sekd evaluate needs lm-eval: pip install 'sekd[eval]'" in capsys.readouterr().err
+    assert "evaluation needs lm-eval, which is not installed: pip install 'sekd[eval]'" in capsys.readouterr().err
 
 
 def test_arguments_of_a_backend_are_yaml():
@@ -238,4 +269,4 @@ def test_ctrl_c_before_anything_is_done(model, data, capsys, monkeypatch):
 
     monkeypatch.setattr("sekd.eval.benchmark.load_lm", wait)
     assert main(["evaluate", model, "--tasks", "piqa", "--data-dir", data, *HF]) == 130
-    assert "all answers so far are kept in evaluations/model-" in capsys.readouterr().err
+    assert "all finished answers are kept in evaluations/model-" in capsys.readouterr().err

@@ -45,6 +45,13 @@ CASES = [  # output, answer, right
     ("London", "Paris", False),
     ("four", "#### 4", False),
     ("3.001", "#### 3", False),
+    ("答案是18元", "#### 18", True),  # numbers that touch letters, quotes or brackets
+    ("答えは17です。", "#### 18", False),
+    ("１８", "#### 18", True),
+    ('The answer is "18"', "#### 18", True),
+    ("`18`", "#### 18", True),
+    ("(18)", "#### 18", True),
+    ("<b>1,800</b>", "#### 1,800", True),
     ("", "#### 18", False),
     ("18", "", False),
     ("#### ", "#### 18", False),

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM
 from sekd.eval.backends import (
     BACKENDS,
     BackendOptions,
-    EvaluationRefused,
     choose_backend,
     close_lm,
+    count_longest,
     is_out_of_memory,
-    limit_context,
     load_lm,
     load_model_tokenizer,
-    measure_context,
+    read_context_length,
     shrink_batches,
 )
+from sekd.eval.records import EvaluationRefused
 
 PAIRS = [("w1 w2 w3", " w4 w5"), ("w9", " w7"), ("w1 w2 w3", " w6"), ("w11 w12 w13 w14 w15", " w16 w17 w18")]
 FLOAT32 = BackendOptions(dtype="float32", context=64)
@@ -146,10 +146,10 @@ def test_the_first_backend_that_is_installed_is_the_default(monkeypatch):
 
 def test_the_context_is_that_of_the_longest_prompt_with_its_output(tmp_path):
     tokenizer = make_tokenizer()
-    assert measure_context(["w1 w2", "w1 w2 w3 w4", "w1"], 5, tokenizer) == 9
-    assert measure_context(["w1 w2"], 0, tokenizer) == 3, "vLLM generates one token"
+    assert count_longest(["w1 w2", "w1 w2 w3 w4", "w1"], 5, tokenizer) == 9
+    assert count_longest(["w1 w2"], 0, tokenizer) == 3, "vLLM generates one token"
     folder = save_model(tmp_path)
-    assert limit_context(folder, tokenizer) == make_model("untied").config.max_position_embeddings
+    assert read_context_length(folder, tokenizer) == make_model("untied").config.max_position_embeddings
 
 
 def test_an_adapter_has_the_tokenizer_of_its_base_unless_it_has_its_own(adapter):
@@ -165,6 +165,16 @@ def break_lack(folder):
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_an_adapter_that_lacks_weights_is_refused(adapter):
+    folder, _ = adapter
+    path = os.path.join(folder, "adapter_model.safetensors")
+    weights = load_file(path)
+    weights.pop(next(iter(weights)))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(EvaluationRefused, match="its files lack weights of the adapter: Found missing adapter keys"):
+        load_lm(folder, "hf", FLOAT32)
 
 
 def break_cut(folder):
@@ -220,6 +230,12 @@ def test_batches_shrink_until_they_fit_or_the_model_is_refused(tmp_path):
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (ValueError("To serve at least one request, 9 GiB KV cache is needed, which is larger than"), True),
         (ValueError("Free memory on device (1/80 GiB) on startup is less than desired"), True),
+        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"), True),
+        (
+            ValueError("Available memory on node 0 (1/80 GiB) on kv cache allocation is less than requested memory"),
+            True,
+        ),
+        (ValueError("FP8 KV cache is not yet supported on CPU"), False),
         (RuntimeError("size mismatch"), False),
         (OSError(2, "No such file"), False),
     ],

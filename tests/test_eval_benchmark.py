@@ -12,9 +12,10 @@ from harness_helpers import run_task
 from helpers import make_model
 
 from sekd.eval import benchmark
-from sekd.eval.backends import BackendOptions, EvaluationRefused, load_lm
+from sekd.eval.backends import BackendOptions, load_lm
 from sekd.eval.benchmark import EvaluationOptions, evaluate_models
 from sekd.eval.prepared import TaskOptions
+from sekd.eval.records import EvaluationRefused
 from sekd.eval.result_files import load_results
 
 TASKS = [("arc_easy", "test"), ("lambada_openai", "test"), ("gsm8k", "test")]
@@ -113,7 +114,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_answers_so_far(model, options, monkey
     with monkeypatch.context() as patch:
         interrupt_after(patch, 48 + 5)  # ARC-Easy has 12 x 4 choices
         with pytest.raises(
-            KeyboardInterrupt, match=r"arc_easy done, and all other answers so far are kept in .*the same"
+            KeyboardInterrupt, match=r"arc_easy done, and all other finished answers are kept in .*the same"
         ):
             evaluate_models([model], TASKS, options)
     folder = find_folder(options)
@@ -126,8 +127,16 @@ def test_ctrl_c_keeps_what_is_done_and_the_answers_so_far(model, options, monkey
     monkeypatch.setattr(
         benchmark, "run_prepared", lambda lm, task: (counts.append(len(lm.file.answers)), original(lm, task))[1]
     )
+    bars = []
+    show = benchmark.show_bar
+    monkeypatch.setattr(
+        benchmark,
+        "show_bar",
+        lambda name, total, initial: (bars.append(initial), show(name, total, initial=initial))[1],
+    )
     resumed = evaluate_models([model], TASKS, options)[model]
     assert counts == [kept, 0], "LAMBADA goes on, GSM8K starts"
+    assert bars == counts, "the remaining time is that of the rest"
     assert values(resumed) == {task: pytest.approx(scores) for task, scores in values(whole).items()}
     assert [i.outputs for i in resumed["gsm8k"].items] == [i.outputs for i in whole["gsm8k"].items]
 
@@ -186,8 +195,8 @@ def test_the_distance_from_a_teacher_is_saved_beside_the_tasks(tmp_path, model, 
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"w{i} w{i + 1} w3 w4"}) + "\n" for i in range(6)))
     teacher = save_model(tmp_path / "teacher", seed=1)
-    distillation = DistillationOptions(text=str(texts), engine="hf", dtype="float32")
-    options = replace(options, teacher=teacher, distillation=distillation)
+    distillation = DistillationOptions(teacher, text=str(texts), engine="hf", dtype="float32")
+    options = replace(options, distillation=distillation)
     results = evaluate_models([model], TASKS[:1], options)[model]
     assert [*results] == ["arc_easy", "text"]
     assert results["text"].scores["forward_kl"].value > 0
@@ -212,3 +221,96 @@ def test_vllm_and_hf_agree_on_the_items(tmp_path, options):
 def test_the_bar_counts_all_requests(model, options, capfd):
     evaluate_models([model], TASKS[:1], options)
     assert "48/48" in capfd.readouterr().err
+
+
+def test_a_forced_evaluation_goes_on_without_force(tmp_path, model, options, monkeypatch, capsys):
+    """With the tasks that it had not begun, and the models."""
+    options, other = replace(options, batch_size=4), save_model(tmp_path / "other", seed=1)
+    whole = evaluate_models([model, other], TASKS, options)[model]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 48 + 5)
+        with pytest.raises(
+            KeyboardInterrupt, match=r"arc_easy done, .* kept in .*; to go on, run it again without --fo"
+        ):
+            evaluate_models([model, other], TASKS, replace(options, force=True))
+    counts, original = {}, benchmark.run_prepared
+    monkeypatch.setattr(
+        benchmark,
+        "run_prepared",
+        lambda lm, task: (counts.update({task.name: len(lm.file.answers)}), original(lm, task))[1],
+    )
+    capsys.readouterr()
+    resumed = evaluate_models([model], TASKS, options)[model]
+    assert values(resumed) == {task: pytest.approx(scores) for task, scores in values(whole).items()}
+    assert "arc_easy done before" in capsys.readouterr().out
+    assert counts.keys() == {"lambada_openai", "gsm8k"}, "although both have results of before"
+    assert counts["lambada_openai"] >= 5
+    evaluate_models([other], TASKS, options)
+    assert counts == {"arc_easy": 0, "lambada_openai": 0, "gsm8k": 0}
+    for folder in Path(options.output).iterdir():
+        assert sorted(os.listdir(folder)) == ["results.json", "samples.parquet"]
+
+
+def distil(tmp_path, options):
+    from sekd.eval.distillation_data import DistillationOptions
+
+    for name, column in (("texts", "text"), ("prompts", "prompt")):
+        rows = [json.dumps({column: f"w{i} w{i + 1} w3 w4"}) + "\n" for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    files = dict(text=str(tmp_path / "texts.jsonl"), prompts=str(tmp_path / "prompts.jsonl"))
+    teacher = save_model(tmp_path / "teacher", seed=1)
+    own = DistillationOptions(teacher, **files, engine="hf", dtype="float32", max_new_tokens=3)
+    return replace(options, distillation=own)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_ctrl_c_in_a_distillation_keeps_whole_tasks(tmp_path, model, options, monkeypatch, force):
+    options = distil(tmp_path, options)
+    if force:
+        evaluate_models([model], [], options)
+    original, measured = benchmark.measure_distillation, []
+
+    def stop_after_the_first(prepared, tasks):
+        yield next(iter(original(prepared, tasks)))
+        raise KeyboardInterrupt
+
+    again = "to go on, run it again without --force" if force else "the same command goes on"
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "measure_distillation", stop_after_the_first)
+        with pytest.raises(KeyboardInterrupt, match=rf": text done and kept in .*, and the present .* anew; {again}$"):
+            evaluate_models([model], [], replace(options, force=force))
+        patch.setattr(benchmark, "measure_distillation", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        other = replace(options, output=str(tmp_path / "other"))
+        with pytest.raises(KeyboardInterrupt, match="no task is done, and the present task begins anew"):
+            evaluate_models([model], [], other)
+    monkeypatch.setattr(
+        benchmark, "measure_distillation", lambda one, tasks: (measured.extend(tasks), original(one, tasks))[1]
+    )
+    assert [*evaluate_models([model], [], options)[model]] == ["text", "rollouts"]
+    assert measured == ["rollouts"]
+
+
+def test_an_error_of_the_evaluation_itself_names_the_model(model, options, monkeypatch):
+    def fail(lm, task):
+        raise ValueError("row 3:\nno log-likelihood")
+
+    monkeypatch.setattr(benchmark, "run_prepared", fail)
+    with pytest.raises(EvaluationRefused, match=f"^MODEL {model!r}: row 3: no log-likelihood$"):
+        evaluate_models([model], TASKS[:1], options)
+
+
+def test_no_folder_is_made_before_all_models_are_checked(tmp_path, model, options):
+    bare = save_model(tmp_path / "bare", with_tokenizer=False)
+    with pytest.raises(EvaluationRefused, match="has no tokenizer"):
+        evaluate_models([model, bare], TASKS[:1], options)
+    assert not Path(options.output).exists()
+
+
+def test_old_answers_of_a_task_are_deleted_with_its_result(model, options):
+    evaluate_models([model], TASKS[:1], options)
+    folder = find_folder(options)
+    old, other = folder / "answers-gsm8k-0123abcd.jsonl", folder / "answers-gsm8k_cot-0123abcd.jsonl"
+    for path in (old, other):
+        path.touch()
+    evaluate_models([model], [("gsm8k", "test")], options)
+    assert (old.exists(), other.exists()) == (False, True)

@@ -3,22 +3,27 @@
 import json
 import math
 import re
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from evaluation_helpers import measure
 from helpers import EOS, VOCAB, add_lora, make_model, make_tokenizer, make_trainer, make_vllm_model, messages, save_pair
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rollouts import Rollout
 from sekd.data.batch import Sample
-from sekd.eval.distillation import measure_distillation, measure_rollouts, measure_text
+from sekd.eval import distillation
+from sekd.eval.distillation import measure_distillation
 from sekd.eval.distillation_data import DistillationOptions, prepare_distillation
 from sekd.eval.divergence import get_answers, make_result, measure_rollouts_of
 from sekd.eval.held_out import Pair
 from sekd.teachers import LiveTeacher
 
-QUIET = dict(engine="hf", dtype="float32", show_progress=False)
+QUIET = dict(engine="hf", dtype="float32")
 
 
 @pytest.fixture
@@ -31,6 +36,10 @@ def folder(tmp_path, tokenizer, pairs, texts):
 
 def names(folder):
     return str(folder / "student"), str(folder / "teacher")
+
+
+def prepare(models, **options):
+    return prepare_distillation(models[0], DistillationOptions(models[1], **options))
 
 
 def dense(model, ids, vocab=None):
@@ -59,7 +68,7 @@ def mean(numbers):
 
 
 def test_a_text_gives_the_dense_numbers_of_each_document_and_of_all(folder, tokenizer, texts):
-    result = measure_text(*names(folder), DistillationOptions(text=str(folder / "texts.jsonl"), limit=9, **QUIET))
+    result = measure("text", *names(folder), text=str(folder / "texts.jsonl"), limit=9, **QUIET)
     student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in names(folder))
     positions = []
     for item, text in zip(result.items, texts["text"][:9], strict=True):
@@ -83,8 +92,8 @@ def test_a_text_gives_the_dense_numbers_of_each_document_and_of_all(folder, toke
 
 @pytest.mark.parametrize("file", ["texts.jsonl", "pairs.jsonl"])
 def test_the_numbers_are_those_of_the_trainer_on_the_same_rows(folder, tokenizer, pairs, file):
-    options = DistillationOptions(text=str(folder / file), limit=20, max_length=24, batch_size=3, **QUIET)
-    scores = measure_text(*names(folder), options).scores
+    options = dict(text=str(folder / file), limit=20, max_length=24, batch_size=3, **QUIET)
+    scores = measure("text", *names(folder), **options).scores
     rows = Dataset.from_json(str(folder / file)).select(range(20))
     student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in names(folder))
     options = dict(packing=False, max_length=24, max_prompt_length=23)
@@ -98,7 +107,7 @@ def test_the_numbers_are_those_of_the_trainer_on_the_same_rows(folder, tokenizer
 def test_prompts_of_a_chat_are_not_measured(folder, tokenizer):
     rows = [messages(("user", "w1 w2"), ("assistant", "w3 w4")), messages(("user", "w5"), ("assistant", "w6"))]
     Dataset.from_list(rows).to_json(folder / "chats.jsonl")
-    result = measure_text(*names(folder), DistillationOptions(text=str(folder / "chats.jsonl"), **QUIET))
+    result = measure("text", *names(folder), text=str(folder / "chats.jsonl"), **QUIET)
     assert [item.weight for item in result.items] == [3, 2]
     assert result.items[0].answer == "w3 w4 <eos>"
 
@@ -179,7 +188,7 @@ def test_the_student_samples_from_its_own_distribution(folder):
     options = dict(
         prompts=str(folder / "pairs.jsonl"), max_new_tokens=6, repeats=8, answer_column="completion", **QUIET
     )
-    result = measure_rollouts(*names(folder), DistillationOptions(**options))
+    result = measure("rollouts", *names(folder), **options)
     differences = [i.metrics["sampled_reverse_kl"] - i.metrics["reverse_kl"] for i in result.items]
     weights = [item.weight for item in result.items]
     average = sum(w * d for w, d in zip(weights, differences, strict=True)) / sum(weights)
@@ -187,9 +196,9 @@ def test_the_student_samples_from_its_own_distribution(folder):
     assert len(result.items) == 64
     assert 0 < error < 0.1 * result.scores["reverse_kl"].value
     assert abs(average) < 4 * error
-    again = measure_rollouts(*names(folder), DistillationOptions(**options))
+    again = measure("rollouts", *names(folder), **options)
     assert again.items == result.items, "the same seed draws the same tokens"
-    other = measure_rollouts(*names(folder), DistillationOptions(**options, seed=1))
+    other = measure("rollouts", *names(folder), **options, seed=1)
     assert other.items[0].outputs != result.items[0].outputs
     assert len({*result.items[0].outputs}) > 1
 
@@ -203,16 +212,15 @@ def test_an_adapter_is_measured_with_its_base(folder, tokenizer):
     adapted.merge_and_unload().save_pretrained(folder / "merged")
     tokenizer.save_pretrained(folder / "merged")
     files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
-    options = DistillationOptions(**files, limit=6, max_new_tokens=4, temperature=0, **QUIET)
-    prepared = [prepare_distillation(str(folder / name), names(folder)[1], options) for name in ("adapter", "merged")]
+    options = dict(**files, limit=6, max_new_tokens=4, temperature=0, **QUIET)
     of_adapter, of_merged, of_base = (
-        [result.scores for result in measure_distillation(p)]
-        for p in (*prepared, prepare_distillation(*names(folder), options))
+        [result.scores for result in measure_distillation(prepare((str(folder / name), names(folder)[1]), **options))]
+        for name in ("adapter", "merged", "student")
     )
     for own, merged, other in zip(of_adapter, of_merged, of_base, strict=True):
         assert own["reverse_kl"].value == pytest.approx(merged["reverse_kl"].value, rel=1e-4)
         assert abs(own["reverse_kl"].value - other["reverse_kl"].value) > 0.01
-    as_teacher = measure_text(str(folder / "merged"), str(folder / "adapter"), options)
+    as_teacher = measure("text", str(folder / "merged"), str(folder / "adapter"), **options)
     assert as_teacher.scores["forward_kl"].value == pytest.approx(0, abs=1e-5)
 
 
@@ -220,8 +228,7 @@ def test_only_the_classes_of_both_models_count(folder):
     """The student is padded to 512 classes: its distribution is that over the teacher's 128, and it draws no other."""
     make_vllm_model(3, vocab=512).save_pretrained(folder / "student")
     files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
-    options = DistillationOptions(**files, limit=8, max_new_tokens=6, **QUIET)
-    prepared = prepare_distillation(*names(folder), options)
+    prepared = prepare(names(folder), **files, limit=8, max_new_tokens=6, **QUIET)
     of_text, of_rollouts = measure_distillation(prepared)
     student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in names(folder))
     expected = []
@@ -236,8 +243,8 @@ def test_only_the_classes_of_both_models_count(folder):
 def test_settings_tell_what_the_numbers_depend_on(folder):
     files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
     base = dict(**files, limit=4, **QUIET)
-    first = prepare_distillation(*names(folder), DistillationOptions(**base)).settings
-    assert prepare_distillation(*names(folder), DistillationOptions(**base, batch_size=1)).settings == first
+    first = prepare(names(folder), **base).settings
+    assert prepare(names(folder), **base, batch_size=1).settings == first
     json.dumps(first)
     changes = [
         {"temperature": 0.5},
@@ -248,16 +255,16 @@ def test_settings_tell_what_the_numbers_depend_on(folder):
         {"prompt_template": "w1 {prompt}"},
     ]
     for change in changes:
-        changed = prepare_distillation(*names(folder), DistillationOptions(**base | change)).settings
+        changed = prepare(names(folder), **base | change).settings
         assert changed["rollouts"] != first["rollouts"], change
     make_model("untied", 5).save_pretrained(folder / "teacher")
-    retrained = prepare_distillation(*names(folder), DistillationOptions(**base)).settings
+    retrained = prepare(names(folder), **base).settings
     assert retrained["text"] != first["text"], "another teacher in the same folder"
 
 
 def test_only_the_chosen_tasks_run(folder):
     files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
-    prepared = prepare_distillation(*names(folder), DistillationOptions(**files, limit=3, max_new_tokens=3, **QUIET))
+    prepared = prepare(names(folder), **files, limit=3, max_new_tokens=3, **QUIET)
     assert [result.task for result in measure_distillation(prepared)] == ["text", "rollouts"]
     assert [result.task for result in measure_distillation(prepared, ["text"])] == ["text"]
     assert [*measure_distillation(prepared, [])] == []
@@ -304,7 +311,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=[*WRONG])
 def test_wrong_input_is_one_error_before_a_model_loads(folder, monkeypatch, options, message):
-    monkeypatch.setattr("sekd.eval.distillation.load_student", None)
+    monkeypatch.setattr("sekd.eval.distillation.load_weights", None)
     (folder / "empty.jsonl").touch()
     Dataset.from_list([{"prompt": "w1", "answer": "w2"}, {"prompt": "w3", "answer": None}]).to_json(
         folder / "holes.jsonl"
@@ -319,29 +326,93 @@ def test_wrong_input_is_one_error_before_a_model_loads(folder, monkeypatch, opti
             (folder / name / "chat_template.jinja").unlink()
     options = {k: v.replace("{folder}", str(folder)) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(ValueError, match=message) as caught:
-        measure_rollouts(*names(folder), DistillationOptions(**QUIET | options))
+        measure("rollouts", *names(folder), **QUIET | options)
     assert "\n" not in str(caught.value)
 
 
 def test_models_that_cannot_be_compared_are_refused(folder, tokenizer):
-    options = DistillationOptions(text=str(folder / "texts.jsonl"), **QUIET)
+    options = dict(text=str(folder / "texts.jsonl"), **QUIET)
     student, teacher = names(folder)
     with pytest.raises(ValueError, match=r"--teacher '.*gone'.*no such folder"):
-        prepare_distillation(student, str(folder / "gone"), options)
+        prepare((student, str(folder / "gone")), **options)
     other = make_tokenizer()
     other.add_tokens(["w1000"])
     other.save_pretrained(teacher)
     with pytest.raises(ValueError, match="different tokenizers: 1 tokens differ, for example 'w1000'"):
-        prepare_distillation(student, teacher, options)
+        prepare((student, teacher), **options)
     for path in (folder / "teacher").glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ValueError, match=r"--teacher '.*teacher': the folder has no tokenizer"):
-        prepare_distillation(student, teacher, options)
+        prepare((student, teacher), **options)
     tokenizer.save_pretrained(teacher)
     weights = folder / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=re.compile("--teacher '.*teacher' cannot be loaded: ")):
-        measure_text(student, teacher, options)
+        measure("text", student, teacher, **options)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(folder):
+    """As benchmarks do: transformers would draw them at random."""
+    path = folder / "student" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"MODEL '.*student' cannot be loaded: its files lack 1 weights, such as"):
+        measure("text", *names(folder), text=str(folder / "texts.jsonl"), **QUIET)
+
+
+def test_the_seconds_of_generating_are_those_of_rollouts(folder, monkeypatch):
+    """By a clock that moves while a model is loaded and while the student generates."""
+    clock = [0]
+
+    def spend(seconds, function):
+        def spending(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return spending
+
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(distillation, "load_weights", spend(1000, distillation.load_weights))
+    monkeypatch.setattr(distillation, "_generate", spend(100, distillation._generate))
+    files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
+    results = measure_distillation(prepare(names(folder), **files, limit=3, max_new_tokens=3, **QUIET))
+    seconds = {}
+    for result in results:
+        seconds[result.task] = result.seconds
+        clock[0] += 10  # what is done with the result
+    assert seconds == {"text": 0, "rollouts": 100}
+
+
+def test_the_models_are_gone_at_the_end(folder, monkeypatch):
+    loaded, alive = [], []
+    load, free = distillation.load_weights, distillation.free_memory
+
+    def watch(*args):
+        model = load(*args)
+        loaded.append(weakref.ref(next(model.parameters())))
+        return model
+
+    def look():
+        free()
+        alive.append(sum(one() is not None for one in loaded))
+
+    monkeypatch.setattr(distillation, "load_weights", watch)
+    monkeypatch.setattr(distillation, "free_memory", look)
+    options = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"), limit=2, max_new_tokens=2)
+    assert len([*measure_distillation(prepare(names(folder), **options, **QUIET))]) == 2
+    assert alive == [1, 0], "after generating, and at the end"
+
+
+def test_the_grader_is_tried_before_a_model_loads(folder, monkeypatch):
+    def refuse():
+        raise ValueError("no math-verify")
+
+    monkeypatch.setattr("sekd.eval.answers.check_grader", refuse)
+    options = dict(prompts=str(folder / "pairs.jsonl"), **QUIET)
+    prepare(names(folder), **options)
+    with pytest.raises(ValueError, match="no math-verify"):
+        prepare(names(folder), **options, answer_column="completion")
 
 
 @pytest.mark.slow
@@ -363,10 +434,10 @@ def test_vllm_generates_what_transformers_does(tmp_path, tokenizer, pairs, kind)
     options = dict(prompts=str(tmp_path / "pairs.jsonl"), limit=12, max_new_tokens=5, answer_column="completion")
     models = str(tmp_path / kind), str(tmp_path / "teacher")
     greedy = [
-        measure_rollouts(*models, DistillationOptions(**options, **QUIET | {"engine": engine}, temperature=0))
+        measure("rollouts", *models, **options, **QUIET | {"engine": engine}, temperature=0)
         for engine in ("hf", "vllm")
     ]
     assert greedy[0].items == greedy[1].items
     assert greedy[0].settings != greedy[1].settings
-    drawn = measure_rollouts(*models, DistillationOptions(**options, **QUIET | {"engine": "vllm"}, repeats=3))
+    drawn = measure("rollouts", *models, **options, **QUIET | {"engine": "vllm"}, repeats=3)
     assert all(len(item.outputs) == 3 for item in drawn.items)

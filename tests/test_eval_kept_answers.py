@@ -8,7 +8,7 @@ from evaluation_helpers import save_model
 from lm_eval.api.instance import Instance
 
 from sekd.eval.backends import BackendOptions, is_out_of_memory, load_lm, shrink_batches
-from sekd.eval.kept_answers import AnswerFile, KeepingLM
+from sekd.eval.kept_answers import AnswerFile, KeepingLM, is_begun
 
 HEADER = {"model": "m", "settings": {"shots": 0}}
 PAIRS = [(f"w{i} w{i + 1}", " w5 w6" if i % 2 else " w7") for i in range(10)]
@@ -116,8 +116,9 @@ def test_answers_of_something_else_are_not_used(tmp_path, content):
     file.put("key", "text")
     file.close()
     assert AnswerFile(str(path), HEADER).answers == {"key": "text"}
-    file.remove()
-    assert not path.exists()
+    assert is_begun(str(path), HEADER)
+    assert not is_begun(str(path), {})
+    assert not is_begun(str(path / "none"), HEADER)
 
 
 def test_a_batch_that_does_not_fit_is_asked_again_in_halves(lm, tmp_path, monkeypatch):

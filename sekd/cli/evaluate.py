@@ -1,9 +1,9 @@
 """``sekd evaluate``."""
 
 import argparse
-import importlib.util
 import os
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 from sekd.cli.common import Stopped, WrongInput, reading_input
@@ -31,18 +31,25 @@ examples:
 
 
 DISTILLATION = "distillation"
+TASK_NAMES = ("shots", "limit", "seed", "max_new_tokens", "repeats", "temperature", "top_p")
+"""Options of the command that are fields of ``TaskOptions``."""
 SAME_NAMES = (
+    "teacher",
     *("text", "text_split", "prompts", "prompts_split", "answer_column", "prompt_column", "completion_column"),
     *("messages_column", "text_column", "prompt_template", "system_prompt", "text_prompt_length", "max_length"),
     *("limit", "seed", "repeats", "temperature", "top_p", "max_new_tokens", "dtype", "batch_size"),
 )
 """Options of the command that are fields of ``DistillationOptions``."""
+COMPLETION_NAMES = ("max_new_tokens", "repeats", "temperature", "top_p", "seed", "backend")
+"""Options that the suite distillation reads for completions of ``--prompts`` alone, and that benchmarks read too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.usage = f"{parser.prog} MODEL [MODEL ...] [--suite NAME ...] [--tasks NAME ...] [options]"
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or hub id; the first is compared with")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a folder or hub id; the others are compared with the first"
+    )
     add = parser.add_argument_group("what is evaluated").add_argument
     add("--suite", nargs="+", default=[], action="extend", metavar="NAME", help="paper, validation or distillation")
     add("--tasks", nargs="+", default=[], action="extend", metavar="NAME", help="tasks beside or instead of a suite")
@@ -50,29 +57,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N items of each task")
     add("--shots", type=int, metavar="N", help="few-shot examples (0; of other lm-eval tasks their own number)")
     add("--chat-template", action="store_true", help="the prompts are chats, in the model's template")
-    add("--seed", type=int, default=0, metavar="N", help="of few-shot examples and sampling (%(default)s)")
+    add("--seed", type=int, metavar="N", help="of few-shot examples and sampling (0)")
     add = parser.add_argument_group("generated answers").add_argument
-    add("--repeats", type=int, default=1, metavar="K", help="sample K answers of each prompt: avg@K and pass@K")
-    add("--temperature", type=float, metavar="T", help="0 takes the likeliest token (0; with --repeats 1)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="the share of probability that is sampled from (1)")
+    add("--repeats", type=int, metavar="K", help="sample K answers of each prompt: avg@K and pass@K")
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 takes the likeliest token (0; 1 with --repeats and for distillation)",
+    )
+    add("--top-p", type=float, metavar="P", help="the share of probability that is sampled from (1)")
     add("--max-new-tokens", type=int, metavar="N", help="length of an answer (the task's own, or 256)")
     add = parser.add_argument_group("suite distillation").add_argument
     add("--teacher", metavar="MODEL", help="a folder or hub id with the models' tokenizer")
     add("--text", metavar="FILE", help="texts, prompts with completions, or conversations: a file or hub dataset")
-    add("--text-split", default="train", metavar="SPLIT", help="such as test or train[:100] (%(default)s)")
+    add("--text-split", metavar="SPLIT", help="such as test or train[:100] (train)")
     add("--prompts", metavar="FILE", help="prompts that each model completes: a file or hub dataset")
-    add("--prompts-split", default="train", metavar="SPLIT", help="such as test or train[:100] (%(default)s)")
+    add("--prompts-split", metavar="SPLIT", help="such as test or train[:100] (train)")
     add("--answer-column", metavar="NAME", help="the column of the prompts' right answers")
     for name in ("prompt", "completion", "messages", "text"):
-        add(f"--{name}-column", default=name, metavar="NAME", help="(%(default)s)")
-    add("--prompt-template", default="{prompt}", metavar="TEXT", help="around each prompt; {prompt} is its place")
+        add(f"--{name}-column", metavar="NAME", help=f"({name})")
+    add("--prompt-template", metavar="TEXT", help="around each prompt; {prompt} is its place")
     add("--system-prompt", metavar="TEXT", help="the first message of each chat")
     add("--text-prompt-length", type=int, metavar="N", help="of plain text, the first N tokens are the prompt")
-    add("--max-length", type=int, default=1024, metavar="N", help="tokens of a text; longer ones are cut (%(default)s)")
+    add("--max-length", type=int, metavar="N", help="tokens of a text; longer ones are cut (1024)")
     add = parser.add_argument_group("how models run").add_argument
     add("--backend", choices=("vllm", "hf"), help="vLLM or transformers (vllm where it is installed)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (the faster one on this machine)")
-    add("--batch-size", type=_read_batch_size, metavar="N", help="auto (a size that fits) or a number (auto)")
+    add("--batch-size", type=_read_batch_size, metavar="N", help="a number, or auto (the default): a size that fits")
     add(
         "--model-args",
         nargs="+",
@@ -97,16 +109,16 @@ def _read_batch_size(text: str) -> int | None:
 def run(options: argparse.Namespace) -> int:
     names = [name for given in (*options.suite, *options.tasks) for name in given.split(",") if name]
     with reading_input():
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError("sekd evaluate needs lm-eval: pip install 'sekd[eval]'")
-        from sekd.eval.backends import EvaluationRefused
         from sekd.eval.benchmark import evaluate_models
         from sekd.eval.compare import show_table, write_comparison
-        from sekd.eval.tasks import SUITES, resolve_tasks
+        from sekd.eval.records import EvaluationRefused
+        from sekd.eval.tasks import SUITES, check_lm_eval, resolve_tasks
 
+        check_lm_eval()
         benchmarks = [name for name in names if name != DISTILLATION]
         # without any name, the error of resolve_tasks() lists what there is
         tasks = resolve_tasks(benchmarks) if benchmarks or not names else []
+        check_effects(options, bool(tasks), DISTILLATION in names)
         how = read_options(options, measures_distance=DISTILLATION in names)
     try:
         results = evaluate_models(options.models, tasks, how)
@@ -115,7 +127,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         raise Stopped(str(error) or "stopped", 128 + signal.SIGINT) from error
     except OSError as error:
-        raise Stopped(f"stopped: {error}; what is done is kept, and the same command goes on") from error
+        again = "run it again without --force" if how.force else "the same command goes on"
+        raise Stopped(f"stopped: {error}; what is done is kept, and {again}") from error
     suites = [name for name in names if name in SUITES]
     show_table(results, *suites)
     write_comparison(how.output, results, *suites)
@@ -123,38 +136,52 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def is_given(options: argparse.Namespace, name: str) -> bool:
+    """Whether the user set an option."""
+    return getattr(options, name) not in (None, [])
+
+
+def check_effects(options: argparse.Namespace, has_tasks: bool, measures_distance: bool) -> None:
+    """Raise ValueError for an option that has no effect: on benchmarks, or on the suite distillation alone."""
+
+    def refuse(names: Iterable[str], reason: str) -> None:
+        for name in names:
+            if is_given(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} {reason}")
+
+    if not measures_distance:
+        own = [name for name in SAME_NAMES if name not in (*TASK_NAMES, "dtype", "batch_size")]
+        refuse(own, "is for the suite distillation: add --suite distillation, or leave it out")
+        return
+    if not has_tasks:
+        refuse(("data_dir", "shots", "model_args"), "is for benchmarks: add --tasks or another suite, or leave it out")
+    if options.text is not None and options.prompts is None:
+        refuse(("prompts_split", "answer_column", "text_prompt_length"), "is for --prompts: add it, or leave this out")
+        if not has_tasks:
+            refuse(COMPLETION_NAMES, "is for completions: add --prompts, or leave this out")
+    if options.prompts is not None and options.text is None:
+        refuse(("text_split", "max_length"), "is for --text: add it, or leave this out")
+
+
 def read_options(options: argparse.Namespace, measures_distance: bool) -> Any:
     """The options of an evaluation.
 
     Raises:
-        ValueError: a number is out of its range, or an option and the suite distillation do not go together.
+        ValueError: a number is out of its range, or the suite distillation lacks an option.
     """
     from sekd.eval.backends import choose_backend
     from sekd.eval.benchmark import EvaluationOptions
     from sekd.eval.prepared import TaskOptions
 
-    if not measures_distance and (given := [n for n in ("teacher", "text", "prompts") if getattr(options, n)]):
-        raise ValueError(f"--{given[0]} is for the suite distillation: add --suite distillation")
-    task = TaskOptions(
-        shots=options.shots,
-        limit=options.limit,
-        seed=options.seed,
-        data_dirs=tuple(options.data_dir),
-        chat_template=options.chat_template,
-        max_new_tokens=options.max_new_tokens,
-        repeats=options.repeats,
-        temperature=options.temperature,
-        top_p=options.top_p,
-    )
+    given = {name: getattr(options, name) for name in TASK_NAMES if is_given(options, name)}
     return EvaluationOptions(
-        task=task,
+        task=TaskOptions(**given, data_dirs=tuple(options.data_dir), chat_template=options.chat_template),
         output=os.path.expanduser(options.output),
         backend=options.backend,
         dtype=options.dtype,
         batch_size=options.batch_size,
         arguments=read_arguments(options.model_args),
         force=options.force,
-        teacher=options.teacher,
         distillation=read_distillation(options, options.backend or choose_backend()) if measures_distance else None,
     )
 
@@ -165,7 +192,7 @@ def read_distillation(options: argparse.Namespace, engine: str) -> Any:
 
     if options.teacher is None:
         raise ValueError("the suite distillation needs --teacher MODEL: from which model to measure the distance")
-    given = {name: value for name in SAME_NAMES if (value := getattr(options, name)) is not None}
+    given = {name: getattr(options, name) for name in SAME_NAMES if is_given(options, name)}
     return DistillationOptions(**given, engine=engine, use_chat_template=options.chat_template)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import unicodedata
 
 SECONDS = 5.0
 """Time that math-verify may take for one output. Then the output counts as wrong."""
@@ -27,6 +28,7 @@ PROBE = ("\\boxed{\\frac{1}{2}}", "0.5")
 BROKEN = "grading mathematical answers with math-verify does not work"
 REMEDY = "pip install 'sekd[eval]'"
 
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _MATH = re.compile(r"\$(?=\S)[^$\n]*?\S\$(?!\d)|\$\$.*?\$\$", re.DOTALL)
 
 
@@ -78,13 +80,21 @@ def _remove_currency(text: str) -> str:
 
 
 def _verify(output: str, answer: str) -> bool:
-    """math-verify's judgement, without a limit of time."""
+    """math-verify's judgement, without a limit of time.
+
+    It finds no number that touches other letters, quotes or brackets, as in "答案是18元". Then the last number counts, if
+    the answer is a number too.
+    """
     from math_verify import parse, verify
+
+    output = unicodedata.normalize("NFKC", output)
 
     if re.fullmatch(r"[-+]?[$€£]?[\d,]*\.?\d+%?", answer):
         answer = re.sub(r"[$€£,]", "", answer)
     gold = answer if "$" in answer or "\\boxed" in answer or "\\(" in answer else f"${answer}$"
     golds, outputs = (parse(text, parsing_timeout=None) for text in (gold, _remove_currency(output)))
+    if not outputs and _NUMBER.fullmatch(answer) and (numbers := _NUMBER.findall(output)):
+        outputs = parse(numbers[-1], parsing_timeout=None)
     return bool(golds) and bool(outputs) and bool(verify(golds, outputs, timeout_seconds=None))
 
 

@@ -29,8 +29,27 @@ from sekd.pretrained import TOKENIZER_FILES, find_adapter, load_config, load_tok
 
 FIELD = "MODEL"
 """How errors name the argument."""
-MEMORY_ERRORS = ("cannot allocate memory", "kv cache", "free memory on device", "cache blocks")
+MEMORY_ERRORS = (
+    "cannot allocate memory",
+    "free memory on device",
+    "no available memory for the cache blocks",
+    "kv cache is needed, which is larger than",
+    "not enough gpu memory available to serve",
+    "on kv cache allocation is less than requested memory",
+)
 """Parts of the messages, in lower case, with which torch and vLLM say that a model does not fit."""
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, MemoryError, SafetensorError, TypeError)
+"""What loading a model raises if its files, its size or an argument do not suit."""
+RESERVED = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "use --dtype"),
+    **dict.fromkeys(("batch_size", "max_batch_size"), "use --batch-size"),
+    "max_gen_toks": "use --max-new-tokens",
+    "seed": "use --seed",
+    **dict.fromkeys(("pretrained", "pretrained_model_name_or_path", "model", "peft", "lora_local_path"), "use MODEL"),
+    **dict.fromkeys(("revision", "tokenizer_revision"), "name a folder with that revision as MODEL"),
+    **dict.fromkeys(("max_model_len", "max_length", "tokenizer", "output_loading_info"), "sekd sets it itself"),
+}
+"""Keys of ``--model-args`` that are refused, with what to do instead."""
 KV_CACHE_GIB = 2
 """vLLM's key-value cache on a CPU."""
 
@@ -87,6 +106,13 @@ def load_lm(name: str, backend: str, options: BackendOptions) -> Any:
         return BACKENDS[backend].load(name, options)
 
 
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for an argument of ``--model-args`` that has an option of its own, or that sekd sets."""
+    for key in arguments:
+        if key in RESERVED:
+            raise ValueError(f"--model-args {key}: {RESERVED[key]}")
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Let transformers show no bar for loading weights."""
@@ -103,17 +129,24 @@ def without_bars() -> Iterator[None]:
 def close_lm(lm: Any, backend: str) -> None:
     """Free the memory of a model."""
     BACKENDS[backend].close(lm)
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def load_model_tokenizer(name: str, field: str = FIELD) -> Any:
     """The tokenizer of a model. An adapter without one has that of its base. Errors name ``field``."""
-    return load_tokenizer(field, *_tokenizer_of(name))
+    return load_tokenizer(field, *find_tokenizer_source(name))
 
 
-def measure_context(texts: Sequence[str], new_tokens: int, tokenizer: Any) -> int:
+def count_longest(texts: Sequence[str], new_tokens: int, tokenizer: Any) -> int:
     """Tokens of the longest text, with as many new ones: at least 1, which vLLM always generates."""
     longest = 0
     for start in range(0, len(texts), 1024):
@@ -121,7 +154,7 @@ def measure_context(texts: Sequence[str], new_tokens: int, tokenizer: Any) -> in
     return longest + max(1, new_tokens)
 
 
-def limit_context(name: str, tokenizer: Any) -> int:
+def read_context_length(name: str, tokenizer: Any) -> int:
     """The number of tokens that the model can read, as lm-eval finds it."""
     from lm_eval.models.utils import resolve_max_length
 
@@ -143,11 +176,17 @@ def _explaining(name: str, backend: str) -> Iterator[None]:
     """Turn what loading raises into one EvaluationRefused, with the remedy if the model does not fit."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
-        reason = textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, 240, placeholder=" ...")
+    except LOADING_ERRORS as error:
+        reason = shorten_error(error)
         if is_out_of_memory(error):
             raise refuse_size(name, backend, reason) from error
-        raise EvaluationRefused(f"{FIELD} {name!r} cannot be loaded with {backend}: {reason}") from error
+        hint = "; is an argument of --model-args wrong?" if isinstance(error, TypeError) else ""
+        raise EvaluationRefused(f"{FIELD} {name!r} cannot be loaded with {backend}: {reason}{hint}") from error
+
+
+def shorten_error(error: BaseException, length: int = 240) -> str:
+    """The message of an error on one line; its kind if it has none."""
+    return textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, length, placeholder=" ...")
 
 
 def refuse_size(name: str, backend: str, reason: str) -> EvaluationRefused:
@@ -155,7 +194,7 @@ def refuse_size(name: str, backend: str, reason: str) -> EvaluationRefused:
     return EvaluationRefused(f"{FIELD} {name!r} does not fit into memory: {BACKENDS[backend].remedy} ({reason})")
 
 
-def _tokenizer_of(name: str) -> tuple[str, str | None]:
+def find_tokenizer_source(name: str) -> tuple[str, str | None]:
     """The folder or hub id that has the tokenizer, and its revision."""
     adapter = find_adapter(name)
     if adapter is None or (os.path.isdir(name) and any(p in f for f in os.listdir(name) for p in TOKENIZER_FILES)):
@@ -169,9 +208,9 @@ def _tokenizer_of(name: str) -> tuple[str, str | None]:
 def _load_hf(name: str, options: BackendOptions) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    model = _load_weights(name, options.dtype, options.arguments)
+    model = load_weights(name, options.dtype, options.arguments)
     if "device_map" not in options.arguments:
-        model = model.to(_choose_device())
+        model = model.to(choose_device())
     own = causal_lm(model).generation_config
     # Otherwise the model's own settings (a repetition penalty, top-k sampling) would change what a task asks for.
     causal_lm(model).generation_config = GenerationConfig(
@@ -188,12 +227,16 @@ def _load_hf(name: str, options: BackendOptions) -> Any:
     )
 
 
-def _load_weights(name: str, dtype: str | None, arguments: dict[str, Any]) -> Any:
-    """The transformers model, all of whose weights were in its files; with its adapter if ``name`` is one."""
+def load_weights(name: str, dtype: str | None, arguments: dict[str, Any] | None = None) -> Any:
+    """The transformers model, all of whose weights were in its files; with its adapter if ``name`` is one.
+
+    Raises:
+        ValueError: the files of the model or of the adapter lack weights.
+    """
     adapter = find_adapter(name)
     source, revision = (name, None) if adapter is None else (str(adapter.base_model_name_or_path), adapter.revision)
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=choose_model_dtype(dtype), output_loading_info=True, **arguments
+        source, revision=revision, dtype=choose_model_dtype(dtype), output_loading_info=True, **(arguments or {})
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
@@ -201,10 +244,16 @@ def _load_weights(name: str, dtype: str | None, arguments: dict[str, Any]) -> An
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            return PeftModel.from_pretrained(model, name)
+        except UserWarning as error:
+            raise ValueError(f"its files lack weights of the adapter: {error}") from error
 
 
-def _choose_device() -> str:
+def choose_device() -> str:
+    """The device that evaluations run on."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -215,12 +264,9 @@ def shrink_batches(lm: Any, backend: str, name: str, fixed: bool, error: Excepti
         EvaluationRefused: the size is ``fixed``, or is 1 already.
     """
     size = getattr(lm, "batch_size_per_gpu", 1)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     if fixed or size <= 1:
-        reason = textwrap.shorten(" ".join(str(error).split()), 160, placeholder=" ...")
-        raise refuse_size(name, backend, f"in batches of {size}: {reason}") from error
+        raise refuse_size(name, backend, f"in batches of {size}: {shorten_error(error, 160)}") from error
     lm.batch_size_per_gpu = size // 2
     logging.get_logger(__name__).warning(f"a batch of {size} does not fit: batches of {size // 2} from here on")
 
@@ -233,7 +279,7 @@ def _close_hf(lm: Any) -> None:
 
 
 def _load_vllm(name: str, options: BackendOptions) -> Any:
-    tokenizer, tokenizer_revision = _tokenizer_of(name)
+    tokenizer, tokenizer_revision = find_tokenizer_source(name)
     arguments: dict[str, Any] = set_up_vllm(KV_CACHE_GIB, enforce_eager=not torch.cuda.is_available())
     if options.samples and not torch.cuda.is_available():
         # If vLLM splits a prompt, it rewinds the request's generator, which is possible on GPUs only.
@@ -264,7 +310,7 @@ def _as_whole_model(name: str, options: BackendOptions) -> Iterator[str]:
     if find_adapter(name) is None:
         yield name
         return
-    model = _load_weights(name, options.dtype, {})
+    model = load_weights(name, options.dtype)
     if not hasattr(model, "merge_and_unload"):
         raise ValueError("its adapter cannot be merged into the base; use --backend hf")
     with tempfile.TemporaryDirectory(prefix="sekd-merged-") as folder:

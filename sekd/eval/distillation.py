@@ -4,37 +4,34 @@ Two tasks: ``text`` measures both models on the tokens of a file. ``rollouts`` m
 generates for the prompts of a file, and whether its answers are right.
 """
 
-import gc
 import tempfile
-import textwrap
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from tqdm import tqdm
 
 from rollouts import ENGINES, Rollout, get_trait
-from sekd.eval.backends import is_out_of_memory, without_bars
-from sekd.eval.distillation_data import (
-    STUDENT,
-    TEACHER,
-    Distillation,
-    DistillationOptions,
-    configure,
-    prepare_distillation,
+from sekd.eval.backends import (
+    LOADING_ERRORS,
+    choose_device,
+    free_memory,
+    is_out_of_memory,
+    load_weights,
+    shorten_error,
+    without_bars,
 )
+from sekd.eval.distillation_data import STUDENT, TEACHER, Distillation, DistillationOptions, configure
 from sekd.eval.divergence import ROLLOUTS, TEXT, make_result, measure_rollouts_of, measure_text_of
 from sekd.eval.held_out import Pair
+from sekd.eval.progress import show_bar
 from sekd.eval.records import TaskResult
 from sekd.models import check_head, count_classes, freeze
 from sekd.on_policy.engines import make_engine, send_weights
 from sekd.on_policy.weight_check import WeightCheck
 from sekd.pretrained import load_config
-from sekd.student import load_student
 from sekd.teachers import LiveTeacher
 
 BARS = {TEXT: "text", ROLLOUTS: "divergence of the completions"}
@@ -46,7 +43,8 @@ ROUND = 256
 def measure_distillation(prepared: Distillation, tasks: Collection[str] | None = None) -> Iterator[TaskResult]:
     """The results of the prepared tasks, or those among ``tasks``, each as soon as it is there.
 
-    First the student generates. The engine has ended before the models are loaded onto its device.
+    First the student generates. The engine has ended before the models are loaded onto its device. The seconds of a
+    result are without loading; those of ``rollouts`` are with generating.
 
     Raises:
         ValueError: a model cannot be loaded, or vLLM cannot start or computes something else than the student.
@@ -54,56 +52,45 @@ def measure_distillation(prepared: Distillation, tasks: Collection[str] | None =
     chosen = [task for task in prepared.settings if tasks is None or task in tasks]
     if not chosen:
         return
-    options, started = prepared.options, time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        yield from _measure(prepared, chosen)
+    finally:
+        free_memory()
+
+
+def _measure(prepared: Distillation, chosen: list[str]) -> Iterator[TaskResult]:
+    """The results of the chosen tasks. The models are gone when this ends."""
+    options, device = prepared.options, torch.device(choose_device())
     student = _load(prepared.student, STUDENT, options)
-    vocab = min(count_classes(student), load_config(TEACHER, prepared.teacher, None).get_text_config().vocab_size)
+    vocab = min(count_classes(student), load_config(TEACHER, options.teacher, None).get_text_config().vocab_size)
+    started = time.monotonic()
     rollouts = _generate(prepared, student, vocab, device) if ROLLOUTS in chosen else []
-    teacher = _load(prepared.teacher, TEACHER, options)
+    generating = time.monotonic() - started
+    teacher = _load(options.teacher, TEACHER, options)
     with _explaining_memory(options):
         for model in (student, teacher):
             check_head(model.to(device), packed=False)
-    pair = Pair(
-        student,
-        LiveTeacher(teacher, vocab),
-        vocab,
-        device,
-        batch_size=options.batch_size,
-        chunk_rows=options.head_chunk_rows,
-    )
+    pair = Pair(student, LiveTeacher(teacher, vocab), vocab, device, batch_size=options.batch_size)
     for task in chosen:
-        number = len(rollouts) if task == ROLLOUTS else len(prepared.texts)
-        with _explaining_memory(options), _bar(options, BARS[task], number) as advance:
+        started, number = time.monotonic(), len(rollouts) if task == ROLLOUTS else len(prepared.texts)
+        with _explaining_memory(options), show_bar(BARS[task], number) as advance:
             if task == ROLLOUTS:
                 drawn = rollouts, prepared.tokenizer, prepared.answers, options.samples_as_is
                 items = measure_rollouts_of(pair, prepared.prompts, *drawn, advance)
             else:
                 items = measure_text_of(pair, prepared.texts, prepared.tokenizer, advance)
-        now = time.monotonic()
-        yield make_result(task, items, prepared.settings[task], now - started)
-        started = now
-
-
-def measure_text(student: str, teacher: str, options: DistillationOptions) -> TaskResult:
-    """The divergences of two models, given by name, on ``options.text``."""
-    (result,) = measure_distillation(prepare_distillation(student, teacher, options), [TEXT])
-    return result
-
-
-def measure_rollouts(student: str, teacher: str, options: DistillationOptions) -> TaskResult:
-    """The divergences of two models, given by name, on what the student generates for ``options.prompts``."""
-    (result,) = measure_distillation(prepare_distillation(student, teacher, options), [ROLLOUTS])
-    return result
+        seconds = time.monotonic() - started + (generating if task == ROLLOUTS else 0)
+        yield make_result(task, items, prepared.settings[task], seconds)
 
 
 def _load(name: str, field: str, options: DistillationOptions) -> Any:
     """A whole model, or an adapter with its base, to be read only."""
     try:
         with without_bars():
-            return freeze(load_student(name, configure(options), dtype=options.chosen_dtype))
-    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+            return freeze(load_weights(name, options.chosen_dtype))
+    except LOADING_ERRORS as error:
         problem = "does not fit into memory" if is_out_of_memory(error) else "cannot be loaded"
-        raise ValueError(f"{field} {name!r} {problem}: {_shorten(error)}") from error
+        raise ValueError(f"{field} {name!r} {problem}: {shorten_error(error)}") from error
 
 
 @contextmanager
@@ -116,12 +103,8 @@ def _explaining_memory(options: DistillationOptions) -> Iterator[None]:
             raise
         raise ValueError(
             f"the student and its teacher do not fit into memory with batch_size {options.batch_size}: lower it, or "
-            f"max_length, or head_chunk_rows {options.head_chunk_rows} ({_shorten(error)})"
+            f"max_length ({shorten_error(error)})"
         ) from error
-
-
-def _shorten(error: BaseException) -> str:
-    return textwrap.shorten(" ".join(str(error).split()) or type(error).__name__, 240, placeholder=" ...")
 
 
 def _generate(prepared: Distillation, student: nn.Module, vocab: int, device: torch.device) -> list[Rollout]:
@@ -138,14 +121,12 @@ def _generate(prepared: Distillation, student: nn.Module, vocab: int, device: to
             send_weights(engine, student, 0, get_trait(engine, "lora_rank"))
             check = WeightCheck(longest + options.max_new_tokens - 1, nullcontext, _raise_error)
             check.check_sync(engine, student, prompts)
-            with _bar(options, "completions", len(prompts)) as advance:
+            with show_bar("completions", len(prompts)) as advance:
                 for start in range(0, len(prompts), ROUND):
                     part = engine.generate(prompts[start : start + ROUND])
                     rollouts += part
                     advance(len(part))
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return rollouts
 
 
@@ -153,10 +134,3 @@ def _raise_error(value: Any) -> Any:
     if isinstance(value, BaseException):
         raise value
     return value
-
-
-@contextmanager
-def _bar(options: DistillationOptions, what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """A progress bar with the remaining time. It gives the function that moves it on."""
-    with tqdm(total=total, desc=what, disable=not options.show_progress, dynamic_ncols=True) as bar:
-        yield bar.update

@@ -1,6 +1,6 @@
 """What an evaluation of a distillation reads: its options, texts, prompts and answers. No model is loaded here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,11 @@ TEACHER = "--teacher"
 """How errors name the argument."""
 ANY_LENGTH = 1 << 30
 """The limit on prompts while they are encoded; the models' positions limit them afterwards."""
+GPU_SHARE = 0.8
+"""vLLM's share of a GPU's memory; no other model is there while it generates."""
 ENCODING = (
     *("prompt_column", "completion_column", "messages_column", "text_column"),
-    *("prompt_template", "use_chat_template", "chat_template_kwargs", "system_prompt", "eos"),
+    *("prompt_template", "use_chat_template", "system_prompt"),
 )
 """The fields of :class:`DistillationOptions` that say how a row becomes tokens: keys of a recipe too."""
 
@@ -40,6 +42,7 @@ class DistillationOptions:
     """What is measured, and how. ``text`` or ``prompts`` must be given.
 
     Attributes:
+        teacher: a folder or hub id, of a whole model or an adapter.
         text: a file, folder or hub id with texts, prompts and completions, or conversations.
         prompts: a file, folder or hub id with prompts; the student completes them.
         text_split, prompts_split: which rows, such as ``test`` or ``train[:100]``.
@@ -54,9 +57,6 @@ class DistillationOptions:
         engine: generates the completions (``vllm`` or ``hf``); None for vLLM where it is installed.
         dtype: of both models; None for the faster of bfloat16 and float32 on this machine.
         batch_size: sequences that both models read at once.
-        head_chunk_rows: positions that an LM head computes at once.
-        kv_cache_gib: vLLM's key-value cache on a CPU.
-        gpu_memory_utilization: vLLM's share of a GPU's memory.
 
     The other fields are keys of a recipe: ``prompt_column`` and so on.
 
@@ -64,6 +64,7 @@ class DistillationOptions:
         ValueError: a value is out of its range, or nothing is to be measured.
     """
 
+    teacher: str
     text: str | None = None
     prompts: str | None = None
     text_split: str = "train"
@@ -75,9 +76,7 @@ class DistillationOptions:
     text_column: str = "text"
     prompt_template: str = "{prompt}"
     use_chat_template: bool = False
-    chat_template_kwargs: Mapping[str, Any] | None = None
     system_prompt: str | None = None
-    eos: str | None = None
     text_prompt_length: int | None = None
     max_length: int = 1024
     limit: int | None = None
@@ -89,10 +88,6 @@ class DistillationOptions:
     engine: str | None = None
     dtype: str | None = None
     batch_size: int = 8
-    head_chunk_rows: int = 256
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.8
-    show_progress: bool = True
 
     def __post_init__(self) -> None:
         if self.text is None and self.prompts is None:
@@ -141,7 +136,6 @@ class Distillation:
     """
 
     student: str
-    teacher: str
     options: DistillationOptions
     tokenizer: PreTrainedTokenizerBase
     texts: list[Sample] = field(default_factory=list)
@@ -152,11 +146,8 @@ class Distillation:
 
 def configure(options: DistillationOptions, **more: Any) -> SEKDConfig:
     """The options as the record that encoders and engines read."""
-    fields = {name: getattr(options, name) for name in ENCODING}
-    if options.chat_template_kwargs is not None:
-        fields["chat_template_kwargs"] = dict(options.chat_template_kwargs)
     return SEKDConfig(
-        **fields,
+        **{name: getattr(options, name) for name in ENCODING},
         **{"output_dir": "unused", **more},
         packing=False,
         report_to="none",
@@ -167,28 +158,27 @@ def configure(options: DistillationOptions, **more: Any) -> SEKDConfig:
         seed=options.seed,
         bf16=options.chosen_dtype == "bfloat16",
         fp16=options.chosen_dtype == "float16",
-        vllm_kv_cache_gib=options.kv_cache_gib,
-        vllm_gpu_memory_utilization=options.gpu_memory_utilization,
+        vllm_gpu_memory_utilization=GPU_SHARE,
     )
 
 
-def prepare_distillation(student: str, teacher: str, options: DistillationOptions) -> Distillation:
+def prepare_distillation(student: str, options: DistillationOptions) -> Distillation:
     """Read and check everything that can be wrong before a model is loaded: tokenizers, rows, lengths.
 
     Raises:
         ValueError: a model without configuration or tokenizer, different tokenizers, an empty or unreadable file, a
-            missing column, several completions without answers, or a prompt that is too long.
+            missing column, several completions without answers, a prompt that is too long, or no grader of answers.
     """
-    models = {STUDENT: student, TEACHER: teacher}
+    models = {STUDENT: student, TEACHER: options.teacher}
     for role, name in models.items():
         check_model_name(role, name)
     configs = [load_config(role, name, None) for role, name in models.items()]
     tokenizer = load_model_tokenizer(student)
-    check_same_tokenizer(tokenizer, load_model_tokenizer(teacher, TEACHER))
+    check_same_tokenizer(tokenizer, load_model_tokenizer(options.teacher, TEACHER))
     limit = min(count_positions(config) for config in configs)
     common = {
         "version": VERSION,
-        "teacher": fingerprint_model(teacher),
+        "teacher": fingerprint_model(options.teacher),
         "limit": options.limit,
         "dtype": options.chosen_dtype,
         **{name: value for name in ENCODING if (value := getattr(options, name)) is not None},
@@ -205,7 +195,7 @@ def prepare_distillation(student: str, teacher: str, options: DistillationOption
         prompts = _encode_prompts(rows, tokenizer, options)
         _check_lengths("prompts", prompts, options.max_new_tokens, limit)
         settings[ROLLOUTS] = common | _describe_rows(rows, options.prompts_split) | _describe_sampling(options)
-    return Distillation(student, teacher, options, tokenizer, texts, prompts, answers, settings)
+    return Distillation(student, options, tokenizer, texts, prompts, answers, settings)
 
 
 def _load(field: str, name: str, split: str, limit: int | None) -> Dataset:
@@ -278,6 +268,9 @@ def _read_answers(rows: Dataset, options: DistillationOptions) -> list[str] | No
         return None
     if column not in rows.column_names:
         raise ValueError(f"answer_column {column!r}: {options.prompts!r} lacks it; its columns are {columns}")
+    from sekd.eval.answers import check_grader
+
+    check_grader()
     return [_read_answer(value, column) for value in rows[column]]
 
 

@@ -101,7 +101,7 @@ class Evaluation:
             return 0
         from lm_eval.models.utils import resolve_max_length
 
-        from sekd.eval.backends import measure_context
+        from sekd.eval.backends import count_longest
 
         context, longest = resolve_max_length(causal_lm(model).config, self.tokenizer), 0
         frame = 0  # a turn's tokens beside its text
@@ -114,7 +114,7 @@ class Evaluation:
                     f"eval_suite: the student reads {context} tokens, and {name} generates up to "
                     f"{task.max_new_tokens}; leave {name} out"
                 )
-            tokens = measure_context(task.texts, task.max_new_tokens, self.tokenizer)
+            tokens = count_longest(task.texts, task.max_new_tokens, self.tokenizer)
             longest = max(longest, tokens + frame * (1 + task.settings["shots"]))
         return min(longest, context)
 

@@ -20,7 +20,7 @@ class AnswerFile:
 
     def __init__(self, path: str, header: dict[str, Any]) -> None:
         self.path, self.answers = path, dict[str, Any]()
-        first = json.dumps(header, sort_keys=True) + "\n"
+        first = _write_header(header)
         size = self._read(first)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         self.file = open(path, "r+" if size else "w", encoding="utf-8")  # noqa: SIM115  # close() closes it
@@ -59,9 +59,17 @@ class AnswerFile:
     def close(self) -> None:
         self.file.close()
 
-    def remove(self) -> None:
-        self.close()
-        os.remove(self.path)
+
+def is_begun(path: str, header: dict[str, Any]) -> bool:
+    """Whether there is a file of answers with this header: an evaluation that has not ended."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.readline() == _write_header(header).encode()
+
+
+def _write_header(header: dict[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True) + "\n"
 
 
 class KeepingLM:
@@ -73,7 +81,7 @@ class KeepingLM:
     Args:
         lm: the model. Everything but its answers is read from it.
         file: where the answers are.
-        on_answer: called with the number of new answers, for a progress bar; with those of the file first.
+        on_answer: called with the number of new answers, for a progress bar.
         shrink: called when a batch does not fit into memory. It makes the batches smaller, or raises an error.
         is_out_of_memory: whether an exception means that.
     """
@@ -107,7 +115,6 @@ class KeepingLM:
             arguments = json.dumps([kind, request.idx, *request.args], sort_keys=True, default=str)
             counts[arguments] += 1
             keys.append(hashlib.sha256(f"{counts[arguments]} {arguments}".encode()).hexdigest())
-        self.on_answer(sum(key in self.file.answers for key in keys))
         while missing := [i for i, key in enumerate(keys) if key not in self.file.answers]:
             hook = _Hook(self, kind, [(keys[i], requests[i]) for i in missing])
             self.lm.set_cache_hook(hook)
