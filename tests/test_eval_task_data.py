@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from datasets import Dataset
@@ -9,6 +10,7 @@ from harness_helpers import FILES, SHARED, write_rows
 
 from sekd.eval.prepared import TaskOptions, prepare_task
 from sekd.eval.task_data import find_file, hash_rows, load_task_rows
+from sekd.eval.tasks import TASKS
 
 ROWS = [{"goal": f"goal {i}", "sol1": "a", "sol2": "b", "label": i % 2} for i in range(10)]
 SCHEMA = r"each row has goal \(text or empty\), .*, label \(number\); the hub has these rows as baber/piqa"
@@ -117,16 +119,18 @@ def test_the_hub_cannot_be_reached():
         load_task_rows("svamp", "test")
 
 
+@pytest.mark.slow
 def test_rows_that_only_the_templates_refuse(tmp_path):
+    """Of a task that TASKS does not have, only lm-eval knows the columns."""
     pytest.importorskip("lm_eval")
-    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    row = {"question": "q", "correct_answer": "a", "distractor1": "b", "distractor2": "c", "distractor3": "d"}
     for rows, message in (
-        ([{**row, "answerKey": "F"}], "arc_easy: lm-eval cannot read the rows of split test"),
-        ([row, {**row, "answerKey": "F"}], "arc_easy: a row of split test makes no prompt: 'F' is not in list"),
+        ([row], "sciq: lm-eval cannot read the rows of split test"),
+        ([row | {"support": "s"}, row | {"support": None}], "sciq: a row of split test makes no prompt"),
     ):
-        write_rows(tmp_path / "arc_easy" / "test.jsonl", rows)
+        write_rows(tmp_path / "sciq" / "test.jsonl", rows)
         with pytest.raises(ValueError, match=message):
-            prepare_task("arc_easy", None, TaskOptions(data_dirs=(str(tmp_path),)))
+            prepare_task("sciq", None, TaskOptions(data_dirs=(str(tmp_path),)))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -136,3 +140,38 @@ def test_shared_rows_are_in_the_schema(task):
     with open(SHARED / FILES[task]) as lines:
         count = sum(1 for _ in lines)
     assert len(load_task_rows(task, split, [str(SHARED / "eval"), str(SHARED / "gsm8k")])) == count
+
+
+PROBLEMS = {
+    "piqa": ({"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label -1 is none of the 2 choices"),
+    "hellaswag": (
+        {"activity_label": "a", "ctx_a": "a", "ctx_b": "", "endings": ["x", "y"], "label": "2"},
+        "label 2 is none of the 2 choices",
+    ),
+    "arc_easy": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "C"},
+        "answerKey 'C' is not among the labels",
+    ),
+    "arc_challenge": (
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B"]}, "answerKey": "A"},
+        "choices have 3 texts and 2 labels",
+    ),
+    "gsm8k": ({"question": "q", "answer": "9 + 9\n#### "}, "answer '' has no number"),
+    "svamp": ({"Body": "b", "Question": "q", "Answer": "two"}, "answer 'two' has no number"),
+    "ifeval": (
+        {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:none"], "kwargs": [{}]},
+        "instruction_id_list has 'punctuation:none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", PROBLEMS)
+def test_a_row_that_cannot_be_scored_is_named(tmp_path, task):
+    """Otherwise a model would have 0 % on rows without labels, as test rows often are."""
+    row, problem = PROBLEMS[task]
+    split = TASKS[task].split
+    path = tmp_path / task / f"{split}.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"{task}: .*row 1: {re.escape(problem)}"):
+        load_task_rows(task, split, [str(tmp_path)])

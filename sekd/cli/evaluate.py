@@ -29,8 +29,6 @@ examples:
   sekd evaluate start_model my_run/ --suite distillation --teacher big_model --text held_out.jsonl
 """
 
-
-DISTILLATION = "distillation"
 TASK_NAMES = ("shots", "limit", "seed", "max_new_tokens", "repeats", "temperature", "top_p")
 """Options of the command that are fields of ``TaskOptions``."""
 SAME_NAMES = (
@@ -112,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         from sekd.eval.benchmark import evaluate_models
         from sekd.eval.compare import show_table, write_comparison
         from sekd.eval.records import EvaluationRefused
-        from sekd.eval.tasks import SUITES, check_lm_eval, resolve_tasks
+        from sekd.eval.tasks import DISTILLATION, SUITES, check_lm_eval, resolve_tasks
 
         check_lm_eval()
         benchmarks = [name for name in names if name != DISTILLATION]

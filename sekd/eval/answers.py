@@ -82,8 +82,8 @@ def _remove_currency(text: str) -> str:
 def _verify(output: str, answer: str) -> bool:
     """math-verify's judgement, without a limit of time.
 
-    It finds no number that touches other letters, quotes or brackets, as in "答案是18元". Then the last number counts, if
-    the answer is a number too.
+    It misses a number that touches other letters, quotes or brackets, as in "答案是18元". If it finds nothing and the
+    answer is a number, the last number counts.
     """
     from math_verify import parse, verify
 

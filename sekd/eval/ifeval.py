@@ -73,6 +73,17 @@ def _without_downloads() -> Iterator[None]:
         nltk.download = download
 
 
+def find_unknown_instruction(row: dict[str, Any]) -> str | None:
+    """What is wrong with the instructions of a row, or None."""
+    with _without_downloads():
+        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    ids = row["instruction_id_list"]
+    if unknown := [name for name in ids if name not in INSTRUCTION_DICT]:
+        return f"instruction_id_list has {unknown[0]!r}, which lm-eval does not know"
+    return None if len(row["kwargs"]) == len(ids) else f"kwargs has {len(row['kwargs'])} entries for {len(ids)} ids"
+
+
 def score_instructions(row: dict[str, Any], outputs: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     """lm-eval's four scores of an output, and why the row is skipped, or None.
 

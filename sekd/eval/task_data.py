@@ -86,7 +86,7 @@ def _describe(spec: TaskSpec | None, dataset: str, config: str | None) -> str:
 
 
 def _check_rows(task: str, source: str, rows: Dataset, spec: TaskSpec) -> None:
-    """Raise a ValueError that names the first row and column whose value is not as in the schema."""
+    """Raise a ValueError that names the first row that is not as in the schema, or cannot be scored."""
     for i, row in enumerate(rows):
         for column, kind in spec.columns.items():
             if not KINDS[kind](_get(row, column)):
@@ -96,6 +96,8 @@ def _check_rows(task: str, source: str, rows: Dataset, spec: TaskSpec) -> None:
                     f"{task}: {source}, row {i + 1}: {column} is {value} and must be of the kind {kind!r}; "
                     f"{_describe(spec, *spec.hub)}"
                 )
+        if problem := spec.find_problem(row):
+            raise ValueError(f"{task}: {source}, row {i + 1}: {problem}; mend the row, or name another split")
 
 
 def _get(row: Any, column: str) -> Any:

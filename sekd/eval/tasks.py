@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sekd.eval.answers import check_grader, grade_math
-from sekd.eval.ifeval import load_rules, score_instructions
+from sekd.eval.ifeval import find_unknown_instruction, load_rules, score_instructions
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TaskSpec:
         main: the score that averages and comparisons show.
         grade: whether an output is right, given the answer; then the main score is the share of right outputs.
         score: replaces lm-eval's scores of a row's outputs; returns the scores, and why the row is skipped or None.
+        find_problem: what is wrong with a row whose columns are as in the schema, or None.
         setup: called before lm-eval reads ``config``; raises a ValueError if a package is missing or does not work.
     """
 
@@ -36,6 +37,7 @@ class TaskSpec:
     main: str = "acc"
     grade: Callable[[str, str], bool] | None = None
     score: Callable[[dict[str, Any], Sequence[str]], tuple[dict[str, Any], str | None]] | None = None
+    find_problem: Callable[[dict[str, Any]], str | None] = lambda row: None
     setup: Callable[[], None] | None = None
 
 
@@ -52,8 +54,28 @@ class Suite:
     means: dict[str, dict[str, str]]
 
 
+DISTILLATION = "distillation"
+"""The suite that no task of lm-eval is in: the distance from a teacher (``sekd.eval.distillation``)."""
+
+
 def _score_nothing(row: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
     return {}
+
+
+def _check_lettered(row: dict[str, Any]) -> str | None:
+    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    if len(labels) != len(texts):
+        return f"choices have {len(texts)} texts and {len(labels)} labels"
+    return None if row["answerKey"] in labels else f"answerKey {row['answerKey']!r} is not among the labels {labels}"
+
+
+def _check_numbered(row: dict[str, Any], choices: int) -> str | None:
+    return None if 0 <= int(row["label"]) < choices else f"label {row['label']} is none of the {choices} choices"
+
+
+def _check_number(answer: Any) -> str | None:
+    text = str(answer).rsplit("####", 1)[-1]
+    return None if any(c.isdecimal() for c in text) else f"answer {text.strip()!r} has no number"
 
 
 ARC_COLUMNS = {"question": "text", "choices.text": "texts", "choices.label": "texts", "answerKey": "text"}
@@ -67,6 +89,7 @@ TASKS: dict[str, TaskSpec] = {
         split="test",
         shots_split="train",
         columns=ARC_COLUMNS,
+        find_problem=_check_lettered,
     ),
     "arc_challenge": TaskSpec(
         config="arc/arc_challenge.yaml",
@@ -74,6 +97,7 @@ TASKS: dict[str, TaskSpec] = {
         split="test",
         shots_split="train",
         columns=ARC_COLUMNS,
+        find_problem=_check_lettered,
     ),
     "hellaswag": TaskSpec(
         config="hellaswag/hellaswag.yaml",
@@ -87,6 +111,7 @@ TASKS: dict[str, TaskSpec] = {
             "endings": "texts",
             "label": "number",
         },
+        find_problem=lambda row: _check_numbered(row, len(row["endings"])),
     ),
     "piqa": TaskSpec(
         config="piqa/piqa.yaml",
@@ -94,6 +119,7 @@ TASKS: dict[str, TaskSpec] = {
         split="validation",
         shots_split="train",
         columns={"goal": "text or empty", "sol1": "text or empty", "sol2": "text or empty", "label": "number"},
+        find_problem=lambda row: _check_numbered(row, 2),
     ),
     "lambada_openai": TaskSpec(
         config="lambada/lambada_openai.yaml",
@@ -108,6 +134,7 @@ TASKS: dict[str, TaskSpec] = {
         split="test",
         shots_split="train",
         columns={"question": "text", "answer": "text"},
+        find_problem=lambda row: _check_number(row["answer"]),
         main="math_verify",
         grade=grade_math,
         setup=check_grader,
@@ -130,6 +157,7 @@ TASKS: dict[str, TaskSpec] = {
         split="test",
         shots_split="train",
         columns={"Body": "text", "Question": "text", "Answer": "text or number"},
+        find_problem=lambda row: _check_number(row["Answer"]),
         main="math_verify",
         grade=grade_math,
         setup=check_grader,
@@ -140,6 +168,7 @@ TASKS: dict[str, TaskSpec] = {
         split="test",
         shots_split=None,
         columns={"problem": "text", "answer": "text or number"},
+        find_problem=lambda row: _check_number(row["answer"]),
         main="math_verify",
         grade=grade_math,
         setup=check_grader,
@@ -152,6 +181,7 @@ TASKS: dict[str, TaskSpec] = {
         columns={"key": "number", "prompt": "text", "instruction_id_list": "texts", "kwargs": "records"},
         main="prompt_level_strict_acc",
         score=score_instructions,
+        find_problem=find_unknown_instruction,
         setup=load_rules,
     ),
 }
@@ -216,7 +246,9 @@ def resolve_tasks(names: Iterable[str]) -> list[tuple[str, str | None]]:
         else:
             tasks += [(leaf, split or None) for leaf in _expand(task)]
     if not tasks:
-        raise ValueError(f"no task is named; the suites are {', '.join(SUITES)}, the tasks {', '.join(TASKS)}")
+        raise ValueError(
+            f"no task is named; the suites are {', '.join([*SUITES, DISTILLATION])}, the tasks {', '.join(TASKS)}"
+        )
     return list(dict.fromkeys(tasks))
 
 
@@ -240,11 +272,12 @@ def _expand(name: str) -> list[str]:
     index = index_lm_eval()
     if name not in index:
         near = difflib.get_close_matches(name, [*SUITES, *TASKS], n=3, cutoff=0.5)
+        near = [*difflib.get_close_matches(name, [DISTILLATION], cutoff=0.5), *near]
         near += [n for n in difflib.get_close_matches(name, index, n=5) if n not in near]
         known = f"; nearest are {', '.join(near)}" if near else ""
         raise ValueError(
-            f"unknown suite or task {name!r}{known}. Suites: {', '.join(SUITES)}; tasks: {', '.join(TASKS)}, and those "
-            "of lm-eval"
+            f"unknown suite or task {name!r}{known}. Suites: {', '.join([*SUITES, DISTILLATION])}; tasks: "
+            f"{', '.join(TASKS)}, and those of lm-eval"
         )
     entry = index[name]
     if entry.yaml_path is None:  # a tag
