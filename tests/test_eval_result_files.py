@@ -19,8 +19,8 @@ from sekd.eval.result_files import (
     SAMPLES,
     find_done,
     fingerprint_model,
-    folder_of,
     load_results,
+    name_folder,
     own_folder,
     save_result,
 )
@@ -252,15 +252,14 @@ def test_no_two_models_share_a_folder(tmp_path, monkeypatch):
     for name in ("a/model", "b/model", "runs/x/checkpoint-9", "runs/y/checkpoint-9", "a/Qwen--Qwen3"):
         (tmp_path / name).mkdir(parents=True)
     names = ["a/model", "b/model", "runs/x/checkpoint-9", "runs/y/checkpoint-9", "a/Qwen--Qwen3", "Qwen/Qwen3", "gpt2"]
-    folders = [folder_of("out", name) for name in names]
+    folders = [name_folder("out", name) for name in names]
     assert len(set(folders)) == len(names)
     assert folders[2].startswith("out/x--checkpoint-9-")
     assert folders[-2:] == ["out/Qwen--Qwen3", "out/gpt2"]
-    assert folder_of("out", "Qwen/Qwen3", "v1.0") == "out/Qwen--Qwen3@v1.0"
-    assert folder_of(str(tmp_path / "out"), str(tmp_path / "a/model/")) == str(tmp_path / folders[0])
+    assert name_folder(str(tmp_path / "out"), str(tmp_path / "a/model/")) == str(tmp_path / folders[0])
     shutil.copytree(tmp_path, tmp_path.parent / "moved")  # models and results together
     monkeypatch.chdir(tmp_path.parent / "moved")
-    assert folder_of("out", "a/model") == folders[0]
+    assert name_folder("out", "a/model") == folders[0]
 
 
 @pytest.fixture

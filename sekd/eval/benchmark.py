@@ -32,7 +32,7 @@ from sekd.eval.distillation_data import Distillation, DistillationOptions, prepa
 from sekd.eval.harness import PreparedTask, TaskOptions, prepare_task, run_prepared
 from sekd.eval.kept_answers import AnswerFile, KeepingLM
 from sekd.eval.records import TaskResult
-from sekd.eval.result_files import find_done, fingerprint_model, folder_of, own_folder, save_result
+from sekd.eval.result_files import find_done, fingerprint_model, name_folder, own_folder, save_result
 from sekd.pretrained import check_model_name
 from sekd.versions import installed_versions
 
@@ -159,7 +159,7 @@ def _check_model(name: str, tasks: dict[str, PreparedTask], options: EvaluationO
                 f"{FIELD} {name!r} reads {context} tokens, and the longest prompt of {task} has {longest[task]} with "
                 "its output: such prompts lose their beginning"
             )
-    folder = folder_of(options.output, name)
+    folder = name_folder(options.output, name)
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

@@ -27,7 +27,7 @@ from sekd.eval.distillation_data import (
     configure,
     prepare_distillation,
 )
-from sekd.eval.divergence import ROLLOUTS, TEXT, make_result, measure_rollouts_of, measure_text_of
+from sekd.eval.divergence import ROLLOUTS, TEXT, make_result, measure_completions, measure_texts
 from sekd.eval.held_out import Pair
 from sekd.eval.records import TaskResult
 from sekd.models import check_head, count_classes, freeze
@@ -76,9 +76,9 @@ def measure_distillation(prepared: Distillation, tasks: Collection[str] | None =
         with _explaining_memory(options), _bar(options, BARS[task], number) as advance:
             if task == ROLLOUTS:
                 drawn = rollouts, prepared.tokenizer, prepared.answers, options.samples_as_is
-                items = measure_rollouts_of(pair, prepared.prompts, *drawn, advance)
+                items = measure_completions(pair, prepared.prompts, *drawn, advance)
             else:
-                items = measure_text_of(pair, prepared.texts, prepared.tokenizer, advance)
+                items = measure_texts(pair, prepared.texts, prepared.tokenizer, advance)
         now = time.monotonic()
         yield make_result(task, items, prepared.settings[task], now - started)
         started = now

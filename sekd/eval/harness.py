@@ -109,7 +109,7 @@ def run_prepared(
         scored = gather(scored)
     scored.sort(key=lambda one: one.item.index)
     items = [one.item for one in scored]
-    scores = summarize(items) | _aggregate_others(prepared, scored)
+    scores = summarize(items, prepared.task.higher_is_better()) | _aggregate_others(prepared, scored)
     return TaskResult(
         task=prepared.name,
         main=_find_main(prepared, scores),
@@ -302,7 +302,7 @@ def _aggregate_others(prepared: PreparedTask, scored: Sequence[_Scored]) -> dict
     scores: dict[str, Score] = {}
     for name, parts in values.items():
         metric = name.partition(",")[0]
-        higher = bool(prepared.task.higher_is_better().get(metric, True))
+        higher = prepared.task.higher_is_better().get(metric)
         if prepared.spec is not None and prepared.spec.score is not None:  # a list of parts for each row
             parts = [part for part in parts if part]
             rows = [Item(i, "", metrics={name: float(np.mean(p))}, weight=len(p)) for i, p in enumerate(parts)]

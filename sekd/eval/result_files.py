@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -54,6 +54,8 @@ LABELS: dict[str, tuple[tuple[Any, ...], str]] = {
     "chat_template": ((None, False), "chat template"),
 }
 """Settings that stand in the name of a result: the values that are left out, and how another one is written."""
+OWN_SPLITS = {"text": "train", "rollouts": "train"}
+"""The usual splits of the tasks of the suite distillation; that of lm-eval's other tasks is ``test``."""
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -76,15 +78,14 @@ MODEL_FILES = (
 BLOCK, BLOCKS = 1 << 16, 256
 
 
-def folder_of(output: str, model: str, revision: str | None = None) -> str:
+def name_folder(output: str, model: str) -> str:
     """The folder of a model's results in ``output``: no two models share one.
 
-    A hub id is written with ``--`` for its slash, and ``@revision``. The name of a local folder is followed by a hash
-    of its path, seen from ``output``, so that both may be moved together.
+    A hub id is written with ``--`` for its slash. The name of a local folder is followed by a hash of its path, seen
+    from ``output``, so that both may be moved together.
     """
     if not os.path.isdir(model):
-        name = model.replace("/", "--") + ("" if revision is None else f"@{revision}")
-        return os.path.join(output, re.sub(r"[^\w.@-]", "_", name))
+        return os.path.join(output, re.sub(r"[^\w.-]", "_", model.replace("/", "--")))
     path = os.path.abspath(model)
     parts = path.strip(os.sep).split(os.sep)
     name = "--".join(parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:])
@@ -233,13 +234,28 @@ def name_result(task: str, settings: dict[str, Any], entries: dict[str, Any]) ->
     for name, entry in entries.items():
         if entry["task"] == task and entry["settings"] == settings:
             return name
-    split = settings.get("split")
-    told = [split] if split and task in TASKS and split != TASKS[task].split else []
-    told += [form.format(settings[key]) for key, (usual, form) in LABELS.items() if settings.get(key) not in usual]
-    while (name := f"{task} ({', '.join(told)})" if told else task) in entries:
+    details = describe_split(task, settings) + label_settings(settings)
+    while (name := f"{task} ({', '.join(details)})" if details else task) in entries:
         other = entries[name]["settings"]
-        told += [f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)]
+        details += [
+            f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)
+        ]
     return name
+
+
+def describe_split(task: str, settings: Mapping[str, Any]) -> list[str]:
+    """The split of a result, unless it is the task's own: one text or none."""
+    usual = TASKS[task].split if task in TASKS else OWN_SPLITS.get(task, "test")
+    return [split] if (split := settings.get("split")) and split != usual else []
+
+
+def label_settings(settings: Mapping[str, Any], left_out: Collection[str] = ()) -> list[str]:
+    """The ``LABELS`` of the settings that have an unusual value, but for those that are ``left_out``."""
+    return [
+        form.format(settings[name])
+        for name, (usual, form) in LABELS.items()
+        if name not in left_out and settings.get(name) not in usual
+    ]
 
 
 def _read_for_saving(folder: str, model: dict[str, Any]) -> tuple[dict[str, Any], pa.Table | None]:
