@@ -4,16 +4,15 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sekd.eval.labels import describe_common, find_common, label_result, write_value
 from sekd.eval.records import Score, TaskResult
-from sekd.eval.result_files import describe_split, label_settings
 from sekd.eval.score_kinds import get_kind, strip_name
 from sekd.eval.statistics import average_scores, compare_scores
 from sekd.eval.tasks import SUITE_MEANS, SUITES
@@ -22,21 +21,6 @@ from sekd.tables import escape_controls, print_table
 
 NARROWEST, COLUMN = 18, 15
 """Columns of a terminal that a table needs at least for its labels, and for each model."""
-COMMON: dict[str, tuple[tuple[Any, ...], str]] = {
-    "limit": ((None,), "limit {}"),
-    "shots": ((), "{} shots"),
-    "chat_template": ((), "chat template {}"),
-    "use_chat_template": ((), "chat template {}"),
-    "repeats": ((1,), "{} repeats"),
-    "temperature": ((0.0,), "temperature {}"),
-    "top_p": ((1.0,), "top_p {}"),
-    "seed": ((), "seed {}"),
-    "backend": ((), "backend {}"),
-    "dtype": ((), "{}"),
-    "arguments": ((), "arguments {}"),
-}
-"""The settings that stand below the table where all rows agree: the values that are left out, and how others look."""
-
 Results = Mapping[str, Mapping[str, TaskResult]]
 """The results of each model, by the name of the model and of the result."""
 
@@ -101,7 +85,7 @@ def compare_results(first: TaskResult, second: TaskResult) -> dict[str, Score]:
     settings = {
         name: (first.settings.get(name), second.settings.get(name)) for name in first.settings | second.settings
     }
-    if different := [f"{n} {_write(b)}, not {_write(a)}" for n, (a, b) in settings.items() if a != b]:
+    if different := [f"{n} {write_value(b)}, not {write_value(a)}" for n, (a, b) in settings.items() if a != b]:
         raise ValueError(f"other settings: {'; '.join(different)}")
     directions = {strip_name(name): score.higher_is_better for name, score in second.scores.items()}
     differences = compare_scores(first.items, second.items, directions)
@@ -124,8 +108,8 @@ def compare_models(models: Results, *suites: str) -> Comparison:
         for task in dict.fromkeys(task for results in models.values() for task in results)
     }
     examples = {task: next(r for r in results if r is not None) for task, results in results_of.items()}
-    common = _find_common([result.settings for result in examples.values()])
-    comparison = Comparison(names, _describe_common(common))
+    common = find_common(examples.values())
+    comparison = Comparison(names, describe_common(common))
     in_means = {
         (task, SUITES[suite].get(task), score)
         for suite in suites
@@ -135,7 +119,7 @@ def compare_models(models: Results, *suites: str) -> Comparison:
     differences: dict[str, dict[str, dict[str, Score]]] = {name: {} for name in names}
     for task, results in results_of.items():
         example, first = examples[task], results[0]
-        name, label = (_label(example, left_out) for left_out in ((), common))
+        name, label = (label_result(example, left_out) for left_out in ((), common))
         for model, result in zip(names[1:], results[1:], strict=True):
             if first is not None and result is not None:
                 differences[model][task] = _compare_noted(comparison, label, model, first, result)
@@ -160,23 +144,6 @@ def compare_models(models: Results, *suites: str) -> Comparison:
     return comparison
 
 
-def _find_common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of ``COMMON`` that are the same wherever a row has them."""
-    values = {name: [own[name] for own in settings if name in own] for name in COMMON}
-    return {name: of_rows[0] for name, of_rows in values.items() if of_rows and all(v == of_rows[0] for v in of_rows)}
-
-
-def _describe_common(settings: Mapping[str, Any]) -> list[str]:
-    texts = [COMMON[name][1].format(_write(value)) for name, value in settings.items() if value not in COMMON[name][0]]
-    return [*dict.fromkeys(texts)]
-
-
-def _label(result: TaskResult, left_out: Collection[str]) -> str:
-    """The task of a result, with its split unless it is the task's own, and its unusual settings."""
-    details = describe_split(result.task, result.settings) + label_settings(result.settings, left_out)
-    return f"{result.task} ({', '.join(details)})" if details else result.task
-
-
 def _compare_noted(
     comparison: Comparison, label: str, model: str, first: TaskResult, result: TaskResult
 ) -> dict[str, Score]:
@@ -193,12 +160,6 @@ def _compare_noted(
         number = differences[main].items
         comparison.note(label, f"{short[model]} and {first_name} are compared on the {number} items of both")
     return differences
-
-
-def _write(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value is None else str(value)
 
 
 def _note_skipped(comparison: Comparison, label: str, result: TaskResult | None) -> None:

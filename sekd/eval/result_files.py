@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sekd.eval.labels import list_details
 from sekd.eval.records import BINS, Item, Score, TaskResult
-from sekd.eval.tasks import TASKS
 from sekd.files import DamagedFile, lock_folder, sync, write_atomically
 from sekd.pretrained import check_model_name, find_adapter
 from sekd.versions import installed_versions
@@ -44,18 +44,6 @@ SCHEMA = pa.schema(
 )
 """The columns of ``samples.parquet``. A column ``metric_NAME`` for each metric follows."""
 METRIC = "metric_"
-LABELS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "shots": ((None, 0), "{} shots"),
-    "limit": ((None,), "limit {}"),
-    "seed": ((None, 0), "seed {}"),
-    "repeats": ((None, 1), "{} repeats"),
-    "temperature": ((None, 0.0, 1.0), "temperature {}"),
-    "top_p": ((None, 1.0), "top_p {}"),
-    "chat_template": ((None, False), "chat template"),
-}
-"""Settings that stand in the name of a result: the values that are left out, and how another one is written."""
-OWN_SPLITS = {"text": "train", "rollouts": "train"}
-"""The usual splits of the tasks of the suite distillation; that of lm-eval's other tasks is ``test``."""
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -227,35 +215,20 @@ def name_result(task: str, settings: dict[str, Any], entries: dict[str, Any]) ->
     """The name of a result among ``entries``, the other results of the model.
 
     It is the name of the entry with the same task and settings. A new one has the task's name, the split unless it is
-    the task's own, and the ``LABELS`` of its settings. If another result has that name, the settings in which the two
+    the task's own, and its unusual settings. If another result has that name, the settings in which the two
     differ follow.
     """
     settings = _as_json(settings)
     for name, entry in entries.items():
         if entry["task"] == task and entry["settings"] == settings:
             return name
-    details = describe_split(task, settings) + label_settings(settings)
+    details = list_details(task, settings)
     while (name := f"{task} ({', '.join(details)})" if details else task) in entries:
         other = entries[name]["settings"]
         details += [
             f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)
         ]
     return name
-
-
-def describe_split(task: str, settings: Mapping[str, Any]) -> list[str]:
-    """The split of a result, unless it is the task's own: one text or none."""
-    usual = TASKS[task].split if task in TASKS else OWN_SPLITS.get(task, "test")
-    return [split] if (split := settings.get("split")) and split != usual else []
-
-
-def label_settings(settings: Mapping[str, Any], left_out: Collection[str] = ()) -> list[str]:
-    """The ``LABELS`` of the settings that have an unusual value, but for those that are ``left_out``."""
-    return [
-        form.format(settings[name])
-        for name, (usual, form) in LABELS.items()
-        if name not in left_out and settings.get(name) not in usual
-    ]
 
 
 def _read_for_saving(folder: str, model: dict[str, Any]) -> tuple[dict[str, Any], pa.Table | None]:
