@@ -279,12 +279,10 @@ def test_only_the_chosen_tasks_run(folder):
         ("", False),
     ],
 )
-def test_a_completion_that_states_a_mathematical_answer_is_one(completion, is_answer):
-    class Tokenizer:
-        def decode(self, ids, skip_special_tokens):
-            return f" {completion} " * (ids == [3, 4])
-
-    assert get_answers([Sample([1, 2, 3, 4], [0, 0, 1, 1], 0, 2)], Tokenizer()) == [completion if is_answer else None]
+def test_a_completion_that_states_a_mathematical_answer_is_one(tokenizer, monkeypatch, completion, is_answer):
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: f" {completion} " * (ids == [3, 4]))
+    answers = get_answers([Sample([1, 2, 3, 4], [0, 0, 1, 1], 0, 2)], tokenizer)
+    assert answers == [completion if is_answer else None]
 
 
 PAIRS, TEXTS = "{folder}/pairs.jsonl", "{folder}/texts.jsonl"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from evaluation_helpers import write_tasks
-from helpers import config, make_trainer
+from helpers import config, make_model, make_trainer
 
 from sekd.eval.during import Evaluation
 from sekd.eval.records import Score, TaskResult
@@ -13,6 +13,9 @@ from sekd.metrics import format_line
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed here")
 
+from lm_eval.models.huggingface import HFLM
+
+from sekd.eval.harness import TaskOptions, prepare_task, run_prepared
 from sekd.eval.tasks import SUITE_MEANS, SUITES
 
 
@@ -81,3 +84,11 @@ def test_a_metric_without_a_better_direction_needs_one():
     with pytest.raises(ValueError, match="'distillation_length' is not better in either direction: set greater_is_"):
         config(metric_for_best_model="distillation_length")
     assert config(metric_for_best_model="distillation_length", greater_is_better=False).greater_is_better is False
+
+
+def test_lm_eval_says_which_way_its_metrics_are_better(tokenizer, tasks, monkeypatch):
+    task = prepare_task("arc_easy", "test", TaskOptions(limit=2, data_dirs=tuple(tasks["eval_data_dir"])))
+    monkeypatch.setattr(task.task, "higher_is_better", lambda: {"acc": False})
+    scores = run_prepared(HFLM(make_model("untied"), tokenizer=tokenizer, batch_size=4), task).scores
+    assert scores["acc"].higher_is_better is False
+    assert scores["acc_norm"].higher_is_better is True

@@ -108,7 +108,7 @@ def compare_models(models: Results, *suites: str) -> Comparison:
         for task in dict.fromkeys(task for results in models.values() for task in results)
     }
     examples = {task: next(r for r in results if r is not None) for task, results in results_of.items()}
-    common = find_common(examples.values())
+    common = find_common(result for results in models.values() for result in results.values())
     comparison = Comparison(names, describe_common(common))
     in_means = {
         (task, SUITES[suite].get(task), score)

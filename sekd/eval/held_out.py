@@ -148,7 +148,7 @@ def compute_held_out_means(sums: dict[str, Any]) -> dict[str, float]:
     return {**metrics, "positions": number}
 
 
-def join_predictions(samples: list[tuple[Int[Tensor, " T"], Int[Tensor, " T"]]]) -> EvalPrediction:
+def join_predictions(samples: list[tuple[Tensor, Tensor]]) -> EvalPrediction:
     """Join the likeliest tokens and the targets of samples as two arrays [samples T], padded with -100."""
     columns = zip(*samples, strict=True)
     guesses, targets = (pad_sequence([*c], batch_first=True, padding_value=IGNORE).numpy() for c in columns)

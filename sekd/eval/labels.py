@@ -45,7 +45,7 @@ def list_details(task: str, settings: Mapping[str, Any], left_out: Collection[st
     """The split of a result unless it is the task's own, and its unusual ``LABELS`` but for those ``left_out``."""
     usual_split = TASKS[task].split if task in TASKS else OWN_SPLITS.get(task, "test")
     split = settings.get("split")
-    return [split] * bool(split and split != usual_split) + [
+    return ([str(split)] if split not in (None, usual_split) else []) + [
         form.format(settings[name])
         for name, (usual, form) in LABELS.items()
         if name not in left_out and settings.get(name) not in usual
