@@ -13,10 +13,10 @@ from rich.text import Text
 
 from sekd.eval.labels import describe_common, find_common, label_result, write_value
 from sekd.eval.records import Score, TaskResult
-from sekd.eval.score_kinds import get_kind, strip_name
 from sekd.eval.statistics import average_scores, compare_scores
 from sekd.eval.tasks import SUITE_MEANS, SUITES
 from sekd.files import write_atomically
+from sekd.metric_kinds import get_kind, strip_name
 from sekd.tables import escape_controls, print_table
 
 NARROWEST, COLUMN = 18, 15
@@ -237,9 +237,9 @@ def make_table(comparison: Comparison, models: Sequence[int], width: int) -> Tab
     if several:
         labels = [[f"{task}\n  {score}, {items}"] for task, score, items in labels]
         spare = width - 1 - 3 * (1 + len(models)) - sum(needed)
-        own = max((_measure(label) for (label,) in labels), default=0)
-        table.add_column("task, score, items", overflow="fold", width=max(1, min(own, spare)))
-        spare -= min(own, spare)
+        widest = max((_measure(label) for (label,) in labels), default=0)
+        table.add_column("task, score, items", overflow="fold", width=max(1, min(widest, spare)))
+        spare -= min(widest, spare)
     else:
         table.add_column("task", overflow="fold")
         table.add_column("score", overflow="fold")

@@ -19,9 +19,9 @@ from sekd.data.batch import Sample, from_rollout
 from sekd.eval.divergence import ROLLOUTS, get_answers, make_result, measure_completions
 from sekd.eval.held_out import Pair, compute_held_out_means, join_predictions, measure_samples
 from sekd.eval.records import Score, TaskResult
-from sekd.eval.score_kinds import get_kind
 from sekd.eval.statistics import average_scores
 from sekd.losses import DIVERGENCES
+from sekd.metric_kinds import get_kind
 from sekd.metrics import add_sums, sum_all
 from sekd.models import causal_lm
 from sekd.on_policy.engines import Generate, generate_inside, keep_generators, make_sampling

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sekd.eval.records import BINS, Item, Score
-from sekd.eval.score_kinds import choose_direction, get_kind
+from sekd.metric_kinds import choose_direction, get_kind
 
 DRAWS = 1_000
 """Resamples of the items that give the standard error of a calibration error."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
-from sekd.eval.score_kinds import find_kind
+from sekd.metric_kinds import find_kind
 from sekd.validation.values import get_default, is_installed, show
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""What is known of each score by its name: which way is better, and how it is shown."""
+"""What is known of each score of an evaluation by its name: which way is better, and how it is shown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ScoreKind:
+class MetricKind:
     """What is known of a score.
 
     Attributes:
@@ -23,13 +23,13 @@ class ScoreKind:
     ignores_weight: bool = False
 
 
-ACCURACY = ScoreKind(True, is_share=True, digits=1)
-DISTANCE = ScoreKind(False, is_shown=True)
-PERPLEXITY = ScoreKind(False, digits=2)
-OTHER = ScoreKind()
-"""A score that ``SCORE_KINDS`` does not have."""
+ACCURACY = MetricKind(True, is_share=True, digits=1)
+DISTANCE = MetricKind(False, is_shown=True)
+PERPLEXITY = MetricKind(False, digits=2)
+OTHER = MetricKind()
+"""A score that ``METRIC_KINDS`` does not have."""
 
-SCORE_KINDS: dict[str, ScoreKind] = {
+METRIC_KINDS: dict[str, MetricKind] = {
     # shares of right answers
     "accuracy": ACCURACY,  # the mean of a suite
     "acc": ACCURACY,
@@ -38,38 +38,38 @@ SCORE_KINDS: dict[str, ScoreKind] = {
     "acc_mutual_info": ACCURACY,
     "acc_all": ACCURACY,
     "exact_match": ACCURACY,  # lm-eval's: equal strings
-    "math_verify": ScoreKind(True, is_share=True, digits=1, is_shown=True, ignores_weight=True),
-    "avg": ScoreKind(True, is_share=True, digits=1, ignores_weight=True),  # avg@k
-    "pass": ScoreKind(True, is_share=True, digits=1, is_shown=True, ignores_weight=True),  # pass@k
+    "math_verify": MetricKind(True, is_share=True, digits=1, is_shown=True, ignores_weight=True),
+    "avg": MetricKind(True, is_share=True, digits=1, ignores_weight=True),  # avg@k
+    "pass": MetricKind(True, is_share=True, digits=1, is_shown=True, ignores_weight=True),  # pass@k
     "prompt_level_strict_acc": ACCURACY,
     "prompt_level_loose_acc": ACCURACY,
     "inst_level_strict_acc": ACCURACY,
     "inst_level_loose_acc": ACCURACY,
     # how likely a text is
-    "loss": ScoreKind(False),
-    "nll": ScoreKind(False),
-    "student_ce": ScoreKind(False),
-    "teacher_ce": ScoreKind(),
-    "perplexity": ScoreKind(False, digits=2, is_shown=True),
+    "loss": MetricKind(False),
+    "nll": MetricKind(False),
+    "student_ce": MetricKind(False),
+    "teacher_ce": MetricKind(),
+    "perplexity": MetricKind(False, digits=2, is_shown=True),
     "word_perplexity": PERPLEXITY,
     "byte_perplexity": PERPLEXITY,
-    "bits_per_byte": ScoreKind(False),
-    "student_entropy": ScoreKind(),
+    "bits_per_byte": MetricKind(False),
+    "student_entropy": MetricKind(),
     # calibration
-    "ece": ScoreKind(False, is_share=True, digits=1, is_shown=True),
-    "brier_score": ScoreKind(False),
+    "ece": MetricKind(False, is_share=True, digits=1, is_shown=True),
+    "brier_score": MetricKind(False),
     # the distance from a teacher
     "forward_kl": DISTANCE,
     "reverse_kl": DISTANCE,
     "sampled_reverse_kl": DISTANCE,
-    "top1_agreement": ScoreKind(True, is_share=True, digits=1, is_shown=True),
+    "top1_agreement": MetricKind(True, is_share=True, digits=1, is_shown=True),
     # completions
-    "length": ScoreKind(digits=1, is_shown=True, ignores_weight=True),
-    "cut_off": ScoreKind(False, is_share=True, digits=1, is_shown=True, ignores_weight=True),
-    "positions": ScoreKind(),
+    "length": MetricKind(digits=1, is_shown=True, ignores_weight=True),
+    "cut_off": MetricKind(False, is_share=True, digits=1, is_shown=True, ignores_weight=True),
+    "positions": MetricKind(),
     # texts beside a reference
-    "wer": ScoreKind(False),
-    "ter": ScoreKind(False),
+    "wer": MetricKind(False),
+    "ter": MetricKind(False),
 }
 
 
@@ -78,9 +78,9 @@ def strip_name(score: str) -> str:
     return score.partition(",")[0].partition("@")[0]
 
 
-def get_kind(score: str) -> ScoreKind:
+def get_kind(score: str) -> MetricKind:
     """What is known of a score; ``OTHER`` if nothing is."""
-    return SCORE_KINDS.get(strip_name(score), OTHER)
+    return METRIC_KINDS.get(strip_name(score), OTHER)
 
 
 def choose_direction(score: str, directions: Mapping[str, bool | None]) -> bool | None:
@@ -89,7 +89,7 @@ def choose_direction(score: str, directions: Mapping[str, bool | None]) -> bool 
     return get_kind(score).higher_is_better if given is None else given
 
 
-def find_kind(metric: str) -> ScoreKind | None:
+def find_kind(metric: str) -> MetricKind | None:
     """The kind of the score in which the name of a logged metric ends, as in ``eval_gsm8k_math_verify``; or None."""
-    endings = [name for name in SCORE_KINDS if metric == name or metric.endswith(f"_{name}")]
-    return SCORE_KINDS[max(endings, key=len)] if endings else None
+    endings = [name for name in METRIC_KINDS if metric == name or metric.endswith(f"_{name}")]
+    return METRIC_KINDS[max(endings, key=len)] if endings else None
