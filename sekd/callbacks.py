@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -21,7 +22,15 @@ from sekd.versions import installed_versions
 
 
 class ProgressLine(ProgressCallback):
-    """The progress bar. Each log is one short line instead of a dictionary."""
+    """The progress bar. Each log is one short line instead of a dictionary.
+
+    Args:
+        forms: how the line shows metrics of evaluations, by their names without ``eval_``; it may grow.
+    """
+
+    def __init__(self, forms: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.forms = {} if forms is None else forms
 
     def on_log(
         self,
@@ -31,7 +40,7 @@ class ProgressLine(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        line = format_line(logs or {})
+        line = format_line(logs or {}, {f"eval_{name}": form for name, form in self.forms.items()})
         if not line or not state.is_world_process_zero:
             return
         if self.training_bar is not None:

@@ -15,7 +15,7 @@ from sekd.scores import Scoring, make_scoring
 from sekd.selection_config import SelectionConfig, help_
 from sekd.validation import check_config
 from sekd.validation.selection import check_names
-from sekd.validation.training import is_better_low
+from sekd.validation.training import choose_better_direction
 from sekd.validation.values import check_types
 
 
@@ -142,12 +142,6 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     )
     eval_chat_template: bool = field(
         default=False, metadata=help_("Ask the tasks of eval_suite in the student's chat template.")
-    )
-    greater_is_better: bool | None = field(
-        default=None,
-        metadata=help_(
-            "Whether more of metric_for_best_model is better. Default: yes, but not for losses and the like."
-        ),
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -278,8 +272,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         check_config(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not is_better_low(self.metric_for_best_model)
+        self.greater_is_better = choose_better_direction(self)
         dtype = choose_dtype(self.use_cpu)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and dtype == "bfloat16"

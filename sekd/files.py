@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,17 @@ class DamagedFile(ValueError):
 def write_atomically(path: str, text: str) -> None:
     """Write a text file. If the process dies meanwhile, the previous file stays."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # two processes may write the same file
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
 
 
 def write_checked(path: str, content: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The numbers that a run logs: their names, means and short forms on the progress line."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -32,10 +31,6 @@ SHOWN = {
 }
 
 
-MAIN_SCORE = re.compile(r"eval_(\w+?(?:@\S+?)?)_(math_verify|prompt_level_strict_acc|accuracy|acc|exact_match)")
-"""Scores of tasks and suites that the progress line shows in percent."""
-
-
 def name_divergence(args: SEKDConfig) -> str:
     """The name under which the mean divergence is logged. It says what is measured, and on which classes.
 
@@ -46,17 +41,14 @@ def name_divergence(args: SEKDConfig) -> str:
     return f"{f'{args.class_selection}_' * is_sampled}{args.divergence}{SELECTED}"
 
 
-def format_line(logs: Mapping[str, float]) -> str:
-    """The short form of a log; empty if it has nothing to show."""
+def format_line(logs: Mapping[str, float], more: Mapping[str, str] | None = None) -> str:
+    """The short form of a log; empty if it has nothing to show. ``more`` has forms of other metrics than ``SHOWN``."""
     divergences = {
         name: name.removesuffix(SELECTED) + "_sel {:.4f}"
         for name in logs
         if name.endswith(SELECTED) and name not in SHOWN
     }
-    matches = {name: MAIN_SCORE.fullmatch(name) for name in logs}
-    # IFEval has more scores than its main one.
-    scores = {name: f"{m[1]} {{:.1%}}" for name, m in matches.items() if m and not m[1].endswith(("loose", "strict"))}
-    forms = {"loss": SHOWN["loss"], **divergences, **SHOWN, **scores}
+    forms = {"loss": SHOWN["loss"], **divergences, **SHOWN, **(more or {})}
     return "  ".join(form.format(logs[name]) for name, form in forms.items() if name in logs)
 
 

@@ -135,7 +135,7 @@ class SEKDTrainer(ResumableTrainer):
             args,
             data_collator=_make_samples,
             train_dataset=train_dataset,
-            eval_dataset=[] if eval_dataset is None and self.evaluation else eval_dataset,
+            eval_dataset=[] if eval_dataset is None and self.evaluation.has_tasks else eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=[RunFiles(*(recipe_records or [args])), *make_early_stopping(args), *(callbacks or [])],
@@ -146,7 +146,7 @@ class SEKDTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True  # the loss is divided by the step's sequences already
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressLine())
+            self.add_callback(ProgressLine(self.evaluation.forms))
 
         check_head(self.model, packed)
         if args.merge_adapter or (args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model")):
@@ -345,9 +345,17 @@ class SEKDTrainer(ResumableTrainer):
         if data is not None and "input_ids" not in next(iter(data)):
             data = prepare(data, self.processing_class, self.args)
         samples = None if data is None else _make_samples(list(data))
-        model, method = self.model_wrapped, self.method
-        places = self.args.device, self.pad_token_id, self.accelerator.autocast
-        pair = Pair(model, self.teacher, method.vocab, *places, self.args.per_device_eval_batch_size, method.chunk_rows)
+        model = self.model_wrapped
+        pair = Pair(
+            model,
+            self.teacher,
+            self.method.vocab,
+            self.args.device,
+            pad_token_id=self.pad_token_id,
+            autocast=self.accelerator.autocast,
+            batch_size=self.args.per_device_eval_batch_size,
+            chunk_rows=self.method.chunk_rows,
+        )
         was_training = model.training
         model.eval()
         metrics = self.evaluation.measure(pair, samples, with_suite=eval_dataset is None)

@@ -26,6 +26,16 @@ def test_a_log_is_one_short_line(capsys):
     assert capsys.readouterr().out == "step     7  loss 0.2500  forward_kl_sel 0.5000  sel 20%  12,346 tok/s\n"
 
 
+def test_the_line_shows_the_metrics_that_an_evaluation_names(capsys):
+    """The evaluation names them when it has measured them, after the callback was made."""
+    forms = {}
+    line = ProgressLine(forms)
+    forms |= {"wikitext_word_perplexity": "wikitext word_perplexity {:.2f}", "mine_too_strict": "mine {:.1%}"}
+    logs = {"eval_wikitext_word_perplexity": 19.664, "eval_mine_too_strict": 0.5, "eval_mine_acc": 0.25}
+    line.on_log(TrainingArguments(output_dir="unused"), state(7), TrainerControl(), logs=logs)
+    assert capsys.readouterr().out == "step     7  wikitext word_perplexity 19.66  mine 50.0%\n"
+
+
 def test_metrics_keep_what_the_checkpoint_knows_only(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lost": true}\n')

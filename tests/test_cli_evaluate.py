@@ -71,7 +71,7 @@ def test_the_distance_from_a_teacher(tmp_path, model, data, capsys):
     command = ["evaluate", model, "--suite", "distillation", *files, "--max-new-tokens", "4", *HF]
     assert main([*command, "--teacher", teacher]) == 0
     shown = capsys.readouterr().out
-    for text in ("forward_kl", "reverse_kl", "top1_agreement", "exact_match", "length"):
+    for text in ("forward_kl", "reverse_kl", "top1_agreement", "math_verify", "length"):
         assert text in shown
     assert main(command) == 2
     assert "the suite distillation needs --teacher MODEL" in capsys.readouterr().err

@@ -9,18 +9,21 @@ import re
 import pytest
 
 from sekd.eval.compare import (
+    Row,
     as_csv,
     as_markdown,
+    _split_models,
     compare_models,
     compare_results,
     format_score,
     label_score,
+    make_table,
     shorten_names,
     show_table,
     write_comparison,
 )
 from sekd.eval.records import Item, Score, TaskResult
-from sekd.eval.statistics import compare_scores, fill_bins, mean_of, summarize
+from sekd.eval.statistics import average_scores, compare_scores, fill_bins, summarize
 from sekd.eval.tasks import SUITES, TASKS
 
 SETTINGS = {"shots": 0, "version": "1", "data": "abc", "seed": 0, "backend": "hf", "dtype": "float32"}
@@ -87,7 +90,7 @@ def test_the_mean_of_a_suite_by_hand(models):
         assert value.value == pytest.approx(sum(score.value for score in own) / 5)
         assert value.stderr == pytest.approx(sum(score.stderr**2 for score in own) ** 0.5 / 5)
     parts = [find_row(comparison, task, TASKS[task].main).differences[2] for task in tasks]
-    assert row.differences[2] == mean_of(parts)
+    assert row.differences[2] == average_scores(parts)
     assert find_row(comparison, "paper", "perplexity").values[0] == models[FIRST]["lambada_openai"].scores["perplexity"]
     assert find_row(comparison, "paper", "ece").values[0].items == 120
 
@@ -120,6 +123,8 @@ def test_what_a_suite_sums_up_is_not_shown_twice(models):
         ({"shots": 5}, "other settings: shots 5, not 0"),
         ({"version": "2", "split": "train"}, "other settings: version 2, not 1; split train, not test"),
         ({"temperature": 1.0}, "other settings: temperature 1.0, not none"),
+        ({"backend": "vllm"}, "other settings: backend vllm, not hf"),
+        ({"data": "def"}, "other settings: data def, not abc"),
     ],
 )
 def test_other_settings_are_not_compared(settings, reason):
@@ -134,30 +139,43 @@ def test_other_settings_are_not_compared(settings, reason):
     }
 
 
-def test_another_backend_is_noted_once_for_all_tasks(models):
-    other = make_suite(1, backend="vllm")
-    comparison = compare_models({FIRST: models[FIRST], SECOND: other})
-    assert find_row(comparison, "piqa", "acc").differences[1] is not None
-    notes = {"checkpoint-1000 has backend vllm, SmolLM2-135M-Instruct hf": list(SUITES["paper"].tasks)}
-    assert comparison.notes == notes
-    assert "all tasks: checkpoint-1000 has backend vllm, SmolLM2-135M-Instruct hf" in as_markdown(comparison)
+def test_what_stands_in_the_way_of_all_tasks_is_noted_once(models):
+    comparison = compare_models({FIRST: models[FIRST], SECOND: make_suite(1, backend="vllm")})
+    text = "checkpoint-1000 is not compared with SmolLM2-135M-Instruct: other settings: backend vllm, not hf"
+    assert len(comparison.notes) == 1
+    assert f"all tasks: {text}" in as_markdown(comparison)
 
 
-def test_a_limit_compares_the_items_of_both():
-    first, second = make_result("piqa", 0), make_result("piqa", 1, items=10, limit=10, data="def")
-    comparison = compare_models({FIRST: {"piqa": first}, SECOND: {"piqa": second}})
-    assert find_row(comparison, "piqa", "acc").differences[1] == compare_scores(first.items[:10], second.items)["acc"]
-    assert list(comparison.notes) == [
-        "checkpoint-1000 has limit 10, SmolLM2-135M-Instruct none",
-        "checkpoint-1000 and SmolLM2-135M-Instruct are compared on the 10 items of both",
-    ]
+def test_rows_say_their_split_and_what_they_do_not_have_in_common():
+    """All settings stand in the file's names; the table says those of all rows once."""
+    results = {
+        "gsm8k": make_result("gsm8k", 0, split="train[:4]", limit=3, chat_template=False),
+        "piqa": make_result("piqa", 0, limit=3, shots=5, chat_template=False),
+        "arc_easy": make_result("arc_easy", 0, limit=3, chat_template=False),
+    }
+    comparison = compare_models({FIRST: results})
+    rows = [row for row in comparison.rows if row.score == TASKS[row.task.split(" ")[0]].main]
+    assert [row.label for row in rows] == ["gsm8k (train[:4])", "piqa (5 shots)", "arc_easy"]
+    names = ["gsm8k (train[:4], limit 3)", "piqa (5 shots, limit 3)", "arc_easy (limit 3)"]
+    assert [row.task for row in rows] == names
+    common = "- All rows: limit 3, chat template off, seed 0, backend hf, float32."
+    assert common in as_markdown(comparison).splitlines()
+    assert "| gsm8k (train[:4]) | math_verify % |" in as_markdown(comparison)
+    assert f'{FIRST},"{names[1]}",acc,' in as_csv(comparison)
 
 
-def test_other_data_is_not_compared():
-    first, second = make_result("piqa", 0), make_result("piqa", 1, data="def")
-    second = dataclasses.replace(second, items=[dataclasses.replace(item, prompt="other") for item in second.items])
-    with pytest.raises(ValueError, match="of 40 and 40 items, none has the same index, prompt and answer"):
-        compare_results(first, second)
+def test_a_suite_says_its_splits_in_the_table(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    show_table({FIRST: make_suite(0, "validation", limit=200), SECOND: make_suite(1, "validation", limit=200)})
+    printed = capsys.readouterr().out
+    for text in ("gsm8k (train[7000:])", "hellaswag (train[:2000])", "All rows: limit 200, 0 shots, seed 0"):
+        assert text in printed
+
+
+def test_items_that_only_one_model_counts_are_told():
+    first, second = make_result("ifeval", 0, skipped=3), make_result("ifeval", 1)
+    comparison = compare_models({FIRST: {"ifeval": first}, SECOND: {"ifeval": second}})
+    assert "checkpoint-1000 and SmolLM2-135M-Instruct are compared on the 37 items of both" in comparison.notes
 
 
 def test_prompts_of_two_chat_templates_are_of_the_same_rows():
@@ -245,7 +263,7 @@ def test_the_files_of_a_comparison(models, tmp_path):
     assert len({line.count("|") for line in rows}) == 1
     assert len(rows) == 2 + 9
     assert rows[0].startswith("| task | score | items | SmolLM2-135M-Instruct | gsm8k_on_policy_sekd/checkpoint-1000 |")
-    assert table[len(rows) + 1].startswith("- A score is followed by its standard error")
+    assert table[len(rows) + 2].startswith("- A score is followed by its standard error")
     assert (tmp_path / "comparison.csv").read_text() == as_csv(compare_models(models, "paper"))
 
 
@@ -261,21 +279,36 @@ def test_names_are_as_short_as_they_differ():
     [
         ("acc", Score(0.4349, 0.0351, 200), "acc %", "43.5 ± 3.5"),
         ("exact_match,strict-match", Score(1.0, 0.0, 200), "exact_match,strict-match %", "100.0 ± 0.0"),
-        ("ece", Score(0.1, None, 1), "ece % ↓", "10.0"),
-        ("perplexity", Score(19.664, 0.911, 500), "perplexity ↓", "19.66 ± 0.91"),
-        ("forward_kl", Score(0.4434, 0.0123, 9), "forward_kl ↓", "0.443 ± 0.012"),
-        ("length", Score(101.26, 2.0, 9), "length", "101.3 ± 2.0"),
+        ("pass@8", Score(0.5, 0.1, 200), "pass@8 %", "50.0 ± 10.0"),
+        ("ece", Score(0.1, None, 1, False), "ece % ↓", "10.0"),
+        ("perplexity", Score(19.664, 0.911, 500, False), "perplexity ↓", "19.66 ± 0.91"),
+        ("forward_kl", Score(0.4434, 0.0123, 9, False), "forward_kl ↓", "0.443 ± 0.012"),
+        ("cer", Score(0.4434, 0.0123, 9, False), "cer ↓", "0.443 ± 0.012"),
+        ("length", Score(101.26, 2.0, 9, None), "length", "101.3 ± 2.0"),
         ("acc", None, "acc %", ""),
     ],
 )
 def test_how_a_score_is_written(name, score, label, text):
-    assert (label_score(name), format_score(name, score)) == (label, text)
+    assert label_score(Row("task", "task", name, [None, score], [], shown=True)) == label
+    assert format_score(name, score) == text
 
 
 def test_colours_say_better_and_worse_beyond_two_errors():
     from sekd.eval.compare import _choose_style
-    from sekd.eval.statistics import Difference
 
-    assert _choose_style(Difference(0.3, 0.1, 9)) == "green"
-    assert _choose_style(Difference(0.3, 0.1, 9, higher_is_better=False)) == "red"
-    assert _choose_style(Difference(0.15, 0.1, 9)) == _choose_style(Difference(0.3, None, 9)) == ""
+    assert _choose_style(Score(0.3, 0.1, 9)) == "green"
+    assert _choose_style(Score(0.3, 0.1, 9, higher_is_better=False)) == "red"
+    assert _choose_style(Score(0.3, 0.1, 9, higher_is_better=None)) == ""
+    assert _choose_style(Score(0.15, 0.1, 9)) == _choose_style(Score(0.3, None, 9)) == ""
+
+
+def test_huge_scores_leave_room_for_the_names_of_rows():
+    """The perplexity of a model that knows nothing takes as few columns as others."""
+    assert format_score("perplexity", Score(563301282808227.38, 1095495946816087.25, 9)) == "5.63e+14 ± 1.1e+15"
+    assert format_score("perplexity", Score(99999.994, 1.0, 9)) == "99999.99 ± 1.00"
+    score = {"perplexity": Score(563301282808227.38, 1095495946816087.25, 9, False)}
+    result = TaskResult("lambada_openai", "perplexity", score, [], SETTINGS, 1.0)
+    comparison = compare_models({name: {"lambada_openai": result} for name in (FIRST, SECOND, THIRD)})
+    for places in _split_models(comparison, 80):
+        table = make_table(comparison, places, 80)
+        assert table.columns[0].width >= len("lambada_openai")

@@ -19,7 +19,7 @@ from sekd.data.batch import Sample
 from sekd.eval import distillation
 from sekd.eval.distillation import measure_distillation
 from sekd.eval.distillation_data import DistillationOptions, prepare_distillation
-from sekd.eval.divergence import get_answers, make_result, measure_rollouts_of
+from sekd.eval.divergence import get_answers, make_result, measure_completions
 from sekd.eval.held_out import Pair
 from sekd.teachers import LiveTeacher
 
@@ -53,6 +53,7 @@ def compare(p, q, y):
     confidence, guess = q.max(0)
     return {
         "nll": -q[y].item(),
+        "teacher_ce": -p[y].item(),
         "forward_kl": sum(a.exp() * (a - b) for a, b in zip(p, q, strict=True)).item(),
         "reverse_kl": sum(b.exp() * (b - a) for a, b in zip(p, q, strict=True)).item(),
         "student_entropy": -sum(b.exp() * b for b in q).item(),
@@ -123,7 +124,7 @@ def test_completions_give_the_dense_numbers_of_each_prompt(tokenizer):
     ]
     pair = Pair(student, LiveTeacher(teacher, 121), 121, torch.device("cpu"), batch_size=3, chunk_rows=4)
     answers = ["w7", "w13", None, None]
-    items = measure_rollouts_of(pair, samples, rollouts, tokenizer, answers)
+    items = measure_completions(pair, samples, rollouts, tokenizer, answers)
     assert [item.index for item in items] == [0, 1, 2]
     positions = []
     for item, own in zip(items[:2], (completions[:2], completions[2:4]), strict=True):
@@ -147,7 +148,7 @@ def test_completions_give_the_dense_numbers_of_each_prompt(tokenizer):
     assert result.main == "reverse_kl"
     assert result.scores["reverse_kl"].value == pytest.approx(mean([o["reverse_kl"] for o in positions]), rel=1e-4)
     assert result.scores["length"].value == pytest.approx((3 + 2.5 + 0) / 3)
-    sharpened = measure_rollouts_of(pair, samples, rollouts, tokenizer, samples_as_is=False)
+    sharpened = measure_completions(pair, samples, rollouts, tokenizer, samples_as_is=False)
     assert not any("sampled_reverse_kl" in item.metrics for item in sharpened)
 
 
@@ -157,7 +158,7 @@ def test_the_teacher_reads_its_own_prompt(tokenizer):
     samples = [Sample(ids, [0] * len(ids), i, len(ids), None, contexts[i]) for i, ids in enumerate(prompts)]
     rollouts = [Rollout(prompts[i // 2], ids, 0, "length") for i, ids in enumerate(completions)]
     pair = Pair(student, LiveTeacher(teacher, VOCAB), VOCAB, torch.device("cpu"))
-    for i, item in enumerate(measure_rollouts_of(pair, samples, rollouts, tokenizer)):
+    for i, item in enumerate(measure_completions(pair, samples, rollouts, tokenizer)):
         numbers = []
         for ids in completions[2 * i : 2 * i + 2]:
             q, p = (dense(m, start[i] + ids)[-len(ids) - 1 :] for m, start in ((student, prompts), (teacher, contexts)))
@@ -172,11 +173,11 @@ def test_right_answers_are_counted_over_the_completions_of_a_prompt(tokenizer):
     samples = [Sample([i + 1], [0], i, 1) for i in range(3)]
     completions = [[20], [21], [20], [22], [23], [24], [25], [26], [30], [30], [30], [30]]
     rollouts = [Rollout([i // 4 + 1], [*ids, EOS], 0, "stop") for i, ids in enumerate(completions)]
-    items = measure_rollouts_of(pair, samples, rollouts, tokenizer, ["by hand #### w20", "w99", "w30"])
+    items = measure_completions(pair, samples, rollouts, tokenizer, ["by hand #### w20", "w99", "w30"])
     assert [item.correct for item in items] == [0.5, 0, 1]
     assert [item.metrics["pass@4"] for item in items] == [1, 0, 1]
     scores = make_result("rollouts", items, {}, 1.0).scores
-    assert scores["exact_match"].value == scores["avg@4"].value == pytest.approx(0.5)
+    assert scores["math_verify"].value == scores["avg@4"].value == pytest.approx(0.5)
     assert scores["pass@4"].value == pytest.approx(2 / 3)
     assert scores["avg@4"].stderr == pytest.approx(math.sqrt(0.25 / 3))  # 0.5, 0, 1: variance 0.25 of 3 items
     assert scores["reverse_kl"].value == pytest.approx(0, abs=1e-6)  # the teacher is the student
@@ -270,9 +271,25 @@ def test_only_the_chosen_tasks_run(folder):
     assert [*measure_distillation(prepared, [])] == []
 
 
-def test_the_completion_of_a_sample_is_its_answer(tokenizer):
-    samples = [Sample([1, 2, 3, 4, EOS], [0, 0, 1, 1, 1], 0, 2), Sample([1, 2], [0, 0], 1, 2)]
-    assert get_answers(samples, tokenizer) == ["w3 w4", None]
+@pytest.mark.parametrize(
+    ("completion", "is_answer"),
+    [
+        ("2 + 3 = 5\n#### 5", True),
+        ("so it is \\boxed{5}", True),
+        ("5", True),
+        ("-$1,234.50", True),
+        ("20%", True),
+        ("there are 5 of them", False),
+        ("the boxed set of 5", False),
+        ("Paris", False),
+        ("5 6", False),
+        ("", False),
+    ],
+)
+def test_a_completion_that_states_a_mathematical_answer_is_one(tokenizer, monkeypatch, completion, is_answer):
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: f" {completion} " * (ids == [3, 4]))
+    answers = get_answers([Sample([1, 2, 3, 4], [0, 0, 1, 1], 0, 2)], tokenizer)
+    assert answers == [completion if is_answer else None]
 
 
 PAIRS, TEXTS = "{folder}/pairs.jsonl", "{folder}/texts.jsonl"

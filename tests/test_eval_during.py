@@ -15,7 +15,6 @@ from transformers import TrainerCallback, set_seed
 
 from rollouts import HFEngine
 from sekd.checkpoints import list_checkpoints
-from sekd.metrics import format_line
 from sekd.recipe import Run
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed here")
@@ -76,26 +75,18 @@ def test_means_of_suites(tmp_path, tokenizer, pairs, tasks, monkeypatch):
     assert metrics["eval_other_accuracy"] == metrics["eval_arc_easy@validation_acc"]
 
 
-def test_metrics_reach_the_file_and_the_progress_line(tmp_path, tokenizer, pairs, tasks):
-    trainer = make_trainer(tmp_path / "run", tokenizer, pairs, **EVERY_STEP, **tasks)
+def test_metrics_reach_the_file_and_the_progress_line(tmp_path, tokenizer, pairs, tasks, capsys):
+    options = EVERY_STEP | tasks | dict(disable_tqdm=False)
+    trainer = make_trainer(tmp_path / "run", tokenizer, pairs, **options)
     trainer.train()
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [log for log in logs if "eval_arc_easy_acc" in log]
     assert [log["step"] for log in evaluations] == [0, 1, 2]
     assert not any("eval_loss" in log for log in logs), "there is no held-out data"
-    line = format_line(evaluations[0])
-    shares = [evaluations[0][f"eval_{n}"] for n in ("arc_easy_acc", "gsm8k_math_verify", "lambada_openai_acc")]
-    assert line == "arc_easy {:.1%}  gsm8k {:.1%}  lambada_openai {:.1%}".format(*shares)
-
-
-def test_the_progress_line_shows_main_scores_alone():
-    logs = {
-        f"eval_ifeval_{n}": 0.5 for n in ("prompt_level_strict_acc", "inst_level_strict_acc", "inst_level_loose_acc")
-    }
-    logs |= {"eval_paper_accuracy": 0.25, "eval_paper_ece": 0.1, "eval_arc_easy@train[:5]_acc": 1.0}
-    logs |= {"eval_arc_easy_acc_norm": 0.3, "eval_distillation_exact_match": 0.125, "eval_arc_easy_acc_stderr": 0.1}
-    logs["eval_ifeval_prompt_level_loose_acc"] = 0.7
-    assert format_line(logs) == "ifeval 50.0%  paper 25.0%  arc_easy@train[:5] 100.0%  distillation 12.5%"
+    shares = [evaluations[0][f"eval_{n}"] for n in ("arc_easy_acc", "lambada_openai_acc", "gsm8k_math_verify")]
+    assert capsys.readouterr().out.startswith(
+        "step     0  arc_easy {:.1%}  lambada_openai {:.1%}  gsm8k {:.1%}\n".format(*shares)
+    )
 
 
 # It changes nothing
@@ -151,7 +142,9 @@ def test_a_run_with_it_is_the_run_without_it(tmp_path, tokenizer, pairs, tasks, 
 def test_a_run_with_an_engine_of_its_own_weights_is_the_run_without_it(tmp_path, tokenizer, pairs, tasks, staleness):
     """The engine draws from a copy of the weights, as a server does, in rounds of two steps."""
     options = dict(rollout_batches=2, rollout_staleness=staleness, max_steps=6)
-    runs = [Counting(), AlsoOtherwise(tokenizer=tokenizer)]
+    # In background an engine must not draw from the trainer's generators: the likeliest tokens need no draw.
+    drawing = dict(temperature=0.0) if staleness else {}
+    runs = [Counting(**drawing), AlsoOtherwise(tokenizer=tokenizer, **drawing)]
     plain = make_run(tmp_path / "plain", tokenizer, pairs, runs[0], **options)
     evaluated = make_run(tmp_path / "run", tokenizer, pairs, runs[1], **options, **EVERY_STEP, **tasks)
     check_same(plain, evaluated)
@@ -219,7 +212,7 @@ def test_distillation_measures_fresh_rollouts(tmp_path, tokenizer, pairs, lmbda)
         positions += len(q)
         lengths.append(len(rollout.completion_ids))
     assert metrics["eval_distillation_reverse_kl"] == pytest.approx(total / positions, rel=1e-4)
-    assert metrics["eval_distillation_exact_match"] == 0
+    assert not any("math_verify" in name for name in metrics), "words are no mathematical answers"
     assert metrics["eval_distillation_cut_off"] > 0
     assert min(lengths) <= metrics["eval_distillation_length"] <= 6
 

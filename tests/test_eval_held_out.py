@@ -113,7 +113,8 @@ def test_each_sample_has_its_own_sums_in_any_batch(pairs, tokenizer):
     samples[4] = Sample(samples[4].input_ids, [0] * len(samples[4].input_ids), 4, 2)
     seen = []
     pair = Pair(student, LiveTeacher(teacher, 121), 121, torch.device("cpu"), batch_size=4, chunk_rows=5)
-    for sample, sums in zip(samples, measure_samples(pair, samples, seen.append), strict=True):
+    for sample, measured in zip(samples, measure_samples(pair, samples, seen.append), strict=True):
+        sums = measured.sums
         ids = torch.tensor([sample.input_ids])
         with torch.no_grad():
             q = student(input_ids=ids).logits[0, :, :121].double().log_softmax(-1)
@@ -136,6 +137,7 @@ def test_each_sample_has_its_own_sums_in_any_batch(pairs, tokenizer):
             confidence = q[t].max().exp().item()
             of_bin = bins[min(int(confidence * 15), 14)]
             of_bin[:] = of_bin[0] + 1, of_bin[1] + confidence, of_bin[2] + float(q[t].argmax() == y)
+            assert (measured.guesses[t], measured.targets[t]) == (q[t].argmax(), y)
         for name, value in expected.items():
             assert sums[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
         assert sums["calibration"].tolist() == [pytest.approx(row, rel=1e-4) for row in bins]

@@ -77,7 +77,8 @@ def test_unknown_names_list_the_nearest():
         with pytest.raises(ValueError, match=rf"unknown suite or task '{name}'; nearest are [^.]*{nearest}"):
             resolve_tasks([name])
     with pytest.raises(
-        ValueError, match=r"unknown suite or task 'qqqqqqqqqq'\. Suites: paper, validation, distillation; tasks: arc_easy"
+        ValueError,
+        match=r"unknown suite or task 'qqqqqqqqqq'\. Suites: paper, validation, distillation; tasks: arc_easy",
     ):
         resolve_tasks(["qqqqqqqqqq"])
     assert resolve_tasks(["wikitext"]) == [("wikitext", None)]

@@ -129,7 +129,8 @@ def run(options: argparse.Namespace) -> int:
         raise Stopped(f"stopped: {error}; what is done is kept, and {again}") from error
     suites = [name for name in names if name in SUITES]
     show_table(results, *suites)
-    write_comparison(how.output, results, *suites)
+    with reading_input():
+        write_comparison(how.output, results, *suites)
     print(f"the results are in {how.output}, with comparison.csv and comparison.md")
     return 0
 

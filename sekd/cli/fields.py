@@ -207,7 +207,10 @@ FOREIGN = {
     "use_cpu": "Train on the CPU although there is a GPU.",
     "eval_strategy": "When to evaluate: no, steps (every eval_steps) or epoch.",
     "eval_steps": "Steps between evaluations; logging_steps if not given.",
-    "metric_for_best_model": "Which number of an evaluation makes a checkpoint the best: loss, arc_easy_acc, ...",
+    "metric_for_best_model": "Which number of an evaluation makes a checkpoint the best: loss, "
+    "validation_accuracy, ...",
+    "greater_is_better": "Whether more of metric_for_best_model is better. Default: yes, but not for losses and the "
+    "like.",
     "load_best_model_at_end": "Keep the best checkpoint, and end with its weights.",
     "eval_on_start": "Evaluate once before the first step.",
     "per_device_eval_batch_size": "Sequences of a batch on each device in evaluation and in sample scoring.",

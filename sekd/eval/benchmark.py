@@ -35,7 +35,7 @@ from sekd.eval.kept_answers import AnswerFile, KeepingLM, is_begun
 from sekd.eval.prepared import PreparedTask, TaskOptions, prepare_task
 from sekd.eval.progress import show_bar
 from sekd.eval.records import EvaluationRefused, TaskResult
-from sekd.eval.result_files import find_done, fingerprint_model, folder_of, own_folder, save_result
+from sekd.eval.result_files import find_done, fingerprint_model, name_folder, own_folder, save_result
 from sekd.pretrained import check_model_name
 from sekd.versions import installed_versions
 
@@ -120,7 +120,10 @@ def evaluate_models(
         for model in models:
             check_model_name(FIELD, model)
         prepared = _prepare_tasks(tasks, options)
-        checked = [_check_model(model, prepared, options) for model in dict.fromkeys(models)]
+        checked = [
+            _check_model(model, prepared, options)
+            for model in dict.fromkeys(name.rstrip("/") if os.path.isdir(name) else name for name in models)
+        ]
         for one in checked:
             _make_folder(one.folder, options.output)
         if options.force:
@@ -188,7 +191,7 @@ def _check_model(name: str, tasks: dict[str, PreparedTask], options: EvaluationO
                 "its output: such prompts lose their beginning"
             )
     distillation = None if options.distillation is None else prepare_distillation(name, options.distillation)
-    return _Model(name, folder_of(options.output, name), fingerprint_model(name), context, longest, distillation)
+    return _Model(name, name_folder(options.output, name), fingerprint_model(name), context, longest, distillation)
 
 
 def _make_folder(folder: str, output: str) -> None:

@@ -5,47 +5,24 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sekd.eval.labels import describe_common, find_common, label_result, write_value
 from sekd.eval.records import Score, TaskResult
-from sekd.eval.statistics import LOWER_IS_BETTER, Difference, compare_scores, mean_of
+from sekd.eval.statistics import average_scores, compare_scores
 from sekd.eval.tasks import SUITES
 from sekd.files import write_atomically
+from sekd.metric_kinds import get_kind, strip_name
 from sekd.tables import escape_controls, print_table
 
-NOTED = frozenset({"backend", "arguments", "dtype", "device", "batch_size", "limit", "rows", "data", "seed", "lm_eval"})
-"""Settings in which two compared results may differ: a note says so. Any other difference forbids the comparison."""
-UNTOLD = frozenset({"rows", "data", "lm_eval", "batch_size", "device"})
-"""Settings of ``NOTED`` without a note: what they change is told by the items that are compared, or is nothing."""
-ROW_SETTINGS = ("data", "seed", "shots_data")
-"""Two results with these settings in common are of the same rows in the same order."""
-PERCENT = ("acc", "avg@", "pass@", "exact_match", "math_verify", "prompt_level", "inst_level", "ece", "top1", "cut_off")
-"""How the names of scores begin that are shown in percent."""
-DECIMALS = {"perplexity": 2, "word_perplexity": 2, "byte_perplexity": 2, "length": 1}
-"""Digits after the point of scores that are no percentages; the others have ``DIGITS``."""
-DIGITS = 3
-NARROWEST, COLUMN = 18, 15
-"""Columns of a terminal that a table needs at least for its labels, and for each model."""
-SHOWN = frozenset(
-    {
-        "perplexity",
-        "ece",
-        "forward_kl",
-        "reverse_kl",
-        "sampled_reverse_kl",
-        "top1_agreement",
-        "exact_match",
-        "length",
-        "cut_off",
-    }
-)
-"""Scores that the table shows beside the main one, unless a suite's mean has them; ``pass@k`` too."""
-
+NARROWEST = 22
+"""Columns of a terminal that a table needs at least for its labels and lines."""
+LARGEST = 1e5
+"""From here on a score is written with a power of ten: the perplexity of a model that knows nothing, for example."""
 Results = Mapping[str, Mapping[str, TaskResult]]
 """The results of each model, by the name of the model and of the result."""
 
@@ -55,7 +32,8 @@ class Row:
     """A score of all models.
 
     Attributes:
-        task: the name of the result, or of the suite.
+        task: the task with its split and settings, as ``results.json`` names it, or the suite.
+        label: the same without the settings that all rows have in common.
         score: the name of the score.
         values: of each model; None where it has none.
         differences: to the first model; None for the first one, and where the two cannot be compared.
@@ -64,11 +42,17 @@ class Row:
     """
 
     task: str
+    label: str
     score: str
     values: list[Score | None]
-    differences: list[Difference | None]
+    differences: list[Score | None]
     shown: bool
     is_mean: bool = False
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """Whether more of the score is better; None if neither direction is."""
+        return next((value.higher_is_better for value in self.values if value is not None), None)
 
 
 @dataclass
@@ -77,44 +61,40 @@ class Comparison:
 
     Attributes:
         models: the names of the models.
+        common: the settings that all rows have in common, as text.
         rows: all scores.
-        notes: each note, with the names of the results that it is about.
+        notes: each note, with the labels of the rows that it is about.
     """
 
     models: list[str]
+    common: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
-    def note(self, task: str, text: str) -> None:
-        """Add a note about a result."""
-        tasks = self.notes.setdefault(text, [])
-        if task not in tasks:
-            tasks.append(task)
+    def note(self, label: str, text: str) -> None:
+        """Add a note about a row."""
+        labels = self.notes.setdefault(text, [])
+        if label not in labels:
+            labels.append(label)
 
 
-def compare_results(first: TaskResult, second: TaskResult) -> dict[str, Difference]:
+def compare_results(first: TaskResult, second: TaskResult) -> dict[str, Score]:
     """The differences of two results of a task (``compare_scores``), without error for scores that no items give.
 
     Raises:
-        ValueError: the two differ in a setting that is not in ``NOTED``, or have no item in common.
+        ValueError: the two have other settings or other data, or no item in common.
     """
-    different = find_different_settings(first, second)
-    if forbidden := [name for name in different if name not in NOTED]:
-        told = (f"{name} {_tell(different[name][1])}, not {_tell(different[name][0])}" for name in forbidden)
-        raise ValueError(f"other settings: {'; '.join(told)}")
-    same_rows = "data" in first.settings and not any(name in different for name in ROW_SETTINGS)
-    differences = compare_scores(first.items, second.items, same_rows)
+    settings = {
+        name: (first.settings.get(name), second.settings.get(name)) for name in first.settings | second.settings
+    }
+    if different := [f"{n} {write_value(b)}, not {write_value(a)}" for n, (a, b) in settings.items() if a != b]:
+        raise ValueError(f"other settings: {'; '.join(different)}")
+    directions = {strip_name(name): score.higher_is_better for name, score in second.scores.items()}
+    differences = compare_scores(first.items, second.items, directions)
     for name in first.scores.keys() & second.scores.keys() - differences.keys():
-        value = second.scores[name].value - first.scores[name].value
-        differences[name] = Difference(value, None, second.scores[name].items, second.scores[name].higher_is_better)
+        before, after = first.scores[name], second.scores[name]
+        differences[name] = replace(after, value=after.value - before.value, stderr=None)
     return differences
-
-
-def find_different_settings(first: TaskResult, second: TaskResult) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two results differ, with the first one's value and the second one's."""
-    names = dict.fromkeys((*first.settings, *second.settings))
-    pairs = {name: (first.settings.get(name), second.settings.get(name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def compare_models(models: Results, *suites: str) -> Comparison:
@@ -125,32 +105,39 @@ def compare_models(models: Results, *suites: str) -> Comparison:
         suites: the suites whose means are wanted.
     """
     names = list(models)
-    comparison = Comparison(names)
+    results_of = {
+        task: [models[name].get(task) for name in names]
+        for task in dict.fromkeys(task for results in models.values() for task in results)
+    }
+    examples = {task: next(r for r in results if r is not None) for task, results in results_of.items()}
+    common = find_common(result for results in models.values() for result in results.values())
+    comparison = Comparison(names, describe_common(common))
     in_means = {
         (task, SUITES[suite].tasks.get(task), score)
         for suite in suites
         for scores in SUITES[suite].means.values()
         for task, score in scores.items()
     }
-    differences: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in names}
-    for task in dict.fromkeys(task for results in models.values() for task in results):
-        results = [models[name].get(task) for name in names]
-        given = [result for result in results if result is not None]
-        first = results[0]
-        for name, result in zip(names[1:], results[1:], strict=True):
+    differences: dict[str, dict[str, dict[str, Score]]] = {name: {} for name in names}
+    for task, results in results_of.items():
+        example, first = examples[task], results[0]
+        name, label = (label_result(example, left_out) for left_out in ((), common))
+        for model, result in zip(names[1:], results[1:], strict=True):
             if first is not None and result is not None:
-                differences[name][task] = _compare_noted(comparison, task, names[0], first, name, result)
-        _note_skipped(comparison, task, given)
-        for score in dict.fromkeys(score for result in given for score in result.scores):
-            is_extra = score in SHOWN or score.startswith("pass@")
-            is_extra &= (given[0].task, given[0].settings.get("split"), score) not in in_means
+                differences[model][task] = _compare_noted(comparison, label, model, first, result)
+        for result in results:
+            _note_skipped(comparison, label, result)
+        for score in dict.fromkeys(score for result in results if result is not None for score in result.scores):
+            is_extra = get_kind(score).is_shown and "," not in score
+            is_extra &= (example.task, example.settings.get("split"), score) not in in_means
             comparison.rows.append(
                 Row(
-                    task,
+                    name,
+                    label,
                     score,
                     [None if result is None else result.scores.get(score) for result in results],
-                    [None, *(differences[name].get(task, {}).get(score) for name in names[1:])],
-                    shown=score == given[0].main or is_extra,
+                    [None, *(differences[model].get(task, {}).get(score) for model in names[1:])],
+                    shown=score == example.main or is_extra,
                 )
             )
     for suite in suites:
@@ -160,68 +147,62 @@ def compare_models(models: Results, *suites: str) -> Comparison:
 
 
 def _compare_noted(
-    comparison: Comparison, task: str, name_a: str, a: TaskResult, name_b: str, b: TaskResult
-) -> dict[str, Difference]:
-    """The differences, with a note of all that stands in the way of comparing the two."""
+    comparison: Comparison, label: str, model: str, first: TaskResult, result: TaskResult
+) -> dict[str, Score]:
+    """The differences of a model's result to the first model's, with a note if not all items are compared."""
     short = shorten_names(comparison.models)
+    first_name = short[comparison.models[0]]
     try:
-        found = compare_results(a, b)
+        differences = compare_results(first, result)
     except ValueError as error:
-        comparison.note(task, f"{short[name_b]} is not compared with {short[name_a]}: {error}")
+        comparison.note(label, f"{short[model]} is not compared with {first_name}: {error}")
         return {}
-    for name, (before, after) in find_different_settings(a, b).items():
-        if name not in UNTOLD:
-            comparison.note(task, f"{short[name_b]} has {name} {_tell(after)}, {short[name_a]} {_tell(before)}")
-    if a.main in found and found[a.main].items < max(a.scores[a.main].items, b.scores[b.main].items):
-        comparison.note(
-            task, f"{short[name_b]} and {short[name_a]} are compared on the {found[a.main].items} items of both"
-        )
-    return found
+    main = result.main
+    if main in differences and differences[main].items < max(r.scores[main].items for r in (first, result)):
+        number = differences[main].items
+        comparison.note(label, f"{short[model]} and {first_name} are compared on the {number} items of both")
+    return differences
 
 
-def _tell(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def _note_skipped(comparison: Comparison, task: str, results: list[TaskResult]) -> None:
-    for result in results:
-        for reason, number in Counter(item.skipped for item in result.items if item.skipped is not None).items():
-            comparison.note(task, f"{number} of {len(result.items)} items are skipped: {reason}")
+def _note_skipped(comparison: Comparison, label: str, result: TaskResult | None) -> None:
+    items = [] if result is None else result.items
+    for reason, number in Counter(item.skipped for item in items if item.skipped is not None).items():
+        comparison.note(label, f"{number} of {len(items)} items are skipped: {reason}")
 
 
 def _add_mean(
     comparison: Comparison,
     models: Results,
-    differences: dict[str, dict[str, dict[str, Difference]]],
+    differences: dict[str, dict[str, dict[str, Score]]],
     suite: str,
     score: str,
     parts: Mapping[str, str],
 ) -> None:
     """Add the mean of a suite's tasks: of each model that has all of them."""
     values: list[Score | None] = []
-    changes: list[Difference | None] = []
+    changes: list[Score | None] = []
     has_main = False
     for model, results in models.items():
-        found: list[Score] = []
-        paired: list[Difference] = []
+        scores: list[Score] = []
+        paired: list[Score] = []
         missing = []
         for task, part in parts.items():
             split = SUITES[suite].tasks.get(task)
-            own = [n for n, r in results.items() if r.task == task and r.settings.get("split") in (split, None)]
-            if not own or part not in results[own[0]].scores:
+            of_task = [n for n, r in results.items() if r.task == task and r.settings.get("split") in (split, None)]
+            if not of_task or part not in results[of_task[0]].scores:
                 missing.append(task)
                 continue
-            found.append(results[own[0]].scores[part])
-            has_main |= results[own[0]].main == part
-            if (change := differences[model].get(own[0], {}).get(part)) is not None:
+            scores.append(results[of_task[0]].scores[part])
+            has_main |= results[of_task[0]].main == part
+            if (change := differences[model].get(of_task[0], {}).get(part)) is not None:
                 paired.append(change)
         if missing and len(missing) < len(parts):
             comparison.note(f"{suite} {score}", f"{shorten_names(list(models))[model]} lacks {', '.join(missing)}")
-        values.append(mean_of(found) if len(found) == len(parts) else None)
-        changes.append(mean_of(paired) if len(paired) == len(parts) else None)
+        values.append(average_scores(scores) if len(scores) == len(parts) else None)
+        changes.append(average_scores(paired) if len(paired) == len(parts) else None)
     if any(value is not None for value in values):
         shown = len(parts) > 1 or not has_main
-        comparison.rows.append(Row(suite, score, values, changes, shown, is_mean=True))
+        comparison.rows.append(Row(suite, suite, score, values, changes, shown, is_mean=True))
 
 
 def show_table(models: Results, *suites: str) -> None:
@@ -231,12 +212,25 @@ def show_table(models: Results, *suites: str) -> None:
     """
     comparison = compare_models(models, *suites)
     width = Console().width
-    others = list(range(1, len(models)))
-    fitting = max(1, (width - NARROWEST) // COLUMN - 1)
-    for start in range(0, max(1, len(others)), fitting):
-        print_table(make_table(comparison, [0, *others[start : start + fitting]], width))
+    for places in _split_models(comparison, width):
+        print_table(make_table(comparison, places, width))
     for line in describe(comparison):
         print(escape_controls(line))
+
+
+def _split_models(comparison: Comparison, width: int) -> list[list[int]]:
+    """The models of each table: the first one, and as many others as fit beside it."""
+    shown = [row for row in comparison.rows if row.shown]
+    needed = [
+        3 + max((_measure(_make_cell(row, i).plain) for row in shown), default=0) for i in range(len(comparison.models))
+    ]
+    tables, spare = [[0]], width - NARROWEST - needed[0]
+    for i in range(1, len(needed)):
+        if len(tables[-1]) > 1 and needed[i] > spare:
+            tables, spare = [*tables, [0]], width - NARROWEST - needed[0]
+        tables[-1].append(i)
+        spare -= needed[i]
+    return tables
 
 
 def make_table(comparison: Comparison, models: Sequence[int], width: int) -> Table:
@@ -253,14 +247,14 @@ def make_table(comparison: Comparison, models: Sequence[int], width: int) -> Tab
     # rich breaks a line at spaces alone
     headers = [escape_controls(short[comparison.models[i]]).replace("/", "/\n") for i in models]
     needed = [max((_measure(cell.plain) for cell in cells), default=0) for cells in columns]
-    labels = [[escape_controls(row.task), label_score(row.score), count_items(row)] for row in shown]
+    labels = [[escape_controls(row.label), label_score(row), count_items(row)] for row in shown]
     table = Table()
     if several:
         labels = [[f"{task}\n  {score}, {items}"] for task, score, items in labels]
         spare = width - 1 - 3 * (1 + len(models)) - sum(needed)
-        own = max((_measure(label) for (label,) in labels), default=0)
-        table.add_column("task, score, items", overflow="fold", width=max(1, min(own, spare)))
-        spare -= min(own, spare)
+        widest = max((_measure(label) for (label,) in labels), default=0)
+        table.add_column("task, score, items", overflow="fold", width=min(widest, max(NARROWEST, spare)))
+        spare -= min(widest, spare)
     else:
         table.add_column("task", overflow="fold")
         table.add_column("score", overflow="fold")
@@ -289,8 +283,10 @@ def _make_cell(row: Row, model: int) -> Text:
 
 def describe(comparison: Comparison) -> list[str]:
     """What the numbers of the table are, and its notes: one line each."""
-    tasks = {row.task for row in comparison.rows if not row.is_mean}
+    tasks = {row.label for row in comparison.rows if not row.is_mean}
     lines = ["A score is followed by its standard error."]
+    if comparison.common:
+        lines.insert(0, f"All rows: {', '.join(comparison.common)}.")
     if len(comparison.models) > 1:
         first = shorten_names(comparison.models)[comparison.models[0]]
         lines.append(f"A difference is to {first}, with its paired standard error, on the items of both.")
@@ -311,9 +307,9 @@ def shorten_names(models: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def label_score(name: str) -> str:
-    """The name of a score with its unit, and an arrow if lower is better."""
-    return name + (" %" if name.startswith(PERCENT) else "") + (" ↓" if name in LOWER_IS_BETTER else "")
+def label_score(row: Row) -> str:
+    """The name of a row's score with its unit, and an arrow if lower is better."""
+    return row.score + " %" * get_kind(row.score).is_share + " ↓" * (row.higher_is_better is False)
 
 
 def count_items(row: Row) -> str:
@@ -326,14 +322,18 @@ def format_score(name: str, score: Score | None, sign: str = "") -> str:
     """A score with its standard error, such as ``43.5 ± 1.1``; nothing if there is none."""
     if score is None:
         return ""
-    factor, digits = (100.0, 1) if name.startswith(PERCENT) else (1.0, DECIMALS.get(name, DIGITS))
-    text = f"{factor * score.value:{sign}.{digits}f}"
-    return text if score.stderr is None else f"{text} ± {factor * score.stderr:.{digits}f}"
+    kind = get_kind(name)
+    factor = 100.0 if kind.is_share else 1.0
+    form = f".{kind.digits}f" if abs(factor * score.value) < LARGEST else ".3g"
+    text = f"{factor * score.value:{sign}{form}}"
+    return text if score.stderr is None else f"{text} ± {factor * score.stderr:{form}}"
 
 
-def _choose_style(change: Difference | None) -> str:
-    """Green for better and red for worse by more than two standard errors."""
-    if change is None or change.stderr is None or abs(change.value) <= 2 * change.stderr:
+def _choose_style(change: Score | None) -> str:
+    """Green for better and red for worse by more than two standard errors; nothing if neither direction is better."""
+    if change is None or change.stderr is None or change.higher_is_better is None:
+        return ""
+    if abs(change.value) <= 2 * change.stderr:
         return ""
     return "green" if (change.value > 0) == change.higher_is_better else "red"
 
@@ -371,7 +371,7 @@ def as_markdown(comparison: Comparison) -> str:
     for row in comparison.rows:
         if not row.shown:
             continue
-        cells = [row.task, label_score(row.score), count_items(row), format_score(row.score, row.values[0])]
+        cells = [row.label, label_score(row), count_items(row), format_score(row.score, row.values[0])]
         for value, change in zip(row.values[1:], row.differences[1:], strict=True):
             cells += [format_score(row.score, value), format_score(row.score, change, "+")]
         lines.append(cells)

@@ -24,7 +24,7 @@ from sekd.eval.backends import (
     without_bars,
 )
 from sekd.eval.distillation_data import STUDENT, TEACHER, Distillation, DistillationOptions, configure
-from sekd.eval.divergence import ROLLOUTS, TEXT, make_result, measure_rollouts_of, measure_text_of
+from sekd.eval.divergence import ROLLOUTS, TEXT, make_result, measure_completions, measure_texts
 from sekd.eval.held_out import Pair
 from sekd.eval.progress import show_bar
 from sekd.eval.records import TaskResult
@@ -76,9 +76,9 @@ def _measure(prepared: Distillation, chosen: list[str]) -> Iterator[TaskResult]:
         with _explaining_memory(options), show_bar(BARS[task], number) as advance:
             if task == ROLLOUTS:
                 drawn = rollouts, prepared.tokenizer, prepared.answers, options.samples_as_is
-                items = measure_rollouts_of(pair, prepared.prompts, *drawn, advance)
+                items = measure_completions(pair, prepared.prompts, *drawn, advance)
             else:
-                items = measure_text_of(pair, prepared.texts, prepared.tokenizer, advance)
+                items = measure_texts(pair, prepared.texts, prepared.tokenizer, advance)
         seconds = time.monotonic() - started + (generating if task == ROLLOUTS else 0)
         yield make_result(task, items, prepared.settings[task], seconds)
 

@@ -8,7 +8,7 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rollouts import ENGINES
+from rollouts import ENGINES, Sampling
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample
 from sekd.data.load import load_rows
@@ -22,7 +22,7 @@ from sekd.pretrained import check_model_name, load_config
 from sekd.student import count_positions
 from sekd.validation.values import is_installed
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same model and data would get other numbers."""
 TEACHER = "--teacher"
 """How errors name the argument."""
@@ -122,7 +122,7 @@ class DistillationOptions:
     @property
     def samples_as_is(self) -> bool:
         """Whether completions are drawn from the student's own distribution, neither sharpened nor truncated."""
-        return self.temperature == 1 and self.top_p == 1
+        return Sampling(temperature=self.temperature, top_p=self.top_p).is_unchanged
 
 
 @dataclass(frozen=True)

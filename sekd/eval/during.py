@@ -10,34 +10,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from sekd.config import SEKDConfig
-from sekd.data.batch import Sample, collate, from_rollout
-from sekd.eval.divergence import ROLLOUTS, get_answers, make_result, measure_rollouts_of
-from sekd.eval.held_out import Pair, compute_held_out_means, join_predictions, measure_sequences
+from sekd.data.batch import Sample, from_rollout
+from sekd.eval.divergence import ROLLOUTS, get_answers, make_result, measure_completions
+from sekd.eval.held_out import (
+    STUDENT_MEANS,
+    TEACHER_MEANS,
+    Pair,
+    compute_held_out_means,
+    join_predictions,
+    measure_samples,
+)
+from sekd.eval.progress import show_bar
 from sekd.eval.records import Score, TaskResult
-from sekd.eval.statistics import mean_of
+from sekd.eval.statistics import average_scores
+from sekd.eval.tasks import DISTILLATION, TASKS
 from sekd.losses import DIVERGENCES
+from sekd.metric_kinds import get_kind
 from sekd.metrics import add_sums, sum_all
-from sekd.models import causal_lm, run_inside
+from sekd.models import causal_lm
 from sekd.on_policy.engines import Generate, generate_inside, keep_generators, make_sampling
 from sekd.on_policy.schedule import RolloutSchedule
-from sekd.types import Batch
 
 if TYPE_CHECKING:
     from sekd.eval.prepared import PreparedTask
 
-DISTILLATION = "distillation"
-"""The name in ``eval_suite`` of divergences and right answers on fresh rollouts of the held-out prompts."""
-
-Predictions = list[tuple[torch.Tensor, torch.Tensor]]
-"""For each sample, the student's likeliest tokens and the targets, both [T], with -100 at invalid positions."""
+logger = logging.get_logger(__name__)
 
 
 class Evaluation:
     """The tasks of ``eval_suite``, checked before a model is loaded.
+
+    Attributes:
+        forms: how the progress line shows the main score of each task and the means of suites that were measured, by
+            the names of these metrics.
 
     Args:
         tokenizer: the student's.
@@ -50,21 +59,24 @@ class Evaluation:
 
     def __init__(self, args: SEKDConfig, tokenizer: PreTrainedTokenizerBase, held_out: Any) -> None:
         self.args, self.tokenizer = args, tokenizer
-        self.distils = DISTILLATION in args.eval_suite
+        self.measures_distance = DISTILLATION in args.eval_suite
         self.tasks: dict[str, PreparedTask] = {}
         self.suites: dict[str, dict[str, dict[str, str]]] = {}
-        if self.distils:
+        self.forms: dict[str, str] = {}
+        if self.measures_distance:
             _check_prompts(held_out)
         if names := [name for name in args.eval_suite if name != DISTILLATION]:
             self._prepare(names)
-        if self and held_out is None and args.metric_for_best_model in ("loss", "eval_loss"):
+        if self.has_tasks and held_out is None and args.metric_for_best_model in ("loss", "eval_loss"):
             raise ValueError(
                 f"metric_for_best_model {args.metric_for_best_model!r} is of held-out data, and there is none: name a "
-                "score of eval_suite, such as arc_easy_acc, or set eval_dataset_name"
+                "score of eval_suite, such as validation_accuracy, or set eval_dataset_name"
             )
 
-    def __bool__(self) -> bool:
-        return self.distils or bool(self.tasks)
+    @property
+    def has_tasks(self) -> bool:
+        """Whether ``eval_suite`` names anything."""
+        return self.measures_distance or bool(self.tasks)
 
     def _prepare(self, names: list[str]) -> None:
         from sekd.eval.prepared import TaskOptions, prepare_task
@@ -82,11 +94,26 @@ class Evaluation:
         for (task, split), name in named.items():
             self.tasks[name] = prepare_task(task, split, options)
         for suite in [name for name in names if name in SUITES]:
-            own = {task: named[task, split] for task, split in SUITES[suite].tasks.items()}
+            of_suite = {task: named[task, split] for task, split in SUITES[suite].tasks.items()}
             self.suites[suite] = {
-                mean: {own[task]: score for task, score in scores.items()}
+                mean: {of_suite[task]: score for task, score in scores.items()}
                 for mean, scores in SUITES[suite].means.items()
             }
+        self._warn_of_reported_rows(named)
+
+    def _warn_of_reported_rows(self, named: dict[tuple[str, str | None], str]) -> None:
+        """Warn if the best checkpoint is chosen on rows that the suite ``paper`` reports."""
+        from sekd.eval.tasks import SUITES
+
+        metric = str(self.args.metric_for_best_model).removeprefix("eval_")
+        splits = [split for split, name in named.items() if metric.startswith(f"{name}_")]
+        for suite in self.suites:
+            splits += SUITES[suite].tasks.items() if metric.startswith(f"{suite}_") else []
+        if any(split and split.partition("[")[0] == SUITES["paper"].tasks.get(task) for task, split in splits):
+            logger.warning(
+                f"metric_for_best_model {self.args.metric_for_best_model} is chosen on the rows that `--suite paper` "
+                "reports; use eval_suite: [validation]"
+            )
 
     def count_tokens(self, model: torch.nn.Module) -> int:
         """Tokens of the longest prompt with its output that the model can read; 0 if the tasks generate nothing.
@@ -121,6 +148,26 @@ class Evaluation:
     def connect(self, accelerator: Accelerator, schedule: RolloutSchedule, compute_metrics: Any) -> None:
         """Take what :meth:`measure` needs and a trainer has: its processes, its rollouts and its own metrics."""
         self.processes, self.schedule, self.compute_metrics = accelerator, schedule, compute_metrics
+        if compute_metrics is None:
+            self._check_metric()
+
+    def _check_metric(self) -> None:
+        """Raise ValueError if no evaluation gives ``metric_for_best_model``."""
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        names = [*self.tasks, *self.suites, *([DISTILLATION] if self.measures_distance else [])]
+        if metric in names:
+            score = next(iter(self.suites[metric])) if metric in self.suites else "acc"
+            spec = TASKS.get(metric.partition("@")[0])
+            score = spec.main if spec is not None else "reverse_kl" if metric == DISTILLATION else score
+            raise ValueError(
+                f"metric_for_best_model {metric!r} names no score: set it to {metric}_{score}, for example"
+            )
+        known = {*STUDENT_MEANS, *TEACHER_MEANS, "perplexity", "ece", "loss"}
+        if metric and names and metric not in known and not any(metric.startswith(f"{name}_") for name in names):
+            raise ValueError(
+                f"metric_for_best_model {metric!r} is measured by no evaluation: name one of {', '.join(sorted(known))}, or "
+                f"a score of {', '.join(names)}, such as validation_accuracy or arc_easy_acc"
+            )
 
     # What evaluate() measures. Every process calls it, and gets the same numbers.
 
@@ -132,21 +179,27 @@ class Evaluation:
         Raises:
             ValueError: there is nothing to measure.
         """
-        if samples is None and not (with_suite and self):
+        if samples is None and not (with_suite and self.has_tasks):
             raise ValueError("there is nothing to evaluate: set eval_dataset_name or eval_suite, or pass eval_dataset")
         self.schedule.begin_evaluation()
         metrics: dict[str, float] = {}
         if samples is not None:
             metrics = self._measure_held_out(pair, samples)
-        if samples is not None and with_suite and self.distils:
+        if samples is not None and with_suite and self.measures_distance:
             metrics |= self._measure_rollouts(pair, samples[: self.args.eval_limit])
         return metrics | (self._measure_tasks(pair) if with_suite and self.tasks else {})
 
     def _measure_held_out(self, pair: Pair, samples: list[Sample]) -> dict[str, float]:
-        own = take_share(samples, self.processes)
+        share = take_share(samples, self.processes)
         if self.args.lmbda == 1:
-            own = [*map(from_rollout, own, self.schedule.generate(own))]
-        sums, predictions = sum_samples(pair, own, self.compute_metrics is not None)
+            share = [*map(from_rollout, share, self.schedule.generate(share))]
+        sums: Any = defaultdict(float)
+        predictions = []
+        for sample, measured in zip(share, measure_samples(pair, share), strict=True):
+            is_counted = sample.sample_id >= 0
+            add_sums(sums, {name: total * is_counted for name, total in measured.sums.items()})
+            if is_counted and self.compute_metrics is not None:
+                predictions.append((measured.guesses, measured.targets))
         metrics = compute_held_out_means(sum_all(sums, self.processes))
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(join_predictions(gather_object(predictions)))
@@ -156,17 +209,24 @@ class Evaluation:
 
     def _measure_rollouts(self, pair: Pair, samples: list[Sample]) -> dict[str, float]:
         """``distillation_...``: divergences and right answers on fresh rollouts, sampled as in training."""
-        started, own = time.monotonic(), take_share(samples, self.processes)
+        started, share = time.monotonic(), take_share(samples, self.processes)
         sampling = make_sampling(causal_lm(pair.student), self.tokenizer, self.args, pair.vocab)
         if self.args.lmbda > 0:
-            rollouts = self.schedule.generate(own)
+            rollouts = self.schedule.generate(share)
         else:
-            rollouts = self._generate_inside(pair)([s.input_ids[: s.prompt_length] for s in own], sampling)
-        answers = get_answers(own, self.tokenizer)
+            rollouts = self._generate_inside(pair)([s.input_ids[: s.prompt_length] for s in share], sampling)
         with self._show_bar(DISTILLATION, len(samples)) as advance:
-            items = measure_rollouts_of(pair, own, rollouts, self.tokenizer, answers, sampling.is_unchanged, advance)
+            items = measure_completions(
+                pair,
+                share,
+                rollouts,
+                self.tokenizer,
+                get_answers(share, self.tokenizer),
+                samples_as_is=sampling.is_unchanged,
+                on_samples=advance,
+            )
         items = gather_object(items) if self.processes.num_processes > 1 else items
-        return name_scores(DISTILLATION, make_result(ROLLOUTS, items, {}, time.monotonic() - started))
+        return self._name_scores(DISTILLATION, make_result(ROLLOUTS, items, {}, time.monotonic() - started))
 
     def _measure_tasks(self, pair: Pair) -> dict[str, float]:
         """``TASK_SCORE`` for the scores of all tasks, and ``SUITE_MEAN`` for the means of suites."""
@@ -181,12 +241,24 @@ class Evaluation:
             for name, task in self.tasks.items():
                 with self._show_bar(name, task.requests) as advance:
                     results[name] = run_prepared(lm, task, advance)
-                metrics |= name_scores(name, results[name])
+                metrics |= self._name_scores(name, results[name])
         for suite, means in self.suites.items():
             for mean, of_tasks in means.items():
                 scores = [results[task].scores.get(score) for task, score in of_tasks.items()]
-                if known := [score for score in scores if score is not None]:  # a task may have skipped all its items
-                    metrics |= _name_score(f"{suite}_{mean}", mean_of(known), with_error=True)
+                present = [score for score in scores if score is not None]
+                if len(present) < len(scores):
+                    continue  # a task has skipped all its items: the mean of fewer tasks is another number
+                metrics |= _name_score(f"{suite}_{mean}", average_scores(present), with_error=True)
+                if len(scores) > 1 or all(results[task].main != score for task, score in of_tasks.items()):
+                    self.forms[f"{suite}_{mean}"] = _make_form(suite, mean)
+        return metrics
+
+    def _name_scores(self, task: str, result: TaskResult) -> dict[str, float]:
+        """The scores of a task by ``TASK_SCORE``; the main one comes first, with its standard error."""
+        metrics: dict[str, float] = {}
+        for score in sorted(result.scores, key=lambda name: name != result.main):
+            metrics |= _name_score(_join_names(task, score), result.scores[score], score == result.main)
+        self.forms[_join_names(task, result.main)] = _make_form(task, result.main)
         return metrics
 
     def _generate_inside(self, pair: Pair) -> Generate:
@@ -197,8 +269,8 @@ class Evaluation:
         """A bar with the remaining time; gives the function that moves it on. The main process stands for all."""
         hidden = self.args.disable_tqdm or not self.processes.is_main_process
         share = -(-total // self.processes.num_processes)
-        with tqdm(total=share, desc=f"evaluating {name}", leave=False, disable=hidden, dynamic_ncols=True) as bar:
-            yield bar.update
+        with show_bar(f"evaluating {name}", share, hidden, leave=False) as advance:
+            yield advance
 
 
 def _check_prompts(held_out: Any) -> None:
@@ -212,13 +284,15 @@ def _check_prompts(held_out: Any) -> None:
         )
 
 
-def name_scores(task: str, result: TaskResult) -> dict[str, float]:
-    """The scores of a task by ``TASK_SCORE``; the main one comes first, with its standard error."""
-    order = sorted(result.scores, key=lambda name: name != result.main)
-    metrics: dict[str, float] = {}
-    for name in order:
-        metrics |= _name_score(f"{task}_{name}".replace(",", "_"), result.scores[name], name == result.main)
-    return metrics
+def _join_names(task: str, score: str) -> str:
+    return f"{task}_{score}".replace(",", "_")
+
+
+def _make_form(task: str, score: str) -> str:
+    """How the progress line shows a score: with its name, unless it is a share of right answers."""
+    kind = get_kind(score)
+    label = task if kind.is_share and kind.higher_is_better else f"{task} {score}"
+    return label.replace("{", "{{").replace("}", "}}") + (" {:.1%}" if kind.is_share else f" {{:.{kind.digits}f}}")
 
 
 def _name_score(name: str, score: Score, with_error: bool) -> dict[str, float]:
@@ -231,28 +305,3 @@ def take_share(samples: Sequence[Sample], accelerator: Accelerator) -> list[Samp
     processes, index = accelerator.num_processes, accelerator.process_index
     padding = [replace(s, sample_id=-1) for s in samples[:1] * (-len(samples) % processes)]
     return [*samples, *padding][index::processes]
-
-
-def sum_samples(pair: Pair, samples: Sequence[Sample], keep_guesses: bool) -> tuple[dict[str, Any], Predictions]:
-    """The sums of :func:`sekd.eval.held_out.measure_sequences` over this process's samples, and their predictions.
-
-    Samples with a negative id count nothing. ``keep_guesses`` asks for the predictions, in the order of the samples.
-    """
-    sums: Any = defaultdict(float)
-    predictions: Predictions = []
-    for start in range(0, len(samples), pair.batch_size):
-        part = samples[start : start + pair.batch_size]
-        counted = [s if s.sample_id >= 0 else replace(s, supervised=[0] * len(s.supervised)) for s in part]
-        fields = collate(counted, pair.pad_token_id)
-        batch = Batch.from_inputs({name: tensor.to(pair.device) for name, tensor in fields.items()})
-        with pair.autocast():
-            of_sequences, guesses = run_inside(
-                pair.student,
-                lambda b: measure_sequences(pair.student, pair.teacher, b, pair.vocab, pair.chunk_rows),
-                batch,
-            )
-        add_sums(sums, {name: column.sum(0) for name, column in of_sequences.items()})
-        if keep_guesses:
-            real = batch.sample_ids >= 0
-            predictions += zip(guesses[real].cpu(), batch.targets[real].cpu(), strict=True)
-    return sums, predictions

@@ -15,7 +15,8 @@ from jinja2 import TemplateError
 
 from sekd.eval.prepared import PreparedTask, quiet, without_logs
 from sekd.eval.records import EvaluationRefused, Item, Score, TaskResult
-from sekd.eval.statistics import LOWER_IS_BETTER, count_passes, fill_bins, summarize
+from sekd.eval.statistics import count_passes, fill_bins, summarize
+from sekd.metric_kinds import get_kind
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -78,7 +79,7 @@ def run_prepared(
             rounds.append([_score_row(prepared, row, by_row[row]) for row in sorted(by_row)])
     scored = [_merge_rounds(prepared, row) for row in zip(*rounds, strict=True)]
     items = [one.item for one in scored]
-    scores = summarize(items) | _aggregate_others(prepared, scored)
+    scores = summarize(items, prepared.task.higher_is_better()) | _aggregate_others(prepared, scored)
     return TaskResult(
         task=prepared.name,
         main=_find_main(prepared, scores),
@@ -245,8 +246,8 @@ def _merge_rounds(prepared: PreparedTask, rounds: Sequence[_Scored]) -> _Scored:
     metrics = {name: float(np.mean([one.item.metrics[name] for one in rounds])) for name in item.metrics}
     main = _find_main(prepared, item.metrics)
     correct = metrics.get(main)
-    if correct is not None and (main in LOWER_IS_BETTER or not 0 <= correct <= 1):  # no share of right outputs
-        correct = None
+    if correct is not None and (get_kind(main).higher_is_better is False or not 0 <= correct <= 1):
+        correct = None  # the main score is no share of right outputs
     if (k := len(rounds)) > 1 and correct is not None:
         metrics |= count_passes(sum(one.item.metrics[main] >= 1 for one in rounds), k)
     outputs = tuple(output for one in rounds for output in one.item.outputs)
@@ -270,6 +271,6 @@ def _aggregate_others(prepared: PreparedTask, scored: Sequence[_Scored]) -> dict
         with quiet():
             # Several values of one row are not independent.
             stderr = float(error(values)) if error and 1 < len(values) == len(rows) else None
-            higher = bool(prepared.task.higher_is_better().get(metric, True))
+            higher = prepared.task.higher_is_better().get(metric)
             scores[name] = Score(float(aggregate(values)), stderr, len(rows), higher)
     return scores

@@ -96,29 +96,41 @@ class Pair:
     chunk_rows: int = 256
 
 
-def measure_samples(
-    pair: Pair, samples: Sequence[Sample], on_samples: Callable[[int], Any] = lambda done: None
-) -> list[SequenceSums]:
-    """The sums of each sample, in the order of the samples (:func:`measure_sequences`).
+@dataclass(frozen=True)
+class MeasuredSample:
+    """The sums of a sample, with the student's likeliest tokens and the targets, both -100 at invalid positions."""
 
-    Samples of similar length share a batch. The longest come first, so that memory runs out at once or never.
+    sums: SequenceSums
+    guesses: Int[Tensor, " T"]
+    targets: Int[Tensor, " T"]
+
+
+def measure_samples(
+    pair: Pair, samples: Sequence[Sample], on_samples: Callable[[int], Any] = lambda number: None
+) -> list[MeasuredSample]:
+    """Measure each sample (:func:`measure_sequences`), in the order of the samples.
+
+    Samples of similar length share a batch. The longest come first: memory runs out in the first batch, if at all.
     ``on_samples`` is called after each batch with its number of samples. Every process must have equally many samples,
     since the student may be sharded.
     """
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
-    measured: dict[int, SequenceSums] = {}
+    measured: dict[int, MeasuredSample] = {}
     for start in range(0, len(order), pair.batch_size):
         part = order[start : start + pair.batch_size]
         fields = collate([samples[i] for i in part], pair.pad_token_id)
         batch = Batch.from_inputs({name: tensor.to(pair.device) for name, tensor in fields.items()})
         with pair.autocast():
-            sums, _ = run_inside(
+            sums, guesses = run_inside(
                 pair.student,
                 lambda b: measure_sequences(pair.student, pair.teacher, b, pair.vocab, pair.chunk_rows),
                 batch,
             )
         columns = {name: of_sequences.cpu() for name, of_sequences in sums.items()}
-        measured |= {i: {name: column[b] for name, column in columns.items()} for b, i in enumerate(part)}
+        guesses, targets = guesses.cpu(), batch.targets.cpu()
+        for b, i in enumerate(part):
+            of_sample = {name: column[b] for name, column in columns.items()}
+            measured[i] = MeasuredSample(of_sample, guesses[b], targets[b])
         on_samples(len(part))
     return [measured[i] for i in range(len(samples))]
 

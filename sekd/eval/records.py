@@ -43,12 +43,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """A number over items, with its standard error; ``stderr`` is None where one item gives none."""
+    """A number over items, with its standard error.
+
+    ``stderr`` is None for a single item. ``higher_is_better`` is None if neither direction is better.
+    """
 
     value: float
     stderr: float | None
     items: int
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sekd.eval.labels import list_details
 from sekd.eval.records import BINS, Item, Score, TaskResult
-from sekd.eval.tasks import TASKS
-from sekd.files import DamagedFile, lock_folder, sync, write_atomically
+from sekd.files import DamagedFile, hash_quickly, lock_folder, sync, write_atomically
 from sekd.pretrained import check_model_name, find_adapter
 from sekd.versions import installed_versions
 
@@ -44,16 +44,6 @@ SCHEMA = pa.schema(
 )
 """The columns of ``samples.parquet``. A column ``metric_NAME`` for each metric follows."""
 METRIC = "metric_"
-LABELS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "shots": ((None, 0), "{} shots"),
-    "limit": ((None,), "limit {}"),
-    "seed": ((None, 0), "seed {}"),
-    "repeats": ((None, 1), "{} repeats"),
-    "temperature": ((None, 0.0, 1.0), "temperature {}"),
-    "top_p": ((None, 1.0), "top_p {}"),
-    "chat_template": ((None, False), "chat template"),
-}
-"""Settings that stand in the name of a result: the values that are left out, and how another one is written."""
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -73,18 +63,16 @@ MODEL_FILES = (
     "*.py",
 )
 """The files of a folder that make its model; a run's folder has others, which change while it trains."""
-BLOCK, BLOCKS = 1 << 16, 256
 
 
-def folder_of(output: str, model: str, revision: str | None = None) -> str:
+def name_folder(output: str, model: str) -> str:
     """The folder of a model's results in ``output``: no two models share one.
 
-    A hub id is written with ``--`` for its slash, and ``@revision``. The name of a local folder is followed by a hash
-    of its path, seen from ``output``, so that both may be moved together.
+    A hub id is written with ``--`` for its slash. The name of a local folder is followed by a hash of its path, seen
+    from ``output``, so that both may be moved together.
     """
     if not os.path.isdir(model):
-        name = model.replace("/", "--") + ("" if revision is None else f"@{revision}")
-        return os.path.join(output, re.sub(r"[^\w.@-]", "_", name))
+        return os.path.join(output, re.sub(r"[^\w.-]", "_", model.replace("/", "--")))
     path = os.path.abspath(model)
     parts = path.strip(os.sep).split(os.sep)
     name = "--".join(parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:])
@@ -106,10 +94,10 @@ def own_folder(folder: str) -> Iterator[None]:
 
 
 def fingerprint_model(model: str, revision: str | None = None) -> str:
-    """What tells models apart: the commit of a hub model, or a quick hash of a local model's files.
+    """What tells models apart: the commit of a hub model, or a hash of a local model's files.
 
-    The hash reads the names and sizes of the files in ``MODEL_FILES``, and 256 blocks of 64 KB spread evenly over each
-    (all of a file up to 16 MB), not the whole of large files. The base of an adapter counts too.
+    The hash reads every byte of the files in ``MODEL_FILES``, so that no change of a weight goes unseen. It takes some
+    seconds for a model of 16 GB. The base of an adapter counts too.
 
     Raises:
         ValueError: there is no such model, or its adapter is invalid.
@@ -139,15 +127,7 @@ def _hash_files(folder: str) -> str:
         path = os.path.join(folder, name)
         if not os.path.isfile(path) or not any(fnmatch(name, pattern) for pattern in MODEL_FILES):
             continue
-        size = os.path.getsize(path)
-        digest.update(json.dumps([name, size]).encode())
-        with open(path, "rb") as file:
-            if size <= BLOCK * BLOCKS:
-                digest.update(file.read())
-                continue
-            for i in range(BLOCKS):
-                file.seek((size - BLOCK) * i // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
+        digest.update(json.dumps([name, os.path.getsize(path), hash_quickly(path)]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -226,19 +206,19 @@ def name_result(task: str, settings: dict[str, Any], entries: dict[str, Any]) ->
     """The name of a result among ``entries``, the other results of the model.
 
     It is the name of the entry with the same task and settings. A new one has the task's name, the split unless it is
-    the task's own, and the ``LABELS`` of its settings. If another result has that name, the settings in which the two
+    the task's own, and its unusual settings. If another result has that name, the settings in which the two
     differ follow.
     """
     settings = _as_json(settings)
     for name, entry in entries.items():
         if entry["task"] == task and entry["settings"] == settings:
             return name
-    split = settings.get("split")
-    told = [split] if split and task in TASKS and split != TASKS[task].split else []
-    told += [form.format(settings[key]) for key, (usual, form) in LABELS.items() if settings.get(key) not in usual]
-    while (name := f"{task} ({', '.join(told)})" if told else task) in entries:
+    details = list_details(task, settings)
+    while (name := f"{task} ({', '.join(details)})" if details else task) in entries:
         other = entries[name]["settings"]
-        told += [f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)]
+        details += [
+            f"{key} {settings.get(key)}" for key in {**settings, **other} if settings.get(key) != other.get(key)
+        ]
     return name
 
 
@@ -278,6 +258,12 @@ def _read_content(folder: str) -> dict[str, Any] | None:
         or not isinstance(content.get("model"), dict)
         or not isinstance(content.get("results"), dict)
         or not all(isinstance(entry, dict) and entry_keys <= set(entry) for entry in content["results"].values())
+        or not all(
+            isinstance(entry[key], dict) for entry in content["results"].values() for key in ("scores", "settings")
+        )
+        or not all(
+            isinstance(score, dict) for entry in content["results"].values() for score in entry["scores"].values()
+        )
     ):
         raise DamagedFile(f"{path!r} is damaged, or something else wrote it: it has no model and results")
     return content

@@ -1,44 +1,18 @@
 """Scores of items: means, perplexity, calibration, their standard errors, and paired differences."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from sekd.eval.records import BINS, Item, Score
+from sekd.metric_kinds import choose_direction, get_kind
 
 DRAWS = 1_000
 """Resamples of the items that give the standard error of a calibration error."""
-OVER_ITEMS = frozenset({"exact_match", "length", "cut_off"})
-"""Metrics that count every item once, whatever its weight; ``avg@k`` and ``pass@k`` do too."""
-LOWER_IS_BETTER = frozenset(
-    {
-        "nll",
-        "perplexity",
-        "ece",
-        "forward_kl",
-        "reverse_kl",
-        "sampled_reverse_kl",
-        "cut_off",
-        "brier_score",
-        "word_perplexity",
-        "byte_perplexity",
-        "bits_per_byte",
-        "wer",
-        "ter",
-    }
-)
-"""Scores that are better when they are lower; all others are better when they are higher, or neither."""
-S = TypeVar("S", bound=Score)
-
-
-@dataclass(frozen=True)
-class Difference(Score):
-    """The score of a second model minus the score of a first one, on the same items, with its paired error."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +48,7 @@ def estimate_mean(items: Sequence[Item], name: str) -> Estimate:
     deviation over sqrt(n), which is lm-eval's.
     """
     x = np.array([item.metrics[name] for item in items], dtype=np.float64)
-    w = np.array([1.0 if counts_items(name) else item.weight for item in items], dtype=np.float64)
+    w = np.array([1.0 if ignores_weight(name) else item.weight for item in items], dtype=np.float64)
     mean = float((w * x).sum() / w.sum())
     return Estimate(mean, w * (x - mean) / w.sum())
 
@@ -118,21 +92,26 @@ AGGREGATES: dict[str, Aggregate] = {
 }
 
 
-def summarize(items: Sequence[Item]) -> dict[str, Score]:
+def summarize(items: Sequence[Item], directions: Mapping[str, bool | None] | None = None) -> dict[str, Score]:
     """Each score of the items: the mean of every metric, then ``AGGREGATES``.
 
     A score is over the items that are not skipped and have what it reads. A mean over positions leaves out items of
     weight 0. A score without items is absent.
+
+    Args:
+        items: of one model and task.
+        directions: of scores, by their stripped name, whether more is better; the kinds of scores say it of others.
     """
     scores = {}
     for name, has, estimate in _list_scores(items):
-        if chosen := [item for item in items if _counts(item) and has(item)]:
-            found = estimate(chosen)
-            scores[name] = Score(found.value, found.find_error(), len(chosen), name not in LOWER_IS_BETTER)
+        if chosen := [item for item in items if is_counted(item) and has(item)]:
+            scores[name] = _make_score(name, estimate(chosen), len(chosen), directions)
     return scores
 
 
-def compare_scores(first: Sequence[Item], second: Sequence[Item], same_rows: bool = False) -> dict[str, Difference]:
+def compare_scores(
+    first: Sequence[Item], second: Sequence[Item], directions: Mapping[str, bool | None] | None = None
+) -> dict[str, Score]:
     """The score of the second model minus the first one's, for each score that both have, on the items of both.
 
     The standard error is paired: it is that of the differences of the items, and smaller than that of two independent
@@ -140,28 +119,26 @@ def compare_scores(first: Sequence[Item], second: Sequence[Item], same_rows: boo
 
     Args:
         first: items of the first model.
-        second: items of the second model.
-        same_rows: the items are known to be of the same data, so that the index alone says which belong together.
-            Chat templates of two models, for example, make two prompts of one row.
+        second: items of the second model, of the same rows.
+        directions: as for :func:`summarize`.
 
     Raises:
         ValueError: the two have no item in common, or an index twice.
     """
-    pairs = pair_items(first, second, same_rows)
+    pairs = pair_items(first, second)
     differences = {}
     for name, has, estimate in _list_scores([item for item, _ in pairs]):
         if chosen := [(a, b) for a, b in pairs if has(a) and has(b)]:
             before, after = (estimate(side) for side in zip(*chosen, strict=True))
-            found = Estimate(after.value - before.value, after.deviations - before.deviations)
-            better = name not in LOWER_IS_BETTER
-            differences[name] = Difference(found.value, found.find_error(), len(chosen), better)
+            difference = Estimate(after.value - before.value, after.deviations - before.deviations)
+            differences[name] = _make_score(name, difference, len(chosen), directions)
     return differences
 
 
-def pair_items(first: Sequence[Item], second: Sequence[Item], same_rows: bool = False) -> list[tuple[Item, Item]]:
-    """The items that both have and count, as pairs in the order of the first.
+def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[tuple[Item, Item]]:
+    """The items that both have and count, by their index, as pairs in the order of the first.
 
-    Items are the same if their index, prompt and answer are, or their index alone with ``same_rows``.
+    The prompts are not compared: two models' chat templates make two prompts of one row.
 
     Raises:
         ValueError: the two have no item in common, or an index twice.
@@ -171,16 +148,14 @@ def pair_items(first: Sequence[Item], second: Sequence[Item], same_rows: bool = 
         if len({item.index for item in items}) < len(items):
             raise ValueError("the items cannot be compared: several of one model have the same index")
     pairs = [(item, by_index[item.index]) for item in first if item.index in by_index]
-    pairs = [(a, b) for a, b in pairs if same_rows or (a.prompt, a.answer) == (b.prompt, b.answer)]
     if not pairs:
         raise ValueError(
-            f"the results cannot be compared: of {len(first)} and {len(second)} items, none has the same index, prompt "
-            "and answer in both"
+            f"the results cannot be compared: their {len(first)} and {len(second)} items have no common index"
         )
-    return [(a, b) for a, b in pairs if _counts(a) and _counts(b)]
+    return [(a, b) for a, b in pairs if is_counted(a) and is_counted(b)]
 
 
-def mean_of(scores: Sequence[S]) -> S:
+def average_scores(scores: Sequence[Score]) -> Score:
     """The mean of the scores, or differences, of independent tasks: each task counts the same.
 
     Its standard error is sqrt(sum of squared errors) / number of tasks; None if a task has none.
@@ -190,12 +165,11 @@ def mean_of(scores: Sequence[S]) -> S:
     """
     if not scores:
         raise ValueError("the mean of no scores is not defined")
-    errors = [score.stderr for score in scores]
-    known = [error for error in errors if error is not None]
+    errors = [score.stderr for score in scores if score.stderr is not None]
     return replace(
         scores[0],
         value=math.fsum(score.value for score in scores) / len(scores),
-        stderr=math.hypot(*known) / len(scores) if len(known) == len(errors) else None,
+        stderr=math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None,
         items=sum(score.items for score in scores),
     )
 
@@ -227,17 +201,22 @@ def fill_bins(confidences: Sequence[float], hits: Sequence[bool]) -> tuple[tuple
     return tuple((float(n), float(total), float(right)) for n, total, right in table)
 
 
-def counts_items(name: str) -> bool:
+def ignores_weight(name: str) -> bool:
     """Does the mean of this metric count every item once, whatever the weights?"""
-    return name in OVER_ITEMS or name.startswith(("avg@", "pass@"))
+    return get_kind(name).ignores_weight
 
 
-def _counts(item: Item) -> bool:
+def is_counted(item: Item) -> bool:
+    """Does the item count in scores?"""
     return item.skipped is None
 
 
 def _has(item: Item, name: str) -> bool:
-    return name in item.metrics and (counts_items(name) or item.weight > 0)
+    return name in item.metrics and (ignores_weight(name) or item.weight > 0)
+
+
+def _make_score(name: str, estimate: Estimate, items: int, directions: Mapping[str, bool | None] | None) -> Score:
+    return Score(estimate.value, estimate.find_error(), items, choose_direction(name, directions or {}))
 
 
 def _list_scores(

@@ -63,9 +63,8 @@ def load_task_rows(
     if source is None:
         folder = next((d for d in data_dirs if os.path.basename(os.path.abspath(d)) not in TASKS), data_dirs[0])
         expected = os.path.join(folder, task, f"{whole}.jsonl")
-        raise ValueError(
-            f"{task}: no file {expected} (or {', '.join([*BUILDERS][2:])}); {_describe(spec, dataset, config)}"
-        )
+        others = ", ".join(kind for kind in BUILDERS if kind != ".jsonl")
+        raise ValueError(f"{task}: no file {expected} (or {others}); {_describe(spec, dataset, config)}")
     try:
         rows = load_rows(source, None if data_dirs else config, split, field=f"{task}:")
     except ValueError as error:

@@ -45,7 +45,7 @@ Timed = tuple[list[Rollout], float]
 EVALUATION = -1
 """The step of an evaluation's rollouts. Its seeds differ from those of training, and are the same each time."""
 
-NEVER = -2
+NOT_SENT = -2
 """The step of weights that were never sent."""
 
 
@@ -116,7 +116,7 @@ class RolloutSchedule:
         self.ready: deque[Step] = deque()
         self.pending: _Round | None = None
         self.restored: dict[int, list[Rollout]] = {}
-        self.started, self.synced_step = False, NEVER
+        self.started, self.synced_step = False, NOT_SENT
         self.weight_check = self._make_weight_check()
         self.thread: ThreadPoolExecutor | None = None
         self.job: Future[Timed] | None = None
@@ -226,8 +226,8 @@ class RolloutSchedule:
     # The engine
 
     def begin_evaluation(self) -> None:
-        """Let the next rollouts of an evaluation have the current weights."""
-        self.synced_step = NEVER
+        """Send the weights again before the next rollouts."""
+        self.synced_step = NOT_SENT
 
     def generate(self, samples: Sequence[Sample]) -> list[Rollout]:
         """Completions of the samples' prompts, for an evaluation (:meth:`begin_evaluation`)."""
@@ -327,7 +327,7 @@ class RolloutSchedule:
     def begin(self, checkpoint: str | None) -> None:
         """Begin a run, or resume with the rollouts of a checkpoint that were not trained on yet."""
         self.ready.clear()
-        self.pending, self.restored, self.synced_step, done = None, {}, NEVER, 0
+        self.pending, self.restored, self.synced_step, done = None, {}, NOT_SENT, 0
         if checkpoint:
             with open(os.path.join(checkpoint, TRAINER_STATE_NAME)) as file:
                 done = json.load(file)["global_step"]
@@ -363,7 +363,7 @@ class RolloutSchedule:
         if self.engine is not None:
             with keep_generators("close"):
                 self.engine.close()
-        self.engine, self.started, self.synced_step = None, False, NEVER
+        self.engine, self.started, self.synced_step = None, False, NOT_SENT
         self.weight_check = self._make_weight_check()
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
+from sekd.metric_kinds import find_kind
 from sekd.validation.values import get_default, is_installed, show
 
 if TYPE_CHECKING:
@@ -37,13 +38,22 @@ MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
 """Trackers whose module has another name."""
 
 
-BETTER_LOW = ("loss", "perplexity", "ece", "nll", "kl", "_ce", "entropy", "cut_off", "brier_score", "_wer", "_ter")
-"""How the names of metrics end that a better student has lower."""
+def choose_better_direction(args: "SEKDConfig") -> bool | None:
+    """``greater_is_better`` where it is set, else by the name of ``metric_for_best_model``.
 
-
-def is_better_low(metric: str) -> bool:
-    """Whether a better student has a lower value of a metric."""
-    return metric.endswith(BETTER_LOW)
+    Raises:
+        ValueError: neither direction of this metric is better.
+    """
+    metric = args.metric_for_best_model
+    if args.greater_is_better is not None or metric is None:
+        return args.greater_is_better
+    kind = find_kind(metric)
+    if kind is not None and kind.higher_is_better is None:
+        raise ValueError(
+            f"metric_for_best_model {metric!r} is not better in either direction: set greater_is_better to what you "
+            "want, or name another metric"
+        )
+    return kind is None or bool(kind.higher_is_better)
 
 
 def check_training(args: "SEKDConfig") -> None:
@@ -70,6 +80,7 @@ def check_training(args: "SEKDConfig") -> None:
         if getattr(args, name) != get_default(args, name):
             raise ValueError(f"{name} {show(getattr(args, name))} has no effect: {reason}; leave it out")
     _check_evaluation(args)
+    _check_early_stopping(args)
     for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
         if getattr(args, name):
             raise ValueError(f"{name} is not supported: sekd calls the student in parts; leave it out")
@@ -105,6 +116,9 @@ def _check_evaluation(args: "SEKDConfig") -> None:
     for name in ("eval_limit", "eval_data_dir", "eval_chat_template"):
         if not args.eval_suite and getattr(args, name) != get_default(args, name):
             raise ValueError(f"{name} {show(getattr(args, name))} has no effect without eval_suite; leave it out")
+
+
+def _check_early_stopping(args: "SEKDConfig") -> None:
     if args.early_stopping_patience is None:
         if args.early_stopping_threshold:
             raise ValueError(
@@ -119,7 +133,7 @@ def _check_evaluation(args: "SEKDConfig") -> None:
     if args.metric_for_best_model is None and not args.load_best_model_at_end:
         raise ValueError(
             f"early_stopping_patience {args.early_stopping_patience} needs metric_for_best_model, such as loss, or "
-            "arc_easy_acc with eval_suite: [arc_easy]"
+            "validation_accuracy with eval_suite: [validation]"
         )
 
 
