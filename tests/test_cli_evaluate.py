@@ -85,7 +85,7 @@ def test_the_distance_from_a_teacher(tmp_path, model, data, capsys):
         ([], "no task is named; the suites are paper, validation"),
         (
             ["--tasks", "hellaswag"],
-            "hellaswag/validation.jsonl (or .csv, .parquet); each row has activity_label (text)",
+            "hellaswag/validation.jsonl (or .json, .csv, .parquet); each row has activity_label (text)",
         ),
         (["--tasks", "piqa", "--limit", "0"], "limit 0 must be at least 1"),
         (["--tasks", "piqa", "--repeats", "2"], "piqa: repeats 2 is for generated outputs"),

@@ -10,9 +10,9 @@ import pytest
 
 from sekd.eval.compare import (
     Row,
+    _split_models,
     as_csv,
     as_markdown,
-    _split_models,
     compare_models,
     compare_results,
     format_score,

@@ -15,7 +15,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed here")
 
 from lm_eval.models.huggingface import HFLM
 
-from sekd.eval.harness import TaskOptions, prepare_task, run_prepared
+from sekd.eval.harness import run_prepared
+from sekd.eval.prepared import TaskOptions, prepare_task
 from sekd.eval.tasks import SUITES, Suite
 
 

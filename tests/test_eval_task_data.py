@@ -94,7 +94,8 @@ def test_damaged_parquet(tmp_path, folder):
 
 
 def test_missing_files_and_folders(tmp_path, folder):
-    with pytest.raises(ValueError, match=rf"piqa: no file {folder}/piqa/train.jsonl \(or .csv, .parquet\); {SCHEMA}"):
+    message = rf"piqa: no file {folder}/piqa/train.jsonl \(or .json, .csv, .parquet\); {SCHEMA}"
+    with pytest.raises(ValueError, match=message):
         load_task_rows("piqa", "train[:5]", [str(tmp_path / "piqa"), folder])
     with pytest.raises(ValueError, match=r"data_dir '/no/such': no such folder"):
         load_task_rows("piqa", "validation", [folder, "/no/such"])

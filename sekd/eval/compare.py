@@ -19,8 +19,8 @@ from sekd.files import write_atomically
 from sekd.metric_kinds import get_kind, strip_name
 from sekd.tables import escape_controls, print_table
 
-NARROWEST = 22
-"""Columns of a terminal that a table needs at least for its labels and lines."""
+NARROWEST = 20
+"""Columns of a terminal that a table needs at least for its labels: 16 letters, and the lines around them."""
 LARGEST = 1e5
 """From here on a score is written with a power of ten: the perplexity of a model that knows nothing, for example."""
 Results = Mapping[str, Mapping[str, TaskResult]]
@@ -253,7 +253,7 @@ def make_table(comparison: Comparison, models: Sequence[int], width: int) -> Tab
         labels = [[f"{task}\n  {score}, {items}"] for task, score, items in labels]
         spare = width - 1 - 3 * (1 + len(models)) - sum(needed)
         widest = max((_measure(label) for (label,) in labels), default=0)
-        table.add_column("task, score, items", overflow="fold", width=min(widest, max(NARROWEST, spare)))
+        table.add_column("task, score, items", overflow="fold", width=min(widest, max(NARROWEST - 4, spare)))
         spare -= min(widest, spare)
     else:
         table.add_column("task", overflow="fold")

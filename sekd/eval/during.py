@@ -165,8 +165,8 @@ class Evaluation:
         known = {*STUDENT_MEANS, *TEACHER_MEANS, "perplexity", "ece", "loss"}
         if metric and names and metric not in known and not any(metric.startswith(f"{name}_") for name in names):
             raise ValueError(
-                f"metric_for_best_model {metric!r} is measured by no evaluation: name one of {', '.join(sorted(known))}, or "
-                f"a score of {', '.join(names)}, such as validation_accuracy or arc_easy_acc"
+                f"metric_for_best_model {metric!r} is measured by no evaluation: name one of "
+                f"{', '.join(sorted(known))}, or a score of {', '.join(names)}, such as arc_easy_acc"
             )
 
     # What evaluate() measures. Every process calls it, and gets the same numbers.
