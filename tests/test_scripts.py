@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness_helpers import make_text_lm, write_rows
 from helpers import make_vllm_model, save_pair
 
 ROOT = Path(__file__).parents[1]
@@ -100,3 +101,20 @@ def test_bench_rollouts(run, tmp_path):
     assert "(1.0x)" in lines["8"]
     assert lines["scoring"].rstrip("│ ").endswith("0.00 s (0%)"), "none with score_source: rollout"
     assert 0 < float(lines["selection_agreement"].split("│")[3]) <= 1
+
+
+def test_compare_lm_eval(tmp_path):
+    pytest.importorskip("lm_eval")
+    lm = make_text_lm()
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    choices = {"text": ["one", "two of them"], "label": ["A", "B"]}
+    rows = [{"question": f"Which is {i}?", "choices": choices, "answerKey": "AB"[i % 2]} for i in range(6)]
+    write_rows(tmp_path / "arc_easy" / "test.jsonl", rows)
+    command = [sys.executable, str(ROOT / "scripts" / "compare_lm_eval.py"), str(tmp_path / "model")]
+    command += ["--data-dir", str(tmp_path), "--tasks", "arc_easy", "--output", str(tmp_path / "out"), "--limit", "5"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("│ arc_easy │ hf"))
+    assert [cell.strip() for cell in line.split("│")[3:7]] == ["5", "0", "0.0e+00", "0"]
