@@ -204,8 +204,8 @@ class BaseEngine(RolloutEngine):
     def generate_with(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Rollout]:
         """One rollout per prompt, in the same order, sampled in another way than the run's own.
 
-        The engine's own options and its count of rounds stay as they are: the next :meth:`generate` draws what it would
-        have drawn without this call. The seeds depend on ``sampling.seed`` and on the place of a prompt alone.
+        The engine's own options and its count of rounds stay as they are, so the next :meth:`generate` is the same with
+        and without this call. The seeds depend on ``sampling.seed`` and on the place of a prompt alone.
 
         Raises:
             RolloutConfigError: the engine does not define it (``takes_sampling`` is False).
@@ -258,5 +258,5 @@ def request_seeds(seed: int | None, step: int, round_: int, count: int) -> list[
 
 
 def separate_seeds(sampling: Sampling, count: int) -> list[int | None]:
-    """A seed for each prompt of :meth:`BaseEngine.generate_with`: the same at every call, and those of no step."""
+    """A seed for each prompt of :meth:`BaseEngine.generate_with`: the same at every call, and used by no step."""
     return request_seeds(sampling.seed, -1, 0, count)

@@ -59,7 +59,7 @@ class VLLMServerEngine(BaseEngine):
         transfer: "file", or "nccl" from the trainer's GPU to the servers'. Adapters are always files.
         parallel: simultaneous requests per server.
         evaluation_context: tokens of the longest prompt with its completion in :meth:`generate_with`, if that is more
-            than those of ``max_prompt_length`` and ``max_completion_length``.
+            than ``max_prompt_length`` and ``max_completion_length`` together.
         sampling: the other fields of :class:`rollouts.base.Sampling`. The model's own stop tokens end a completion too.
 
     Raises:

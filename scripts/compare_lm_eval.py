@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Are the numbers of `sekd evaluate` those of lm-eval's own command, item by item? And do the backends agree?
+"""Does `sekd evaluate` give the numbers of lm-eval's own command, item by item? And do the backends agree?
 
     python scripts/compare_lm_eval.py MODEL --data-dir data/eval data/gsm8k --tasks arc_easy piqa --output compared
     python scripts/compare_lm_eval.py MODEL --data-dir data/eval --tasks arc_easy --limit 200 --backends hf vllm
 
 lm-eval's command reads the same files: a YAML file includes that of its task and names them. It runs with transformers
 in float32, zero-shot, in batches of 16. sekd runs each of --backends with the same settings. What is done is kept in
---output, so the same command goes on after an interruption. The table has, for each task and backend, the number of
+--output, so the same command resumes after an interruption. The table has, for each task and backend, the number of
 items that lm-eval's command scores otherwise (each score of lm-eval counts), the largest difference of a log-likelihood
 in nats, and the number of generated outputs that differ.
 """
@@ -50,10 +50,10 @@ def main() -> None:
     for column in ("task", "backend", "items", "scored otherwise", "largest difference", "other outputs"):
         table.add_column(column, justify="left" if column in ("task", "backend") else "right")
     for task in options.tasks:
-        theirs = run_lm_eval(options, task)
+        reference = run_lm_eval(options, task)
         for backend in options.backends:
             ours = run_sekd(options, task, backend)
-            table.add_row(task, backend, *compare(ours, theirs))
+            table.add_row(task, backend, *compare(ours, reference))
     print_table(table)
 
 
@@ -118,18 +118,18 @@ def run_sekd(options: argparse.Namespace, task: str, backend: str) -> list[Item]
     return done.items
 
 
-def compare(ours: list[Item], theirs: dict[int, dict[str, Any]]) -> list[str]:
+def compare(ours: list[Item], reference: dict[int, dict[str, Any]]) -> list[str]:
     """The columns of a row: items, items with another score, the largest difference, and other outputs."""
     others, largest, outputs = 0, 0.0, 0
     for item in ours:
-        their = theirs[item.index]
-        scores = {name: float(v) for name, v in their["scores"].items() if isinstance(v, bool | int | float)}
+        expected = reference[item.index]
+        scores = {name: float(v) for name, v in expected["scores"].items() if isinstance(v, bool | int | float)}
         others += any(item.metrics.get(name, value) != value for name, value in scores.items())
         if item.loglikelihoods:
-            values = [float(r[0][0]) if isinstance(r[0], list) else float(r[0]) for r in their["responses"]]
+            values = [float(r[0][0]) if isinstance(r[0], list) else float(r[0]) for r in expected["responses"]]
             largest = max([largest, *(abs(a - b) for a, b in zip(item.loglikelihoods, values, strict=True))])
         else:
-            outputs += item.outputs[0] != their["responses"][0][0]
+            outputs += item.outputs[0] != expected["responses"][0][0]
     return [str(len(ours)), str(others), f"{largest:.1e}", str(outputs)]
 
 

@@ -204,7 +204,7 @@ def test_what_was_answered_survives_a_signal(tmp_path, model, number):
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert f"sekd: stopped while evaluating {model}: " in error.splitlines()[-1]
-        assert "the same command goes on" in error
+        assert "the same command resumes" in error
         assert "Traceback" not in error
     assert main(["evaluate", *command]) == 0
     assert count_answers() == 0

@@ -230,7 +230,7 @@ def test_a_forced_evaluation_goes_on_without_force(tmp_path, model, options, mon
     with monkeypatch.context() as patch:
         interrupt_after(patch, 48 + 5)
         with pytest.raises(
-            KeyboardInterrupt, match=r"arc_easy done, .* kept in .*; to go on, run it again without --fo"
+            KeyboardInterrupt, match=r"arc_easy done, .* kept in .*; to resume, run it again without --fo"
         ):
             evaluate_models([model, other], TASKS, replace(options, force=True))
     counts, original = {}, benchmark.run_prepared
@@ -274,7 +274,7 @@ def test_ctrl_c_in_a_distillation_keeps_whole_tasks(tmp_path, model, options, mo
         yield next(iter(original(prepared, tasks)))
         raise KeyboardInterrupt
 
-    again = "to go on, run it again without --force" if force else "the same command goes on"
+    again = "to resume, run it again without --force" if force else "the same command resumes"
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "measure_distillation", stop_after_the_first)
         with pytest.raises(KeyboardInterrupt, match=rf": text done and kept in .*, and the present .* anew; {again}$"):

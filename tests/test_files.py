@@ -24,9 +24,20 @@ def test_two_writers_have_a_temporary_file_each(tmp_path, monkeypatch):
 
     def replace_late(source, target):
         monkeypatch.setattr(os, "replace", replace)
-        write_atomically(path, "second")
+        write_atomically(path, "second", is_shared=True)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace_late)
-    write_atomically(path, "first")
+    write_atomically(path, "first", is_shared=True)
     assert (tmp_path / "file").read_text() == "first"
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next_one(tmp_path):
+    """A resumed run must have the files of an undisturbed one, and no others."""
+    if (child := os.fork()) == 0:
+        os.replace = lambda *_: os._exit(9)
+        write_atomically(str(tmp_path / "file"), "of a process that dies")
+    os.waitpid(child, 0)
+    assert len([*tmp_path.iterdir()]) == 1
+    write_atomically(str(tmp_path / "file"), "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]

@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         raise Stopped(str(error) or "stopped", 128 + signal.SIGINT) from error
     except OSError as error:
-        again = "run it again without --force" if how.force else "the same command goes on"
+        again = "run it again without --force" if how.force else "the same command resumes"
         raise Stopped(f"stopped: {error}; what is done is kept, and {again}") from error
     suites = [name for name in names if name in SUITES]
     show_table(results, *suites)

@@ -98,7 +98,7 @@ def evaluate_models(
 
     All names, data, tokenizers and folders are checked before the first model is loaded. A result with the same
     settings that the model's folder has is not computed again; a model with nothing to do is not loaded. Ctrl-C keeps
-    the answers so far: the next call goes on from there.
+    the answers so far: the next call resumes from there.
 
     Args:
         models: folders or hub ids, of whole models or adapters.
@@ -231,7 +231,7 @@ def _evaluate(model: _Model, tasks: dict[str, PreparedTask], options: Evaluation
 def _begin_anew(model: _Model, work: dict[str, _Work]) -> None:
     """Begin the file of answers of each task: a task with one is not done, whatever result there is.
 
-    So if a forced evaluation is stopped, the next call goes on with all that is left, without force.
+    So if a forced evaluation is stopped, the next call does all that is left, without force.
     """
     with own_folder(model.folder):
         for one in work.values():
@@ -298,7 +298,7 @@ def _stopping(model: _Model, results: dict[str, TaskResult], force: bool, keeps_
         else:
             told = f"{done} done and kept in {model.folder}" if done else "no task is done"
             told += ", and the present task begins anew"
-        again = "to go on, run it again without --force" if force else "the same command goes on"
+        again = "to resume, run it again without --force" if force else "the same command resumes"
         raise KeyboardInterrupt(f"stopped while evaluating {model.name}: {told}; {again}") from error
 
 

@@ -341,8 +341,8 @@ def _choose_style(change: Score | None) -> str:
 def write_comparison(output: str, models: Results, *suites: str) -> None:
     """Write ``comparison.csv`` (a line a model and score, of all scores) and ``comparison.md`` (the shown table)."""
     comparison = compare_models(models, *suites)
-    write_atomically(os.path.join(output, "comparison.csv"), as_csv(comparison))
-    write_atomically(os.path.join(output, "comparison.md"), as_markdown(comparison))
+    write_atomically(os.path.join(output, "comparison.csv"), as_csv(comparison), is_shared=True)
+    write_atomically(os.path.join(output, "comparison.md"), as_markdown(comparison), is_shared=True)
 
 
 def as_csv(comparison: Comparison) -> str:

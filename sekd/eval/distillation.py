@@ -44,7 +44,7 @@ def measure_distillation(prepared: Distillation, tasks: Collection[str] | None =
     """The results of the prepared tasks, or those among ``tasks``, each as soon as it is there.
 
     First the student generates. The engine has ended before the models are loaded onto its device. The seconds of a
-    result are without loading; those of ``rollouts`` are with generating.
+    result are without loading; the seconds of ``rollouts`` include generation.
 
     Raises:
         ValueError: a model cannot be loaded, or vLLM cannot start or computes something else than the student.

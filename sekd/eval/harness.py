@@ -1,4 +1,4 @@
-"""Runs a task of lm-eval on rows that are handed in: the numbers are those of lm-eval's own command."""
+"""Runs a task of lm-eval on rows that are handed in: it gives the numbers of lm-eval's own command."""
 
 import contextlib
 import copy

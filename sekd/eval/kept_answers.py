@@ -1,4 +1,4 @@
-"""Keep each answer of a model as it comes, so that an evaluation that was stopped goes on where it was."""
+"""Keep each answer of a model as it comes, so that a stopped evaluation resumes where it was."""
 
 import hashlib
 import json
