@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import add_lora, config, make_model, make_trainer, save_pair
+from helpers import add_lora, config, make_model, make_trainer, qlora_student, save_pair
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +15,7 @@ from sekd.models import get_head, hidden_states, load_teacher
 from sekd.pretrained import find_adapter, load_config
 from sekd.recipe import Run
 from sekd.samples import score_samples
-from sekd.student import check_context, load_student
+from sekd.student import check_context, load_student, prepare_student
 from sekd.types import Batch
 
 IDS = torch.arange(12)[None]
@@ -226,3 +226,27 @@ def test_prompts_and_completions_fit_into_the_students_positions(tmp_path, token
         check_context(config(**values | dict(rollout_engine="vllm") | fits), student, {}, None)
     student.config.rope_parameters |= dict(rope_type="linear", factor=2.0)
     check_context(config(**values, rollout_engine="vllm"), student, {}, None)
+
+
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_a_quantized_student_keeps_its_gradients_after_an_evaluation(tmp_path, evaluated_before):
+    """bitsandbytes repacks 4-bit weights in evaluation on some CPUs, and repacked layers pass no gradient on."""
+    pytest.importorskip("bitsandbytes")
+    name, options = qlora_student(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(name, **options["model_init_kwargs"])
+    if evaluated_before:
+        with torch.no_grad():
+            model.eval()(IDS)
+    model = prepare_student(model, options["peft_config"], config(), None, None)
+
+    def gradients():
+        model.train().zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert any(g.any() for g in before)
+    for mine, expected in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(mine, expected)
