@@ -228,25 +228,24 @@ def test_prompts_and_completions_fit_into_the_students_positions(tmp_path, token
     check_context(config(**values, rollout_engine="vllm"), student, {}, None)
 
 
-@pytest.mark.parametrize("evaluated_before", [False, True])
-def test_a_quantized_student_keeps_its_gradients_after_an_evaluation(tmp_path, evaluated_before):
+@pytest.mark.parametrize("evaluated", ["never", "before sekd gets it", "after"])
+def test_a_quantized_student_keeps_its_gradients_after_an_evaluation(tmp_path, evaluated):
     """bitsandbytes repacks 4-bit weights in evaluation on some CPUs, and repacked layers pass no gradient on."""
     pytest.importorskip("bitsandbytes")
     name, options = qlora_student(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(name, **options["model_init_kwargs"])
-    if evaluated_before:
+
+    def gradients(evaluated):
+        model = AutoModelForCausalLM.from_pretrained(name, **options["model_init_kwargs"])
         with torch.no_grad():
-            model.eval()(IDS)
-    model = prepare_student(model, options["peft_config"], config(), None, None)
+            if evaluated == "before sekd gets it":
+                model.eval()(IDS)
+            model = prepare_student(model, options["peft_config"], config(), None, None)
+            if evaluated == "after":
+                model.eval()(IDS)
+        model.train()(IDS, labels=IDS).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
 
-    def gradients():
-        model.train().zero_grad()
-        model(IDS, labels=IDS).loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-    before = gradients()
-    with torch.no_grad():
-        model.eval()(IDS)
-    assert any(g.any() for g in before)
-    for mine, expected in zip(gradients(), before, strict=True):
-        torch.testing.assert_close(mine, expected)
+    expected = gradients("never")
+    assert any(g.any() for g in expected)
+    for mine, g in zip(gradients(evaluated), expected, strict=True):
+        torch.testing.assert_close(mine, g)
