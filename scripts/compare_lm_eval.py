@@ -23,6 +23,7 @@ import lm_eval.tasks
 import yaml
 from rich.table import Table
 
+from sekd.eval.ifeval import has_punkt
 from sekd.eval.prepared import TaskOptions, prepare_task
 from sekd.eval.records import Item
 from sekd.eval.result_files import find_done, fingerprint_model, load_results, name_folder
@@ -83,7 +84,7 @@ def run_lm_eval(options: argparse.Namespace, task: str) -> dict[int, dict[str, A
         command += [] if options.limit is None else ["--limit", str(options.limit)]
         command += ["--gen_kwargs", f"max_gen_toks={options.max_new_tokens}"] if is_generated(options, task) else []
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=os.environ | {"NLTK_DATA": make_punkt(options.output)})
     items: dict[int, dict[str, Any]] = {}
     with open(glob.glob(f"{folder}/**/samples_*.jsonl", recursive=True)[0]) as lines:
         for line in lines:
@@ -92,6 +93,21 @@ def run_lm_eval(options: argparse.Namespace, task: str) -> dict[int, dict[str, A
             item = items.setdefault(sample["doc_id"], {"scores": {}, "responses": sample["resps"]})
             item["scores"] |= {name + suffix: sample[name] for name in sample["metrics"]}
     return items
+
+
+def make_punkt(output: str) -> str:
+    """A folder for NLTK_DATA with an untrained punkt, which lm-eval's command needs to start with ifeval.
+
+    Only where punkt itself is missing. sekd skips the items whose rules need punkt there, so they are not compared.
+    """
+    if has_punkt():
+        return os.environ.get("NLTK_DATA", "")
+    folder = os.path.join(os.path.abspath(output), "nltk_data")
+    language = os.path.join(folder, "tokenizers", "punkt_tab", "english")
+    os.makedirs(language, exist_ok=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        open(os.path.join(language, name), "w").close()
+    return folder
 
 
 def make_options(options: argparse.Namespace) -> TaskOptions:

@@ -127,7 +127,6 @@ def prepare_student(
         base = config.base_model_name_or_path
         if base is not None and os.path.isdir(base):
             config.base_model_name_or_path = os.path.abspath(base)  # checkpoints name it, wherever they are read
-    _keep_gradients(model)
     check_trainable(model, optimizer)
     return model
 
@@ -164,17 +163,6 @@ def _prepare_quantized(model: Any, args: SEKDConfig) -> Any:
     from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(model, args.gradient_checkpointing)
-
-
-def _keep_gradients(model: nn.Module) -> None:
-    """Let no 4-bit layer repack its weights, as bitsandbytes does in evaluation on a CPU with AVX512-bf16.
-
-    Repacked layers pass no gradient on, also when the model trains again.
-    """
-    for layer in model.modules():
-        if getattr(layer, "support_avx512bf16_for_cpu", False):
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # a flag of Linear4bit
-            layer.state_dict()  # brings repacked weights back into their first order
 
 
 def check_continued(wanted: "LoraConfig", default: "LoraConfig", saved: "PeftConfig") -> None:
