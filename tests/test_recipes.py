@@ -71,7 +71,7 @@ def test_the_rows_of_table_5_differ_in_the_selection_alone(side):
     assert policies[:5] == [(policy, None, None) for policy in ("all", "random", "top_k", "pos_rs", "pos_rs_corrected")]
     assert policies[5:] == [("all", 0.2, None), ("top_k", 0.2, None), ("top_k", 0.2, "rs_kd")][: len(rows) - 5]
     divergence = {"off": "forward_kl", "on": "reverse_kl"}[side]
-    assert (shared[0]["divergence"], shared[0]["learning_rate"], shared[0]["seed"]) == (divergence, "1.0e-5", 1340)
+    assert (shared[0]["divergence"], shared[0]["learning_rate"], shared[0]["seed"]) == (divergence, 1e-5, 1340)
 
 
 @pytest.mark.parametrize("name", FAST)
