@@ -167,7 +167,9 @@ def find_recipe(name: str, folder: str = "") -> str:
         return shipped[stem]
     if os.path.isdir(path):
         raise ValueError(f"recipe {name!r} is a folder; a recipe is a YAML file")
-    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships ({', '.join(shipped)})")
+    nearest = difflib.get_close_matches(stem, shipped, n=1)
+    hint = f"the nearest is {nearest[0]!r}" if nearest else "`sekd recipes` lists them"
+    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships; {hint}")
 
 
 def list_recipes() -> dict[str, str]:

@@ -51,13 +51,14 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
 
     shown = run("-m", "sekd.cli", "train", "gsm8k_on_policy_sekd", "--help")
     assert "  position_fraction: 0.2\n" in shown.stdout, shown.stderr
-    assert "gsm8k_on_policy_sekd\n" in run("-m", "sekd.cli", "recipes").stdout
+    assert "\ngsm8k_on_policy_sekd " in run("-m", "sekd.cli", "recipes").stdout
+    assert "position_policy: random\n" in run("-m", "sekd.cli", "recipes", "show", "gsm8k_on_policy_random").stdout
+    (tmp_path / "elsewhere" / "mine.yaml").write_text("base: gsm8k_on_policy_sekd\noutput_dir: runs/mine\n")
     code = (
         "import sekd, sys; from sekd.recipe import Run; print(sekd.__file__)\n"
-        "for name in ('gsm8k_on_policy_sekd', 'recipes/gsm8k_on_policy_sekd.yaml'):\n"
+        "for name in ('gsm8k_on_policy_sekd', 'recipes/gsm8k_on_policy_random.yaml', 'mine.yaml'):\n"
         "    print(Run.parse(name, ['--rollout_engine', 'hf', '--optim', 'adamw_torch']).args.output_dir)"
     )
     done = run("-c", code)
-    assert done.stdout.splitlines() == [str(folder / "sekd" / "__init__.py"), *["runs/gsm8k_on_policy_sekd"] * 2], (
-        done.stderr[-2000:]
-    )
+    runs = ["runs/gsm8k_on_policy_sekd", "runs/gsm8k_on_policy_random", "runs/mine"]
+    assert done.stdout.splitlines() == [str(folder / "sekd" / "__init__.py"), *runs], done.stderr[-2000:]
