@@ -93,8 +93,8 @@ def read_files(path: str) -> dict[str, dict[str, Any]]:
     base_keys = _read_file(file)
     if "base" in base_keys:
         raise ValueError(
-            f"recipe {path!r}: its base {base!r} has a base itself, {base_keys['base']!r}; a base must be a whole recipe, "
-            "so copy the keys of one of them"
+            f"recipe {path!r}: its base {base!r} has a base itself, {base_keys['base']!r}; a base must be whole, "
+            "so copy the keys of one of the two"
         )
     return {file: base_keys, path: keys}
 

@@ -120,8 +120,8 @@ def test_a_shipped_recipe_is_a_base(tmp_path, monkeypatch, base):
     [
         ("nowhere.yaml", "base: recipe 'nowhere.yaml': no such file, and no recipe that sekd ships; "),
         ("..", "base: recipe '..' is a folder"),
-        ("mine.yaml", "its base 'mine.yaml' has a base itself, 'mine.yaml'; a base must be a whole recipe, so copy"),
-        ("other.yaml", "its base 'other.yaml' has a base itself, 'recipe.yaml'; a base must be a whole recipe"),
+        ("mine.yaml", "its base 'mine.yaml' has a base itself, 'mine.yaml'; a base must be whole, so copy"),
+        ("other.yaml", "its base 'other.yaml' has a base itself, 'recipe.yaml'; a base must be whole"),
         ("gsm8k_off_policy_sekd", "has a base itself, 'gsm8k_off_policy_full_kd.yaml'"),
         ("list.yaml", "list.yaml' is not a mapping of keys to values"),
         ("typo.yaml", "unknown key 'max_step' in the recipe's base '.*typo.yaml'; the nearest key is 'max_steps'"),
