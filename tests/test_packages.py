@@ -28,9 +28,8 @@ def test_the_list_of_packages_is_the_tree():
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_checkout(tmp_path):
     installed = {package.name for package in importlib.metadata.distributions()}
-    if (
-        not {"pip", "setuptools"} <= installed
-    ):  # find_spec("pip") would change what distutils is for vLLM, in later tests
+    # find_spec("pip") would change what distutils is, and break vLLM's import in later tests.
+    if not {"pip", "setuptools"} <= installed:
         pytest.skip("the wheel is built with pip and setuptools")
     source, folder = tmp_path / "source", tmp_path / "site"
     for name in ("sekd", "rollouts", "recipes"):
