@@ -23,7 +23,7 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool 
             an invalid value.
     """
     recipe = find_recipe(recipe)
-    keys, flags = read_recipe(recipe), read_flags(overrides)
+    files, flags = read_files(recipe), read_flags(overrides)
     from transformers.utils import logging
     from trl import ModelConfig, ScriptArguments
 
@@ -32,8 +32,10 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool 
 
     records = (ScriptArguments, SEKDConfig, ModelConfig)
     owners = {f.name: record for record in records for f in fields(record) if f.init}
-    _check_known(keys, owners, "the recipe")
-    values = dict(keys)
+    values: dict[str, Any] = {}
+    for file, keys in files.items():
+        _check_known(keys, owners, "the recipe" if file == recipe else f"the recipe's base {file!r}")
+        values |= keys
     for key, texts in flags.items():
         if key not in owners and key.startswith("no_") and key[3:] in owners:
             if texts:
@@ -49,7 +51,8 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool 
             logging.get_logger(__name__).warning(line.format(", ".join(unused)))
         values |= CACHE_KEYS
     if "import_modules" in values:
-        _let_import_from(os.path.dirname(os.path.abspath(recipe)), os.getcwd())
+        folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+        _let_import_from(*reversed(folders), os.getcwd())
     try:
         script, args, model = (
             record(**{key: value for key, value in values.items() if owners[key] is record}) for record in records
@@ -60,11 +63,43 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool 
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The keys and values of a recipe, as YAML has them.
+    """The keys and values of a recipe, as YAML has them. They beat the keys of its ``base``.
 
     Raises:
-        ValueError: the file is not YAML, or not a mapping of names to values.
+        ValueError: as :func:`read_files`.
     """
+    return {key: value for keys in read_files(path).values() for key, value in keys.items()}
+
+
+def read_files(path: str) -> dict[str, dict[str, Any]]:
+    """The files that a recipe is in, and the keys of each: its ``base`` if it has one, then its own file.
+
+    ``base`` is a path relative to the recipe's folder, or the name of a shipped recipe.
+
+    Raises:
+        ValueError: a file is not YAML, or not a mapping of names to values; or ``base`` is not the name of a recipe
+            that has no base itself.
+    """
+    keys = _read_file(path)
+    if "base" not in keys:
+        return {path: keys}
+    base = keys.pop("base")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"recipe {path!r}: base {base!r} must be the path of a recipe, or the name of a shipped one")
+    try:
+        file = find_recipe(base, os.path.dirname(path))
+    except ValueError as error:
+        raise ValueError(f"recipe {path!r}: base: {error}") from error
+    base_keys = _read_file(file)
+    if "base" in base_keys:
+        raise ValueError(
+            f"recipe {path!r}: its base {base!r} has a base itself, {base_keys['base']!r}; a base must be whole, "
+            "so copy the keys of one of the two"
+        )
+    return {file: base_keys, path: keys}
+
+
+def _read_file(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             keys = load_yaml(file.read())
@@ -114,22 +149,27 @@ def _check_known(keys: Collection[str], known: Collection[str], place: str) -> N
             raise ValueError(f"unknown key {key!r} in {place}; {hint}")
 
 
-def find_recipe(name: str) -> str:
+def find_recipe(name: str, folder: str = "") -> str:
     """The path of a recipe. ``name`` is a file, or a shipped recipe (``x``, ``x.yaml`` or ``recipes/x.yaml``).
+
+    A relative path is relative to ``folder``; by default, to the working directory.
 
     Raises:
         ValueError: there is no such file and no such shipped recipe.
     """
-    if os.path.isfile(name):
-        return name
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):
+        return path
     shipped = list_recipes()
-    folder, base = os.path.split(name)
-    base = base.removesuffix(".yaml")
-    if folder in ("", "recipes") and base in shipped:
-        return shipped[base]
-    if os.path.isdir(name):
+    place, stem = os.path.split(name)
+    stem = stem.removesuffix(".yaml")
+    if place in ("", "recipes") and stem in shipped:
+        return shipped[stem]
+    if os.path.isdir(path):
         raise ValueError(f"recipe {name!r} is a folder; a recipe is a YAML file")
-    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships ({', '.join(shipped)})")
+    nearest = difflib.get_close_matches(stem, shipped, n=1)
+    hint = f"the nearest is {nearest[0]!r}" if nearest else "`sekd recipes` lists them"
+    raise ValueError(f"recipe {name!r}: no such file, and no recipe that sekd ships; {hint}")
 
 
 def list_recipes() -> dict[str, str]:

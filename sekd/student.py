@@ -102,10 +102,10 @@ def load_student(name: str, args: SEKDConfig, **init: Any) -> Any:
     """The student ``name``. An adapter is loaded onto its base, to train on from where it is."""
     adapter, revision = find_adapter(name, init.get("revision")), init.get("revision")
     if adapter is None:
-        return load_model(name, **init)
+        return _keep_trainable(load_model(name, **init))
     from peft import PeftModel
 
-    base = load_model(str(adapter.base_model_name_or_path), **init | {"revision": adapter.revision})
+    base = _keep_trainable(load_model(str(adapter.base_model_name_or_path), **init | {"revision": adapter.revision}))
     return PeftModel.from_pretrained(_prepare_quantized(base, args), name, is_trainable=True, revision=revision)
 
 
@@ -115,8 +115,9 @@ def prepare_student(
     """The student as it trains: with a new adapter if ``peft_config`` asks for one.
 
     Raises:
-        ValueError: as :func:`check_trainable`.
+        ValueError: as :func:`check_trainable`; or 4-bit weights that pass no gradient.
     """
+    _keep_trainable(model)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -155,6 +156,23 @@ def _refuse_half(dtype: Any) -> None:
                 f"the student's trainable weights are {name}, which rounds small updates away: load it in float32 "
                 "(dtype: float32, or model.float(); bf16: true still computes in bf16), or train an adapter (use_peft)"
             )
+
+
+def _keep_trainable(model: Any) -> Any:
+    """The model, whose 4-bit weights pass gradients after a forward pass in evaluation mode too.
+
+    On CPUs with AVX512-bf16, bitsandbytes packs them for inference in such a pass, and never back. Packed weights pass
+    no gradient to the layers below.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "the student generated or was evaluated before, so its 4-bit weights are packed for inference and "
+                    "pass no gradient; load it again, or pass its folder as model"
+                )
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _prepare_quantized(model: Any, args: SEKDConfig) -> Any:

@@ -1,26 +1,52 @@
-"""`sekd recipes` lists and prints what sekd ships."""
+"""`sekd recipes` lists what sekd ships, and `sekd recipes show` prints a recipe, merged with its base."""
 
 from pathlib import Path
 
+import pytest
+
 from sekd.cli import main
-from sekd.parse import list_recipes
+from sekd.notation import load_yaml
+from sekd.parse import find_recipe, list_recipes, parse_recipe, read_recipe
 
 
-def test_every_recipe_is_listed_with_a_sentence(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_every_recipe_is_listed_in_a_line_with_a_sentence(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [line for line in lines if not line.startswith(" ")]
-    assert names == [*list_recipes()]
-    for name in names:
-        summary = lines[lines.index(name) + 1]
-        assert summary.startswith("    ")
+    assert [line.split()[0] for line in lines] == [*list_recipes()]
+    for line in lines:
+        summary = line.split(maxsplit=1)[1]
+        assert len(line) <= 120, line
+        assert summary.endswith("."), line
         assert len(summary) > 20
         assert "sekd train" not in summary
 
 
-def test_a_recipe_is_printed_as_it_is(capsys):
-    assert main(["recipes", "gsm8k_on_policy_sekd"]) == 0
-    assert capsys.readouterr().out == Path(list_recipes()["gsm8k_on_policy_sekd"]).read_text()
-    assert main(["recipes", "nowhere"]) == 2
+def test_a_recipe_without_a_base_is_shown_as_it_is(capsys):
+    assert main(["recipes", "show", "gsm8k_on_policy_sekd"]) == 0
+    assert capsys.readouterr().out == Path(find_recipe("gsm8k_on_policy_sekd")).read_text()
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_shown_recipe_is_whole(name, capsys, tmp_path, monkeypatch):
+    """It names no base, so it can be copied anywhere."""
+    assert main(["recipes", "show", name]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(Path(find_recipe(name)).read_text().split("\n\n")[0].split("\nbase:")[0])
+    assert load_yaml(text) == read_recipe(find_recipe(name))
+    assert "base" not in load_yaml(text)
+
+
+def test_a_shown_recipe_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "show", "gsm8k_on_policy_lora"]) == 0
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    _, args, model = parse_recipe("mine.yaml")
+    assert (args.sample_fraction, args.divergence, model.lora_target_modules) == (0.2, "reverse_kl", "all-linear")
+
+
+def test_what_cannot_be_shown_is_one_line(capsys, tmp_path):
+    assert main(["recipes", "show", "nowhere"]) == 2
     assert "recipe 'nowhere': no such file" in capsys.readouterr().err
+    (tmp_path / "x.yaml").write_text("base: nowhere\n")
+    assert main(["recipes", "show", str(tmp_path / "x.yaml")]) == 2
+    assert "x.yaml': base: recipe 'nowhere': no such file" in capsys.readouterr().err

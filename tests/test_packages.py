@@ -1,6 +1,6 @@
 """The wheel holds every package and what the commands read."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -27,7 +27,9 @@ def test_the_list_of_packages_is_the_tree():
 
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_checkout(tmp_path):
-    if any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")):
+    installed = {package.name for package in importlib.metadata.distributions()}
+    # find_spec("pip") would change what distutils is, and break vLLM's import in later tests.
+    if not {"pip", "setuptools"} <= installed:
         pytest.skip("the wheel is built with pip and setuptools")
     source, folder = tmp_path / "source", tmp_path / "site"
     for name in ("sekd", "rollouts", "recipes"):
@@ -51,13 +53,14 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
 
     shown = run("-m", "sekd.cli", "train", "gsm8k_on_policy_sekd", "--help")
     assert "  position_fraction: 0.2\n" in shown.stdout, shown.stderr
-    assert "gsm8k_on_policy_sekd\n" in run("-m", "sekd.cli", "recipes").stdout
+    assert "\ngsm8k_on_policy_sekd " in run("-m", "sekd.cli", "recipes").stdout
+    assert "position_policy: random\n" in run("-m", "sekd.cli", "recipes", "show", "gsm8k_on_policy_random").stdout
+    (tmp_path / "elsewhere" / "mine.yaml").write_text("base: gsm8k_on_policy_sekd\noutput_dir: runs/mine\n")
     code = (
         "import sekd, sys; from sekd.recipe import Run; print(sekd.__file__)\n"
-        "for name in ('gsm8k_on_policy_sekd', 'recipes/gsm8k_on_policy_sekd.yaml'):\n"
+        "for name in ('gsm8k_on_policy_sekd', 'recipes/gsm8k_on_policy_random.yaml', 'mine.yaml'):\n"
         "    print(Run.parse(name, ['--rollout_engine', 'hf', '--optim', 'adamw_torch']).args.output_dir)"
     )
     done = run("-c", code)
-    assert done.stdout.splitlines() == [str(folder / "sekd" / "__init__.py"), *["runs/gsm8k_on_policy_sekd"] * 2], (
-        done.stderr[-2000:]
-    )
+    runs = ["runs/gsm8k_on_policy_sekd", "runs/gsm8k_on_policy_random", "runs/mine"]
+    assert done.stdout.splitlines() == [str(folder / "sekd" / "__init__.py"), *runs], done.stderr[-2000:]

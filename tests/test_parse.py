@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments
 
 from sekd import SEKDConfig
 from sekd.callbacks import as_recipe
-from sekd.parse import find_recipe, list_recipes, parse_recipe
+from sekd.parse import find_recipe, list_recipes, parse_recipe, read_recipe
 from sekd.recipe import Run
 from sekd.validation.values import read_field
 
@@ -70,11 +70,80 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path, monkeypatch):
     assert find_recipe("demo.yaml") == "demo.yaml", "a file here comes first"
 
 
-@pytest.mark.parametrize("name", ["nowhere", "mine/demo.yaml", "../recipes/nowhere.yaml", ""])
-def test_an_unknown_recipe_lists_the_shipped_ones(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("nowhere", "`sekd recipes` lists them"),
+        ("", "`sekd recipes` lists them"),
+        ("mine/demo.yaml", "the nearest is 'demo'"),
+        ("../recipes/gsm8k_on_polcy_sekd.yaml", "the nearest is 'gsm8k_on_policy_sekd'"),
+    ],
+)
+def test_an_unknown_recipe_names_the_nearest_one(name, hint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"recipe '{name}': no such file, .* \(demo, .*gsm8k_on_policy_sekd\)"):
+    with pytest.raises(ValueError, match=f"recipe '{name}': no such file, and no recipe that sekd ships; {hint}"):
         find_recipe(name)
+
+
+def test_a_recipe_has_the_keys_of_its_base_and_its_own(recipe, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text("base: ../recipe.yaml\nmax_steps: 9\nuse_peft: true\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    for path in ("recipe.yaml", "../mine/recipe.yaml", str(tmp_path / "mine" / "recipe.yaml")):
+        _, args, model = parse_recipe(path, ["--logging_steps", "3"])
+        assert (args.max_steps, args.save_steps, args.logging_steps, model.use_peft) == (9, 2, 3, True)
+        assert as_recipe(args) == as_recipe(parse_recipe(recipe, ["--max_steps", "9", "--logging_steps", "3"])[1])
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe("mine/recipe.yaml")[1].max_steps == 9, "relative to the recipe, not to here"
+
+
+def test_a_null_beats_the_base_too(recipe, tmp_path):
+    """It is a value as any other: what no value means for its field."""
+    (tmp_path / "base.yaml").write_text(f"{Path(recipe).read_text()}system_prompt: Be brief.\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nsystem_prompt: null\n")
+    assert parse_recipe(str(tmp_path / "base.yaml"))[1].system_prompt == "Be brief."
+    assert parse_recipe(str(tmp_path / "mine.yaml"))[1].system_prompt is None
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\npacking: null\n")
+    with pytest.raises(ValueError, match="packing null must be true or false"):
+        parse_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("base", ["demo", "demo.yaml", "recipes/demo.yaml"])
+def test_a_shipped_recipe_is_a_base(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"base: {base}\nseed: 7\n")
+    assert read_recipe("mine.yaml") == read_recipe(find_recipe("demo")) | {"seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nowhere.yaml", "base: recipe 'nowhere.yaml': no such file, and no recipe that sekd ships; "),
+        ("..", "base: recipe '..' is a folder"),
+        ("mine.yaml", "its base 'mine.yaml' has a base itself, 'mine.yaml'; a base must be whole, so copy"),
+        ("other.yaml", "its base 'other.yaml' has a base itself, 'recipe.yaml'; a base must be whole"),
+        ("gsm8k_off_policy_sekd", "has a base itself, 'gsm8k_off_policy_full_kd.yaml'"),
+        ("list.yaml", "list.yaml' is not a mapping of keys to values"),
+        ("typo.yaml", "unknown key 'max_step' in the recipe's base '.*typo.yaml'; the nearest key is 'max_steps'"),
+        ("null", "base None must be the path of a recipe, or the name of a shipped one"),
+        ("''", "base '' must be the path of a recipe"),
+        ("3", "base 3 must be the path of a recipe"),
+        ("[recipe.yaml]", r"base \['recipe.yaml'\] must be the path of a recipe"),
+    ],
+)
+def test_an_invalid_base_is_one_line(recipe, tmp_path, base, message):
+    (tmp_path / "other.yaml").write_text("base: recipe.yaml\n")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "typo.yaml").write_text("max_step: 3\n")
+    (tmp_path / "mine.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ValueError, match=message) as refused:
+        parse_recipe(str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command_line_has_no_base(recipe):
+    with pytest.raises(ValueError, match="unknown key 'base' in the command line"):
+        parse_recipe(recipe, ["--base", "demo"])
 
 
 def test_a_folder_is_not_a_recipe(tmp_path):
@@ -82,15 +151,17 @@ def test_a_folder_is_not_a_recipe(tmp_path):
         find_recipe(str(tmp_path))
 
 
-@pytest.mark.parametrize("folder", ["beside the recipe", "here"])
-def test_modules_are_imported_from_the_recipes_folder_and_from_here(recipe, tmp_path, monkeypatch, folder):
-    name = f"my_scores_{folder.split()[0]}"
+@pytest.mark.parametrize("folder", ["beside", "here", "base"])
+def test_modules_are_imported_from_the_recipes_folder_its_bases_and_from_here(recipe, tmp_path, monkeypatch, folder):
+    name = f"my_scores_{folder}"
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    place = tmp_path if folder == "beside the recipe" else tmp_path / "elsewhere"
+    for place in ("beside", "here"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "beside" / "mine.yaml").write_text("base: ../recipe.yaml\n")
+    place = tmp_path if folder == "base" else tmp_path / folder
     (place / f"{name}.py").write_text("READ = True\n")
-    parse_recipe(recipe, ["--import_modules", name])
+    parse_recipe(str(tmp_path / "beside" / "mine.yaml"), ["--import_modules", name])
     assert sys.modules.pop(name).READ
 
 
@@ -184,7 +255,7 @@ def test_a_cache_has_a_divergence_of_its_own(recipe, monkeypatch):
 # Recipes that are mutated at random
 
 FIELDS = {f.name: record for record in (ScriptArguments, SEKDConfig, ModelConfig) for f in fields(record) if f.init}
-BASES = [yaml.safe_load(Path(path).read_text()) for path in list_recipes().values()]
+BASES = [read_recipe(path) for path in list_recipes().values()]
 
 
 def fits(name, value):
@@ -198,7 +269,7 @@ def fits(name, value):
 
 WORDS = ["", "no", "true", "1e2", "-1", "nan", "null", "auto", "{", "{a: 1}", "[a, b]", "./x", "a/b", "all", "none"]
 PLAIN = [0, 1, 2, -1, 0.5, True, False, None, "no", "steps", "epoch", "best", "kl", "float32", "x", [], ["x"], {"a": 1}]
-KEYS = [*FIELDS, "env", "no_packing", "config", "max-steps", "predict_with_generate"]
+KEYS = [*FIELDS, "base", "env", "no_packing", "config", "max-steps", "predict_with_generate"]
 numbers = st.integers() | st.integers(-2, 3) | st.floats() | st.sampled_from([10**30, -(10**400), 1e300])
 leaves = st.none() | st.booleans() | numbers | st.text(max_size=8) | st.sampled_from(WORDS)
 keys = st.text(max_size=8) | st.none() | st.booleans() | st.integers()

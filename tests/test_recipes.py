@@ -1,6 +1,6 @@
-"""Every recipe parses, and starts on tiny models with its own choices."""
+"""Every recipe parses, and starts on tiny models with its own choices; so does each row of the sweeps."""
 
-import os
+import itertools
 from pathlib import Path
 
 import pytest
@@ -8,24 +8,43 @@ import yaml
 from helpers import make_model, make_vllm_model
 
 from sekd.cli import main
-from sekd.parse import parse_recipe, recipe_folder
+from sekd.parse import find_recipe, list_recipes, parse_recipe, read_recipe, recipe_folder
 
-RECIPES = sorted(os.listdir(recipe_folder()))
-
-
-def path(name):
-    return os.path.join(recipe_folder(), name)
+RECIPES = [*list_recipes()]
+WHOLE = [name for name in RECIPES if not {"rollouts", "teacher_cache"} & {*read_recipe(find_recipe(name))}]
+"""Recipes that need the output of no other command."""
+FAST = ["fineweb_edu_sekd", "gsm8k_off_policy_sekd_3x", "gsm8k_on_policy_qlora", "gsm8k_self_distillation"]
+"""A stream that is packed; samples and classes; an adapter on 4-bit weights; a teacher that reads more."""
+SWEEPS = [
+    pytest.param(path, method, id=f"{path.stem}-{method}")
+    for path in sorted(Path(recipe_folder(), "sweeps").glob("*.yaml"))
+    for method in yaml.safe_load(path.read_text())["methods"]
+]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_parses_and_names_its_command(name):
-    parse_recipe(path(name))
-    assert f"sekd train recipes/{name}" in Path(path(name)).read_text()
+    parse_recipe(name)
+    text = Path(find_recipe(name)).read_text()
+    assert f"sekd train recipes/{name}.yaml" in text
+    comment = [*itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
+    assert name == "demo" or any(line.startswith("# Cost: ") for line in comment), "what it costs"
+    assert read_recipe(find_recipe(name))["output_dir"] == f"runs/{name}" or name == "demo"
+
+
+@pytest.mark.parametrize(("path", "method"), SWEEPS)
+def test_every_row_of_a_sweep_parses(path, method, tmp_path):
+    sweep = yaml.safe_load(path.read_text())
+    own = sweep["methods"][method]
+    keys = read_recipe(find_recipe(own.get("recipe", sweep["recipe"]), str(path.parent)))
+    keys |= {key: value for key, value in own.items() if key != "recipe"}
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump(keys))
+    parse_recipe(str(tmp_path / "row.yaml"))
 
 
 def test_the_papers_hyperparameters():
     """arXiv 2602.01395, tables 8 and 9."""
-    script, args, model = parse_recipe(path("fineweb_edu_sekd.yaml"))
+    script, args, model = parse_recipe("fineweb_edu_sekd")
     assert (model.model_name_or_path, args.teacher_model_name_or_path) == ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")
     assert (args.max_length, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (512, 2, 8)
     assert (args.learning_rate, args.optim, args.weight_decay) == (1e-5, "adamw_8bit", 0)
@@ -35,25 +54,61 @@ def test_the_papers_hyperparameters():
     assert script.dataset_streaming
 
 
+@pytest.mark.parametrize("side", ["off", "on"])
+def test_the_rows_of_table_5_differ_in_the_selection_alone(side):
+    """arXiv 2602.01395, tables 5, 8 and 9."""
+    selection = {"position_policy", "position_score", "position_fraction", "sample_score", "sample_fraction"}
+    selection |= {"output_dir", "class_selection", "class_samples", "save_steps"}
+    rows = ["full_kd", "random", "sekd", "pos_rs", "pos_rs_corrected", "topsmp", "sekd_topsmp"]
+    rows += ["sekd_3x"] if side == "off" else []
+    shared, policies = [], []
+    for row in rows:
+        keys = read_recipe(find_recipe(f"gsm8k_{side}_policy_{row}"))
+        shared.append({key: value for key, value in keys.items() if key not in selection})
+        policies.append((keys["position_policy"], keys.get("sample_fraction"), keys.get("class_selection")))
+        assert keys.get("sample_score", keys.get("position_score", "student_entropy")) == "student_entropy"
+    assert all(keys == shared[0] for keys in shared)
+    assert policies[:5] == [(policy, None, None) for policy in ("all", "random", "top_k", "pos_rs", "pos_rs_corrected")]
+    assert policies[5:] == [("all", 0.2, None), ("top_k", 0.2, None), ("top_k", 0.2, "rs_kd")][: len(rows) - 5]
+    divergence = {"off": "forward_kl", "on": "reverse_kl"}[side]
+    assert (shared[0]["divergence"], shared[0]["learning_rate"], shared[0]["seed"]) == (divergence, 1e-5, 1340)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_recipes_start(name, tmp_path, tokenizer, pairs, texts):
+    """Their own choices, but transformers generates the rollouts."""
+    train(name, tmp_path, tokenizer, pairs, texts, rollout_engine="hf")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_recipe_starts(name, tmp_path, tokenizer, pairs, texts):
-    """Its own choices, on models and data of this test: vLLM, Adam8bit and streaming are the recipe's."""
-    keys = yaml.safe_load(Path(path(name)).read_text())
-    on_policy = keys["lmbda"] > 0
-    for folder, seed in (("student", 0), ("teacher", 1)):
-        (make_vllm_model(seed) if on_policy else make_model("tied", seed)).save_pretrained(tmp_path / folder)
-        tokenizer.save_pretrained(tmp_path / folder)
-    data = tmp_path / "data.jsonl"
+    """Its own choices: vLLM, Adam8bit, adapters and streaming are the recipe's.
+
+    A recipe that differs from its base in the selection or the teacher alone leaves vLLM to the test of its base.
+    """
+    own = yaml.safe_load(Path(find_recipe(name)).read_text())
+    changes = {"rollout_engine": "hf"} if "base" in own and "use_peft" not in own else {}
+    train(name, tmp_path, tokenizer, pairs, texts, **changes)
+
+
+def train(name, folder, tokenizer, pairs, texts, **changes):
+    """Two steps of a recipe on models and data of this test."""
+    keys = read_recipe(find_recipe(name))
+    for model, seed in (("student", 0), ("teacher", 1)):
+        made = make_vllm_model(seed, intermediate=128) if keys["lmbda"] > 0 else make_model("tied", seed)
+        made.save_pretrained(folder / model)
+        tokenizer.save_pretrained(folder / model)
+    data = folder / "data.jsonl"
     if "text_column" in keys:
         texts.to_json(data)
     else:
         pairs.rename_columns({"prompt": "question", "completion": "answer"}).to_json(data)
     flags = {
-        "model_name_or_path": tmp_path / "student",
-        "teacher_model_name_or_path": tmp_path / "teacher",
+        "model_name_or_path": folder / "student",
+        "teacher_model_name_or_path": folder / "teacher",
         "dataset_name": data,
-        "output_dir": tmp_path / "run",
+        "output_dir": folder / "run",
         "max_steps": 2,
         "max_length": 64,
         "max_prompt_length": 32,
@@ -63,7 +118,8 @@ def test_every_recipe_starts(name, tmp_path, tokenizer, pairs, texts):
     }
     if "text_prompt_length" in keys:
         flags["text_prompt_length"] = 16
-    assert (
-        main(["train", path(name), *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]) == 0
-    )
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    words = [part for key, value in (flags | changes).items() for part in (f"--{key}", str(value))]
+    assert main(["train", name, *words]) == 0
+    is_adapter = keys.get("use_peft") and not keys.get("merge_adapter")
+    assert (folder / "run" / "model.safetensors").exists() != bool(is_adapter)
+    assert (folder / "run" / "adapter_model.safetensors").exists() == bool(is_adapter)

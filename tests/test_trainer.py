@@ -18,7 +18,13 @@ from helpers import (
     trained_weights,
 )
 from oracles import naive
-from peft import LoraConfig
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from rollouts import Rollout
@@ -230,6 +236,26 @@ def test_a_quantized_student_learns_through_its_adapter(tmp_path, tokenizer, pai
     trainer.train()
     assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
     assert all(p.any() for name, p in trainer.model.named_parameters() if "lora_B" in name)
+
+
+def test_a_quantized_student_passes_gradients_after_it_was_evaluated(tmp_path, tokenizer, pairs):
+    """bitsandbytes packs 4-bit weights in evaluation mode on some CPUs, and computes no gradient through them."""
+    pytest.importorskip("bitsandbytes")
+    student, options = qlora_student(tmp_path)
+    model = make_trainer(tmp_path / "run", tokenizer, pairs, student, None, options, sample_fraction=0.5).model
+    untouched = AutoModelForCausalLM.from_pretrained(student, **options["model_init_kwargs"])
+    untouched = get_peft_model(prepare_model_for_kbit_training(untouched, False), options["peft_config"])
+    set_peft_model_state_dict(untouched, get_peft_model_state_dict(model))
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        model.eval()(ids)
+    for trained in (untouched, model):
+        trained.train()(ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in untouched.named_parameters() if "lora_B" in name}
+    assert all(gradient.any() for gradient in expected.values())
+    for name, p in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_quantized_students_need_an_adapter_and_the_hf_engine(tmp_path, tokenizer, pairs):

@@ -3,46 +3,64 @@
 import argparse
 import itertools
 import re
-import shutil
-import textwrap
+
+import yaml
 
 from sekd.cli.common import reading_input
-from sekd.parse import find_recipe, list_recipes
+from sekd.parse import find_recipe, list_recipes, read_files, read_recipe
 
 DESCRIPTION = """\
-List the recipes that sekd ships, or print one of them. `sekd train NAME` runs it.
+List the recipes that sekd ships. `sekd train NAME` runs one. `sekd recipes show NAME` prints one, merged with its base.
 
 examples:
   sekd recipes
-  sekd recipes gsm8k_on_policy_sekd > my_recipe.yaml
+  sekd recipes show gsm8k_on_policy_sekd > my_recipe.yaml
   sekd train my_recipe.yaml
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print this recipe")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    show = actions.add_parser("show", help="print a recipe, merged with its base", allow_abbrev=False)
+    show.add_argument("name", metavar="NAME", help="a name that `sekd recipes` lists, or a YAML file")
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.name is None:
-        show_recipes()
+    if options.action is None:
+        list_summaries()
         return 0
-    with reading_input(), open(find_recipe(options.name), encoding="utf-8") as file:
-        print(file.read(), end="")
+    with reading_input():
+        text = merge_text(find_recipe(options.name))
+    print(text, end="")
     return 0
 
 
-def show_recipes() -> None:
-    """Print the name of each shipped recipe, and the first sentence of its comment."""
-    width = min(shutil.get_terminal_size().columns, 120)
-    for name, path in list_recipes().items():
-        summary = textwrap.fill(read_summary(path), width - 4, break_on_hyphens=False)
-        print(f"{name}\n{textwrap.indent(summary, '    ')}")
+def list_summaries() -> None:
+    """Print a line for each shipped recipe: its name, and the first sentence of its comment."""
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    for name, path in recipes.items():
+        summary = re.split(r"(?<=\.)\s", " ".join(read_comment(path)), maxsplit=1)[0]
+        print(f"{name:<{width}}  {summary}")
 
 
-def read_summary(path: str) -> str:
-    """The first sentence of the comment at the top of a recipe. The comment ends before its indented commands."""
+def merge_text(path: str) -> str:
+    """The text of a recipe without a base, which is its own; or its first comment and all keys, merged.
+
+    Raises:
+        ValueError: as :func:`sekd.parse.read_files`.
+    """
+    files = read_files(path)
     with open(path, encoding="utf-8") as file:
-        comment = [line[2:].strip() for line in itertools.takewhile(re.compile(r"# \S").match, file)]
-    return re.split(r"(?<=\.)\s", " ".join(comment), maxsplit=1)[0]
+        text = file.read()
+    if len(files) == 1:
+        return text
+    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+    return comment + yaml.safe_dump(read_recipe(path), sort_keys=False, allow_unicode=True)
+
+
+def read_comment(path: str) -> list[str]:
+    """The lines of the comment at the top of a recipe, up to its indented commands."""
+    with open(path, encoding="utf-8") as file:
+        return [line[2:].strip() for line in itertools.takewhile(re.compile(r"# \S").match, file)]
