@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from rollouts import ENGINES
 from sekd.validation.rollouts import engine_trait
+from sekd.validation.teachers import check_processes
 from sekd.validation.values import get_default, is_installed
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def check_inputs(
         args.check_stream()
         if args.teacher_cache is not None and args.sample_pool is None:
             raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
+    check_processes(args)
     if args.world_size > 1 and args.lmbda > 0 and rollout_engine is None and engine_trait(args, None, "single_process"):
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
