@@ -6,7 +6,6 @@ from devices import ELSEWHERE, TwoDevices
 from helpers import config, make_model, make_trainer, make_vllm_model, prompts_and_completions, trained_weights
 
 import sekd.validation.teachers
-
 from sekd.cache.readers import load_reader
 from sekd.data.batch import collate
 from sekd.models import freeze, load_teacher
@@ -52,7 +51,7 @@ def test_a_teacher_on_another_device_gives_the_same_steps(tmp_path, tokenizer, p
     data, metrics, weights = pairs.select(range(8)), [], []
     for name in (None, str(ELSEWHERE)):
         with TwoDevices():
-            options = PLACED[choice] | {"teacher_device": name, "output_dir": str(tmp_path / f"{name}")}
+            options = PLACED[choice] | {"optim": "sgd", "learning_rate": 0.1, "teacher_device": name}
             trainer = make_trainer(tmp_path, tokenizer, data, trainer_options={"eval_dataset": data}, **options)
             weights.append(trained_weights(trainer))
             assert trainer.teacher.device == torch.device(name or "cpu")
