@@ -164,7 +164,9 @@ class Run:
         from sekd.cache.readers import RayReaders, load_reader
         from sekd.data.prepare import check_same_tokenizer, is_packed
         from sekd.models import find_teacher_device
+        from sekd.validation.teachers import check_place
 
+        check_place(args)
         check_build(args.teacher_cache, args, engine, workers)
         tokenizer, dataset = self._prepare()
         if args.sample_fraction < 1:

@@ -47,7 +47,7 @@ PLACED = {
 @pytest.mark.parametrize("choice", PLACED)
 def test_a_teacher_on_another_device_gives_the_same_steps(tmp_path, tokenizer, pairs, monkeypatch, choice):
     """TwoDevices raises where tensors of both devices meet."""
-    monkeypatch.setattr(sekd.validation.teachers, "_check_device", lambda name: None)
+    monkeypatch.setattr(sekd.validation.teachers, "_check_presence", lambda name: None)
     data, metrics, weights = pairs.select(range(8)), [], []
     for name in (None, str(ELSEWHERE)):
         with TwoDevices():

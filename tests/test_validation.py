@@ -167,7 +167,6 @@ def test_values_that_cannot_work(values, message):
         (dict(report_to=["clearml"]), "report_to 'clearml' is not installed; install it, or set report_to: none"),
         (dict(deepspeed={"a": 1}), r"deepspeed \{'a': 1\} needs deepspeed: run `pip install deepspeed`"),
         (dict(teacher_device="gpu 1"), "teacher_device 'gpu 1' is no device; write cpu, cuda or, for one GPU, cuda:1"),
-        (dict(teacher_device="cuda:77"), "teacher_device 'cuda:77': this machine has cpu"),
         (
             dict(teacher_load_in_4bit=True, teacher_load_in_8bit=True),
             "teacher_load_in_4bit true with teacher_load_in_8bit true: a teacher has one kind of weights",
@@ -259,12 +258,21 @@ def test_a_quantized_teacher_needs_bitsandbytes(monkeypatch):
 def test_the_teachers_place_fits_the_number_of_processes(monkeypatch, pairs):
     with pytest.raises(ValueError, match="teacher_fsdp true shards over several processes, and there is one: start"):
         check_inputs(config(teacher_fsdp=True), pairs, {}, None, False, None)
+    with pytest.raises(ValueError, match="teacher_device 'cuda:77': this machine has cpu"):
+        check_inputs(config(teacher_device="cuda:77"), pairs, {}, None, False, None)
     args = config(teacher_fsdp=True)
     monkeypatch.setattr(SEKDConfig, "world_size", 2)
     check_inputs(args, pairs, {}, None, False, None)
     args.teacher_device, args.teacher_fsdp = "cuda:1", False
+    monkeypatch.setattr("sekd.validation.teachers._check_presence", lambda name: None)
     with pytest.raises(ValueError, match="teacher_device 'cuda:1' would hold a teacher for each of the 2 processes"):
         check_inputs(args, pairs, {}, None, False, None)
+
+
+def test_zero_3_is_refused(monkeypatch, pairs):
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 gathers the student's head .* or ZeRO stage 2"):
+        check_inputs(config(), pairs, {}, None, False, None)
 
 
 def test_options_that_nothing_reads_are_named(caplog, monkeypatch):

@@ -19,7 +19,7 @@ def check_teacher(args: "SEKDConfig") -> None:
     if bits and not is_installed("bitsandbytes"):
         raise ValueError(f"{bits[0]} true needs bitsandbytes: run `pip install bitsandbytes`, or leave it out")
     if args.teacher_device is not None:
-        _check_device(args.teacher_device)
+        _check_name(args.teacher_device)
     if not args.teacher_fsdp:
         return
     for name in (*bits, "teacher_device"):
@@ -40,19 +40,24 @@ def check_teacher(args: "SEKDConfig") -> None:
         )
 
 
-def _check_device(name: str) -> None:
+def _check_name(name: str) -> None:
     try:
         torch.device(name)
     except RuntimeError:
         raise ValueError(f"teacher_device {name!r} is no device; write cpu, cuda or, for one GPU, cuda:1") from None
+
+
+def _check_presence(name: str) -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     own = [] if accelerator is None else [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
     if name not in ("cpu", *own) and (accelerator is None or name != accelerator.type):
         raise ValueError(f"teacher_device {name!r}: this machine has {', '.join(['cpu', *own])}; name one of them")
 
 
-def check_processes(args: "SEKDConfig") -> None:
-    """Check that the teacher's place fits the number of processes."""
+def check_place(args: "SEKDConfig") -> None:
+    """Check that this machine has the teacher's device, and that its place fits the number of processes."""
+    if args.teacher_device is not None:
+        _check_presence(args.teacher_device)
     if args.teacher_fsdp and args.world_size == 1:
         raise ValueError(
             "teacher_fsdp true shards over several processes, and there is one: start them with `accelerate launch`, "
