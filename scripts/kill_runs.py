@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -112,8 +113,11 @@ MODES: dict[str, dict] = {
     },
     "rollouts": {**ON_POLICY},
     "rollouts of rounds": {**ON_POLICY, "rollout_batches": 4, "score_source": "rollout"},
+    "two processes": {"position_policy": "gls", "per_device_train_batch_size": 2},
+    "two processes, rollouts": {**ON_POLICY, "per_device_train_batch_size": 2},
     "rollouts, several a prompt": {**ON_POLICY, "rollouts_per_prompt": 2, "rollout_batches": 3},
 }
+PROCESSES = {"two processes": 2, "two processes, rollouts": 2}
 TIMINGS = re.compile(r'"(train_runtime|\w+_per_second|rollout_share|rollout_wait|rollout_seconds|seconds)": [^,}]+')
 IGNORED = ("versions.json", "run.json", "checkpoint.json", "training_args.bin", "recipe.yaml")
 
@@ -167,30 +171,79 @@ def make_recipe(folder: Path, mode: str, name: str) -> list[str]:
     return ["train", str(path)]
 
 
-def run_forked(shim: ctypes.CDLL, arguments: list[str], folder: Path, at: int, fault: int) -> tuple[int, str, int]:
-    """Run sekd in a forked process: its exit status (negative for a signal), its output, its file operations."""
-    printed, counted = folder / "printed.txt", folder / "count.txt"
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        from sekd.cli import main
+def run_forked(
+    shim: ctypes.CDLL, arguments: list[str], folder: Path, at: int, fault: int, processes: int = 1
+) -> tuple[int, str, list[int]]:
+    """Run sekd in forked processes: the exit status (negative for a signal), the output, and their file operations.
 
-        keys = json.loads(Path(arguments[-1 if arguments[0] == "cache" else 1]).read_text())
-        shim.arm(keys["output_dir"].encode(), at, fault)
-        status = 99
-        try:
-            status = main(arguments)
-        except BaseException:
-            traceback.print_exc()
-        counted.write_text(str(shim.count()))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, printed.read_text(errors="replace"), int(counted.read_text()) if status >= 0 else 0
+    The fault comes at operation ``at``, where those of the second process follow the first one's. A process that fails
+    ends the others; its status and output count.
+    """
+    sys.stdout.flush()
+    port, children, victim = find_port(), dict[int, int](), 0
+    while at > 0 and victim < processes - 1 and at >= (operations := read_count(folder, victim)):
+        at, victim = at - operations, victim + 1
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.environ |= name_process(rank, processes, port) if processes > 1 else {}
+            run_child(shim, arguments, folder, at if rank == victim else -1, fault, rank)
+        children[child] = rank
+    decisive = 0, 0
+    while children:
+        child, code = os.wait()
+        status, rank = os.waitstatus_to_exitcode(code), children.pop(child)
+        if status != 0 and decisive[0] == 0:
+            decisive = status, rank
+            for other in children if status != 128 + signal.SIGTERM else ():  # it waits for the one that is gone
+                os.kill(other, signal.SIGKILL)
+    status, rank = decisive
+    printed = (folder / f"printed_{rank}.txt").read_text(errors="replace")
+    return status, printed, [read_count(folder, r) for r in range(processes)] if status == 0 else []
+
+
+def read_count(folder: Path, rank: int) -> int:
+    """The file operations of a process in the last run that no fault was set for."""
+    return int((folder / f"count_{rank}.txt").read_text())
+
+
+def run_child(shim: ctypes.CDLL, arguments: list[str], folder: Path, at: int, fault: int, rank: int) -> None:
+    """The forked process."""
+    output = os.open(folder / f"printed_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch.distributed as dist
+
+    from sekd.cli import main
+
+    keys = json.loads(Path(arguments[-1 if arguments[0] == "cache" else 1]).read_text())
+    shim.arm(keys["output_dir"].encode(), at, fault)
+    status = 99
+    try:
+        status = main(arguments)
+        if dist.is_initialized() and status == 0:
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+    if at < 0 and "--resume_from_checkpoint" not in arguments:
+        (folder / f"count_{rank}.txt").write_text(str(shim.count()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def find_port() -> int:
+    """A port that no process listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def name_process(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(value) for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
 
 
 def read_results(folder: Path) -> dict[str, bytes]:
@@ -211,7 +264,8 @@ def try_mode(shim: ctypes.CDLL, folder: Path, mode: str, trials: int, fault: str
     """Stops and resumes a mode: (stops, trials that ended wrongly, what went wrong)."""
     kind = ("kill", "term", "full").index(fault)
     expected = {"kill": {-signal.SIGKILL}, "term": {128 + signal.SIGTERM, -signal.SIGTERM}, "full": {1, 2}}[fault]
-    status, printed, operations = run_forked(shim, make_recipe(folder, mode, "whole"), folder, -1, 0)
+    processes = PROCESSES.get(mode, 1)
+    status, printed, counts = run_forked(shim, make_recipe(folder, mode, "whole"), folder, -1, 0, processes)
     assert status == 0, printed
     whole = read_results(folder / "whole")
     draws, stops, wrong, reasons = random.Random(mode), 0, 0, list[str]()
@@ -220,9 +274,9 @@ def try_mode(shim: ctypes.CDLL, folder: Path, mode: str, trials: int, fault: str
         arguments, before, problem = make_recipe(folder, mode, "cut"), stops, ""
         chances = draws.choice((1, 1, 2, 3))
         while not problem:
-            at = draws.randrange(1, operations) if stops - before < chances else -1
+            at = draws.randrange(1, sum(counts)) if stops - before < chances else -1
             resume = ["--resume_from_checkpoint", "true"] if [*(folder / "cut").glob("checkpoint-*")] else []
-            status, printed, _ = run_forked(shim, arguments + resume, folder, at, kind)
+            status, printed, _ = run_forked(shim, arguments + resume, folder, at, kind, processes)
             if status in expected:
                 stops += 1
             if "Traceback" in printed or (status != 0 and status not in expected):

@@ -42,6 +42,20 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
             "bfloat16 if the hardware computes in bf16 natively, else float32."
         ),
     )
+    teacher_load_in_4bit: bool = field(
+        default=False, metadata=help_("Hold the teacher in 4 bits (NF4), except its head; needs bitsandbytes.")
+    )
+    teacher_load_in_8bit: bool = field(
+        default=False, metadata=help_("Hold the teacher in 8 bits, except its head; needs bitsandbytes.")
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata=help_("Device of the teacher, such as cuda:1 beside one process. Default: the student's."),
+    )
+    teacher_fsdp: bool = field(
+        default=False,
+        metadata=help_("Shard the teacher over the processes of each machine (FSDP2). Default: each holds all of it."),
+    )
 
     teacher_cache: str | None = field(
         default=None,

@@ -1,5 +1,6 @@
 """Load models and reach inside them. Only this module handles wrappers, adapters and heads."""
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -7,8 +8,10 @@ import torch
 from accelerate.utils import extract_model_from_parallel, patch_environment
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sekd.config import SEKDConfig
@@ -31,11 +34,51 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 
-def load_teacher(name: str, args: SEKDConfig, attention: str | None = None) -> PreTrainedModel:
-    """The teacher ``name`` from a folder or hub id, in the revision and dtype of ``args``."""
+def load_teacher(
+    name: str, args: SEKDConfig, attention: str | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The teacher ``name`` from a folder or hub id, in the revision, dtype and bits of ``args``.
+
+    Quantized weights are on ``device``, by default on :func:`find_teacher_device`. Others are in the CPU's memory.
+    """
     # With a teacher_cache no dtype is chosen before, since only `sekd cache build` loads the teacher.
     dtype, revision = args.teacher_dtype or choose_dtype(args.use_cpu), args.teacher_model_revision
-    return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention)
+    options: dict[str, Any] = {}
+    if args.teacher_load_in_4bit or args.teacher_load_in_8bit:
+        options["device_map"] = {"": device or find_teacher_device(args)}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.teacher_load_in_4bit,
+            load_in_8bit=args.teacher_load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=choose_dtype(args.use_cpu) if dtype == "auto" else dtype,
+        )
+    return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention, **options)
+
+
+def find_teacher_device(args: SEKDConfig) -> torch.device:
+    """The teacher's own device, or else the student's."""
+    return torch.device(args.teacher_device or args.device)
+
+
+def place_teacher(teacher: M, device: torch.device) -> M:
+    """Freeze a teacher, and move it to its device."""
+    return freeze(teacher).to(device)
+
+
+def shard_teacher(teacher: nn.Module, args: SEKDConfig) -> None:
+    """Shard a frozen teacher's layers over the processes of each machine (FSDP2). Every process calls this.
+
+    A layer is whole on a device only while it runs. The embeddings and the head stay whole everywhere: the head runs
+    over as many chunks as a process has, and processes can gather weights only together.
+    """
+    lm = causal_lm(teacher)
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or args.world_size)
+    machines = args.world_size // on_machine
+    mesh = init_device_mesh(args.device.type, (machines, on_machine), mesh_dim_names=("machines", "processes"))
+    whole = {*lm.get_input_embeddings().parameters(), *lm.get_output_embeddings().parameters()}
+    layers = [module for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())]
+    for module in (*layers, lm.base_model):
+        fully_shard(module, mesh=mesh["processes"], reshard_after_forward=True, ignored_params=whole)
 
 
 def compute_dtype(args: SEKDConfig) -> torch.dtype:
@@ -46,12 +89,17 @@ def compute_dtype(args: SEKDConfig) -> torch.dtype:
 def log_dtypes(student: nn.Module, teacher: nn.Module | None, args: SEKDConfig, generates: bool) -> None:
     """Log once what was chosen for the student, the teacher and (``generates``) the rollouts."""
     computes = str(compute_dtype(args)).removeprefix("torch.")
-    names = [
-        "cache" if model is None else str(causal_lm(model).dtype).removeprefix("torch.") for model in (student, teacher)
-    ]
+    names = ["cache" if model is None else _name_precision(causal_lm(model)) for model in (student, teacher)]
     line = f"precision: student {names[0]} weights, computing in {computes}; teacher {names[1]}"
     if args.process_index == 0:
         logger.warning(line + f"; rollouts {computes}" * generates)
+
+
+def _name_precision(model: Any) -> str:
+    for bits in (4, 8):
+        if getattr(model, f"is_loaded_in_{bits}bit", False):
+            return f"{bits}-bit"
+    return str(model.dtype).removeprefix("torch.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

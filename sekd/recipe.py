@@ -163,7 +163,10 @@ class Run:
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
         from sekd.data.prepare import check_same_tokenizer, is_packed
+        from sekd.models import find_teacher_device
+        from sekd.validation.teachers import check_place
 
+        check_place(args)
         check_build(args.teacher_cache, args, engine, workers)
         tokenizer, dataset = self._prepare()
         if args.sample_fraction < 1:
@@ -179,7 +182,7 @@ class Run:
             is_packed(dataset),
         )
         if engine == "local":
-            return build_cache(dataset, load(args.device), tokenizer, args, args.teacher_cache)
+            return build_cache(dataset, load(find_teacher_device(args)), tokenizer, args, args.teacher_cache)
         with closing(RayReaders(workers or 1, load)) as readers:
             return build_cache(dataset, readers, tokenizer, args, args.teacher_cache)
 

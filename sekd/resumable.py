@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -84,7 +85,14 @@ class ResumableTrainer(Trainer):
 
     def write_student(self, written: str, folder: str) -> None:
         """Write the student's files into ``written``. They are moved to ``folder``. Every process calls it."""
-        super().save_model(written, _internal_call=True)
+        if not self.is_fsdp_enabled:
+            super().save_model(written, _internal_call=True)
+            return
+        # transformers would write nothing for state_dict_type SHARDED_STATE_DICT, accelerate's default for FSDP2.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)  # empty in all processes but the first
+        if self.args.should_save:
+            self._save(written, state_dict=weights)
 
     def end_waits(self) -> None:
         """End what still goes on in the background. The run is over."""

@@ -23,7 +23,7 @@ from sekd.data.prepare import is_packed, prepare
 from sekd.distill import score_positions
 from sekd.files import DamagedFile, read_checked, write_checked
 from sekd.fingerprints import DATED_TEMPLATE, data_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from sekd.models import common_vocab, freeze, get_head, hidden_states
+from sekd.models import common_vocab, find_teacher_device, get_head, hidden_states, place_teacher
 from sekd.processes import run_on_main
 from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
@@ -138,7 +138,7 @@ def score_samples(
     if scoring.needs_teacher:
         assert teacher is not None
         vocab = common_vocab(student, teacher)
-        source = LiveTeacher(freeze(teacher).to(args.device), vocab)
+        source = LiveTeacher(place_teacher(teacher, find_teacher_device(args)), vocab)
     was_training = student.training
     student.eval()
     student.to(args.device)

@@ -6,7 +6,7 @@ student's q. Its target y is token t + 1. A position is *valid* if its target is
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +56,11 @@ class Batch:
     def valid(self) -> Bool[Tensor, "B T"]:
         """Positions whose target is supervised."""
         return self.targets != IGNORE
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> "Batch":

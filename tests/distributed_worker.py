@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,16 +24,21 @@ from helpers import (
     trained_weights,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from sekd.cache.teacher import CachedTeacher
 from sekd.on_policy.weights import full_weights
+from sekd.policies import PositionPolicy
 
+LONG_RUNS = {"20 steps, ddp": {}, "20 steps, fsdp2": {"fsdp2_efficient_loading": False}}
 TWO_STEPS = ONE_SGD_STEP | dict(max_steps=2, learning_rate=0.1)
 
 
 def trained(folder: str, choices: str) -> None:
     for name, options in json.loads(choices).items():
         two_steps(f"{folder}/{name}", options)
+    for name, options in LONG_RUNS.items():
+        twenty_steps(f"{folder}/{name}", per_device_train_batch_size=4, **options)
     resume_in_second_epoch(folder)
     refuse_other_weights(folder)
     dist.barrier()
@@ -73,12 +80,47 @@ def two_steps(path: str, choices: dict) -> None:
     read = record_reads(trainer.teacher)
     trainer.train()
     assert isinstance(trainer.model, FSDPModule) == (efficient_loading is not None)
+    if trainer.args.teacher_fsdp:
+        sharded = {name for name, p in trainer.teacher.model.named_parameters() if isinstance(p, DTensor)}
+        whole = {name for name, _ in trainer.teacher.model.named_parameters()} - sharded
+        assert whole == {"model.embed_tokens.weight", "lm_head.weight"}
     weights = {name: tensor.clone() for name, tensor in full_weights(trainer.model)}
     metrics = trainer.evaluate()
     read = gather_object([read])
     if trainer.is_world_process_zero():
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         torch.save({"losses": losses, "weights": weights, "metrics": metrics, "read": read}, f"{path}.pt")
+
+
+@contextmanager
+def recording_choices(trainer) -> Iterator[dict[tuple[int, int], list[int]]]:
+    """By step and sample, which of its valid positions this process chose."""
+    chosen: dict[tuple[int, int], list[int]] = {}
+    observe = PositionPolicy.observe
+
+    def record(policy, batch, mask, state):
+        for sample, marks in zip(batch.sample_ids.tolist(), mask.split(batch.valid.sum(1).tolist()), strict=True):
+            chosen[trainer.state.global_step, sample] = marks.nonzero()[:, 0].tolist()
+
+    PositionPolicy.observe = record
+    yield chosen
+    PositionPolicy.observe = observe
+
+
+def twenty_steps(path: str, **options) -> None:
+    """Steps of AdamW, whose losses and choices are saved, and the student in its folder."""
+    AcceleratorState._reset_state()
+    efficient_loading = options.pop("fsdp2_efficient_loading", None)
+    trainer = make_trainer(path, make_tokenizer(), make_pairs(), max_steps=20, learning_rate=1e-3, **options)
+    if efficient_loading is not None:
+        use_fsdp2(trainer, efficient_loading)
+    with recording_choices(trainer) as chosen:
+        trainer.train()
+    trainer.save_model()
+    of_all = gather_object([chosen])
+    if trainer.is_world_process_zero():
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        torch.save({"losses": losses, "chosen": of_all}, f"{path}.pt")
 
 
 def resume_in_second_epoch(folder: str) -> None:

@@ -42,6 +42,7 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
     zipfile.ZipFile(wheel).extractall(folder)
     for name in ("sekd/py.typed", "rollouts/py.typed", "sekd/recipes/demo.yaml", "sekd/cli/train_help.txt"):
         assert (folder / name).exists()
+    assert (folder / "sekd" / "recipes" / "accelerate" / "ddp.yaml").exists()
 
     environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     (tmp_path / "elsewhere").mkdir()

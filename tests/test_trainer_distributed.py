@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed_worker import TWO_STEPS
+from distributed_worker import LONG_RUNS, TWO_STEPS, twenty_steps
 from helpers import VOCAB, make_model, make_trainer, run_command, run_two_processes, save_pair
 
 from sekd import SEKDConfig
@@ -36,6 +36,8 @@ CHOICES = {
     "fsdp2 tied": {"fsdp2_efficient_loading": False, "kind": "tied"},
     "fsdp2 tied in chunks": {"fsdp2_efficient_loading": True, "kind": "tied", "head_chunk_rows": 4},
     "fsdp2 gls": {"fsdp2_efficient_loading": False, "position_policy": "gls"},
+    "sharded teacher": {"teacher_fsdp": True, "position_score": "kl"},
+    "fsdp2, sharded teacher": {"fsdp2_efficient_loading": False, "teacher_fsdp": True, "head_chunk_rows": 4},
 }
 
 
@@ -121,12 +123,31 @@ def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokeni
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("run", LONG_RUNS)
+def test_twenty_steps_choose_and_learn_as_one_process_does(tmp_path, found_by_two, run):
+    twenty_steps(str(tmp_path / "one"), per_device_train_batch_size=8)
+    expected, folder = torch.load(tmp_path / "one.pt"), found_by_two["folder"]
+    found = torch.load(folder / f"{run}.pt")
+    first, second = found["chosen"]
+    assert first.keys().isdisjoint(second)
+    assert len(first) == len(second) == 20 * 4
+    assert first | second == expected["chosen"][0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert sorted(path.name for path in (folder / run).iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    ), "one student, and nothing of the second process"
+    weights = load_model(str(folder / run)).state_dict()
+    for name, weight in load_model(str(tmp_path / "one")).state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_two_processes_give_the_single_process_steps(tmp_path, tokenizer, pairs, choices, found_by_two, choice):
     """Two steps: the second depends on what a policy learned from all processes in the first."""
     found = found_by_two[choice]
     options = dict(per_device_train_batch_size=8) | choices[choice]
     student, _ = make_model(options.pop("kind", "untied")), options.pop("fsdp2_efficient_loading", None)
+    options.pop("teacher_fsdp", None)
     data, evaluation = pairs.select(range(32)), dict(eval_dataset=pairs.select(range(5)))
     trainer = make_trainer(tmp_path, tokenizer, data, student, None, evaluation, **TWO_STEPS, **options)
     trainer.train()

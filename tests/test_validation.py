@@ -166,6 +166,18 @@ def test_values_that_cannot_work(values, message):
         (dict(report_to="nothing"), "report_to 'nothing' is unknown; choose all, none, or some of .*, wandb"),
         (dict(report_to=["clearml"]), "report_to 'clearml' is not installed; install it, or set report_to: none"),
         (dict(deepspeed={"a": 1}), r"deepspeed \{'a': 1\} needs deepspeed: run `pip install deepspeed`"),
+        (dict(teacher_device="gpu 1"), "teacher_device 'gpu 1' is no device; write cpu, cuda or, for one GPU, cuda:1"),
+        (
+            dict(teacher_load_in_4bit=True, teacher_load_in_8bit=True),
+            "teacher_load_in_4bit true with teacher_load_in_8bit true: a teacher has one kind of weights",
+        ),
+        (dict(teacher_fsdp=True, teacher_device="cpu"), "teacher_fsdp true with teacher_device 'cpu': only whole"),
+        (dict(teacher_fsdp=True, teacher_load_in_8bit=True), "teacher_fsdp true with teacher_load_in_8bit True: only"),
+        (dict(teacher_fsdp=True, teacher_cache="c"), "teacher_fsdp true has no effect with teacher_cache 'c'"),
+        (
+            dict(teacher_fsdp=True, sample_fraction=0.5, sample_score="kl"),
+            "teacher_fsdp true with sample_score 'kl': samples are scored before the teacher is sharded",
+        ),
         (dict(accelerator_config={"a": 1}), "accelerator_config has no key 'a'; it has split_batches, "),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor 0.1 has no effect: sekd's loss smooths no labels"),
         (dict(prediction_loss_only=True), "prediction_loss_only True has no effect"),
@@ -235,6 +247,32 @@ def test_vllm_asked_for_but_not_installed_says_what_to_install(monkeypatch, pair
         check_inputs(config(lmbda=1.0, rollout_engine="vllm"), pairs, {}, None, False, None)
     check_inputs(config(lmbda=1.0, rollout_engine="vllm"), pairs, {}, None, False, HFEngine(make_model()))
     check_inputs(config(lmbda=0.0, rollout_engine="vllm"), pairs, {}, None, False, None)  # nothing generates
+
+
+def test_a_quantized_teacher_needs_bitsandbytes(monkeypatch):
+    monkeypatch.setattr("sekd.validation.teachers.is_installed", lambda package: package != "bitsandbytes")
+    with pytest.raises(ValueError, match="teacher_load_in_4bit true needs bitsandbytes: run `pip install bitsandb"):
+        config(teacher_load_in_4bit=True)
+
+
+def test_the_teachers_place_fits_the_number_of_processes(monkeypatch, pairs):
+    with pytest.raises(ValueError, match="teacher_fsdp true shards over several processes, and there is one: start"):
+        check_inputs(config(teacher_fsdp=True), pairs, {}, None, False, None)
+    with pytest.raises(ValueError, match="teacher_device 'cuda:77': this machine has cpu"):
+        check_inputs(config(teacher_device="cuda:77"), pairs, {}, None, False, None)
+    args = config(teacher_fsdp=True)
+    monkeypatch.setattr(SEKDConfig, "world_size", 2)
+    check_inputs(args, pairs, {}, None, False, None)
+    args.teacher_device, args.teacher_fsdp = "cuda:1", False
+    monkeypatch.setattr("sekd.validation.teachers._check_presence", lambda name: None)
+    with pytest.raises(ValueError, match="teacher_device 'cuda:1' would hold a teacher for each of the 2 processes"):
+        check_inputs(args, pairs, {}, None, False, None)
+
+
+def test_zero_3_is_refused(monkeypatch, pairs):
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 gathers the student's head .* or ZeRO stage 2"):
+        check_inputs(config(), pairs, {}, None, False, None)
 
 
 def test_options_that_nothing_reads_are_named(caplog, monkeypatch):

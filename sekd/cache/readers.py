@@ -23,7 +23,7 @@ from sekd.data.batch import Sample, collate
 from sekd.distributions import entropy
 from sekd.fingerprints import sample_key, weights_fingerprint
 from sekd.heads import in_chunks
-from sekd.models import check_head, count_classes, freeze, load_teacher
+from sekd.models import check_head, count_classes, load_teacher, place_teacher
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
 
@@ -111,8 +111,8 @@ def load_reader(
     args: SEKDConfig, attention: str | None, classes: int, packed: bool, device: torch.device | None = None
 ) -> LocalReader:
     """Load the teacher that ``args`` names onto ``device``, by default this process's accelerator, or else the CPU."""
-    teacher: Any = freeze(load_teacher(str(args.teacher_model_name_or_path), args, attention))
-    teacher = teacher.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    teacher = place_teacher(load_teacher(str(args.teacher_model_name_or_path), args, attention, device), device)
     check_head(teacher, packed)
     return LocalReader(teacher, classes, args)
 

@@ -21,6 +21,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "teacher_model_revision",
         "dtype",
         "teacher_dtype",
+        "teacher_load_in_4bit",
+        "teacher_load_in_8bit",
+        "teacher_device",
+        "teacher_fsdp",
         "attn_implementation",
     ),
     "data": (

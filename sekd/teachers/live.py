@@ -13,7 +13,17 @@ from sekd.config import SEKDConfig
 from sekd.data.prepare import check_same_tokenizer
 from sekd.fingerprints import weights_fingerprint
 from sekd.heads import in_chunks
-from sekd.models import check_head, common_vocab, freeze, get_head, hidden_states, load_teacher
+from sekd.models import (
+    causal_lm,
+    check_head,
+    common_vocab,
+    find_teacher_device,
+    get_head,
+    hidden_states,
+    load_teacher,
+    place_teacher,
+    shard_teacher,
+)
 from sekd.pretrained import TEACHER, load_tokenizer
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState
 
@@ -22,7 +32,7 @@ class LiveTeacher:
     """A model as :class:`sekd.teachers.Teacher`: one backbone pass a batch.
 
     Its head runs only over the positions that are asked for. ``vocab`` is the number of classes that it shares with
-    the student.
+    the student. The model may be on another device than the batch: hidden states and logits come to the batch's.
     """
 
     has_logits = True
@@ -31,15 +41,21 @@ class LiveTeacher:
         self.model = model
         self.head = get_head(model, vocab)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return causal_lm(self.model).device
+
     @torch.no_grad()
     def read(self, batch: Batch) -> TeacherState:
         """``hidden`` [N D] of the valid positions."""
-        batch = batch.for_teacher
-        return {"hidden": hidden_states(self.model, batch)[batch.valid]}
+        own = batch.for_teacher.to(self.device)
+        return {"hidden": hidden_states(self.model, own)[own.valid].to(batch.input_ids.device)}
 
     @torch.no_grad()
     def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
-        return self.head(state["hidden"])
+        hidden = state["hidden"]
+        return self.head(hidden.to(self.device)).to(hidden.device)
 
     def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         return {"teacher_logp": self.logits(state).log_softmax(-1)}
@@ -69,7 +85,13 @@ class ModelSource:
     def __init__(self, model: str | PreTrainedModel, args: SEKDConfig) -> None:
         self.name = model if isinstance(model, str) else None
         self.model: PreTrainedModel | None = None if isinstance(model, str) else model
-        self.args = args
+        self.args, self.fingerprint = args, ""
+        for field in ("teacher_load_in_4bit", "teacher_load_in_8bit"):
+            if self.model is not None and getattr(args, field):
+                raise ValueError(
+                    f"{field} true has no effect on a teacher_model that is loaded already; pass its name, or leave "
+                    f"{field} out"
+                )
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.name is not None:
@@ -82,11 +104,13 @@ class ModelSource:
 
     def connect(self, student: nn.Module, dataset: Any, packed: bool) -> tuple[LiveTeacher, int]:
         assert self.model is not None
-        teacher = freeze(self.model).to(self.args.device)
+        self.fingerprint = weights_fingerprint(self.model)  # of whole weights
+        if self.args.teacher_fsdp:
+            shard_teacher(self.model, self.args)
+        teacher = place_teacher(self.model, find_teacher_device(self.args))
         check_head(teacher, packed)
         vocab = common_vocab(student, teacher)
         return LiveTeacher(teacher, vocab), vocab
 
     def describe(self) -> str:
-        assert self.model is not None
-        return weights_fingerprint(self.model)
+        return self.fingerprint

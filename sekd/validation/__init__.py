@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sekd.validation.inputs import check_prompts
 from sekd.validation.rollouts import check_rollouts, check_sampling
 from sekd.validation.selection import check_selection
+from sekd.validation.teachers import check_teacher
 from sekd.validation.training import check_training
 from sekd.validation.values import within
 
@@ -28,4 +29,5 @@ def check_config(args: "SEKDConfig") -> None:
     for name in ("max_length", "max_prompt_length", "max_completion_length", "head_chunk_rows"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
+    check_teacher(args)
     check_training(args)

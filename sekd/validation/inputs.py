@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from rollouts import ENGINES
 from sekd.validation.rollouts import engine_trait
+from sekd.validation.teachers import check_place
 from sekd.validation.values import get_default, is_installed
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def check_inputs(
         args.check_stream()
         if args.teacher_cache is not None and args.sample_pool is None:
             raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
+    check_place(args)
     if args.world_size > 1 and args.lmbda > 0 and rollout_engine is None and engine_trait(args, None, "single_process"):
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
@@ -116,4 +118,7 @@ def check_inputs(
                 "for a server, the others wait for it, and give up first; lower the first or raise the second"
             )
     if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed ZeRO-3 would shard the teacher too; use FSDP2, or ZeRO stage 2")
+        raise ValueError(
+            "DeepSpeed ZeRO-3 gathers the student's head once a chunk of positions, and processes have different "
+            "numbers of chunks, so they would wait for each other; use FSDP2 (fsdp: true), or ZeRO stage 2"
+        )
