@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sekd.classes import CLASS_SELECTIONS, ClassSelection, SampledHead, negative_classes
 from sekd.config import SEKDConfig
 from sekd.distributions import cross_entropy, entropy
+from sekd.head_loss import loss_in_chunks
 from sekd.heads import Head, in_chunks
 from sekd.losses import DIVERGENCES, MEANS, Divergence, forward_kl, reduce
 from sekd.models import get_head, hidden_states
@@ -110,10 +111,10 @@ def distill(
     method.policy.observe(batch, chosen, positions.teacher)
     draw = partial(draw_numbers, weights, method.class_samples, generator)
     targets = teacher.targets(positions, method.classes, method.temperature, draw, method.chunk_rows)
-    losses, divergences, *extra = position_losses(head, positions, targets, method, step, entropies is None)
+    weights = weights[weights > 0]  # [N]
+    loss, divergences, *extra = total_loss(head, positions, targets, weights, method, step, entropies is None)
 
-    sums = sum_metrics(batch, chosen, divergences, entropies, extra)
-    return reduce(losses, weights[weights > 0]), sums | checks
+    return loss, sum_metrics(batch, chosen, divergences, entropies, extra) | checks
 
 
 def score_batch(
@@ -164,38 +165,49 @@ def draw_numbers(weights: Float[Tensor, "B T"], draws: int, generator: Generator
     return uniform((weights > 0).sum(1) * draws, generator, torch.float64).view(-1, draws).to(weights.device)
 
 
-def position_losses(
+def total_loss(
     head: Head,
     positions: Positions,
     targets: DenseTargets | SparseTargets,
+    weights: Float[Tensor, " N"],
     method: Method,
     step: int,
     with_entropy: bool,
 ) -> tuple[Tensor, ...]:
-    """Tensors [N]: the loss (with graph), the divergence, and, if ``with_entropy``, the student's entropy."""
+    """The weighted sum of the losses, and tensors [N] without a graph: the divergence, and the student's entropy.
+
+    The entropy is there if ``with_entropy``.
+    """
     if method.sampled_softmax:
         assert isinstance(targets, SparseTargets)
-        return sampled_losses(head, positions, targets, method, step)
+        losses, *columns = sampled_losses(head, positions, targets, method, step)
+        return reduce(losses, weights), *columns
     factors = batch_factors(positions, targets, method)
 
-    def loss_chunk(positions: Positions, targets: DenseTargets | SparseTargets, *factors: Tensor) -> tuple[Tensor, ...]:
-        q = head(positions.hidden).log_softmax(-1)
+    def loss_chunk(
+        logits: Tensor, ids: Tensor, targets: DenseTargets | SparseTargets, weights: Tensor, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        q = logits.log_softmax(-1)
         q_T = at_temperature(q, method.temperature)
-        divergence = targets.compare(method.divergence, q_T, positions.targets, method.temperature, *factors)
-        if divergence.shape != positions.targets.shape:
-            raise ValueError(f"the divergence returned shape {[*divergence.shape]}; it must be [{len(positions)}]")
+        divergence = targets.compare(method.divergence, q_T, ids, method.temperature, *factors)
+        if divergence.shape != ids.shape:
+            raise ValueError(f"the divergence returned shape {[*divergence.shape]}; it must be [{len(ids)}]")
         loss = method.kd_weight * method.temperature**2 * divergence
         if method.kd_weight < 1:
-            loss = loss + (1 - method.kd_weight) * cross_entropy(q, positions.targets)
-        return (loss, divergence.detach(), *((entropy(q.detach()),) if with_entropy else ()))
+            loss = loss + (1 - method.kd_weight) * cross_entropy(q, ids)
+        return (reduce(loss, weights), divergence, *((entropy(q.detach()),) if with_entropy else ()))
 
-    return in_chunks(loss_chunk, [positions, targets, *factors], method.chunk_rows)
+    parts = [positions.targets, targets, weights, *factors]
+    return loss_in_chunks(loss_chunk, head, positions.hidden, parts, method.chunk_rows)
 
 
 def sampled_losses(
     head: Head, positions: Positions, targets: SparseTargets, method: Method, step: int
 ) -> tuple[Tensor, ...]:
-    """As :func:`position_losses`, with a sampled softmax, which cannot give the student's entropy or cross-entropy."""
+    """Tensors [N]: the loss (with graph) and the divergence, with a sampled softmax.
+
+    It cannot give the student's entropy or cross-entropy.
+    """
     T = method.temperature
     negatives = negative_classes(head.classes, method.sampled_softmax, method.seed * 2**32 + step)
     sparse = method.divergence.sparse

@@ -23,6 +23,15 @@ CPU_CHUNK_ROWS = 64
 
 
 @dataclass(frozen=True)
+class LinearWeights:
+    """The weights of a linear layer; ``low`` [V D] is the weight in the dtype that it computes in, without a graph."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low: Tensor
+
+
+@dataclass(frozen=True)
 class Head:
     """The step of a causal language model from its last hidden states to its logits, as a function of positions.
 
@@ -64,6 +73,15 @@ class Head:
         dtype = torch.get_autocast_dtype(linear.weight.device.type)
         return self if linear.weight.dtype == dtype else replace(self, projection=_Converted(linear, dtype))
 
+    def linear(self) -> "LinearWeights | None":
+        """The weights of the projection; None if it is more than a linear layer (hooks, LoRA, sharded weights)."""
+        layer: Any = self.projection
+        if type(layer) is _Converted:
+            return LinearWeights(layer.weight, layer.bias, layer.low)
+        if _is_plain(layer) or (_is_gathered(layer) and type(layer).forward is nn.Linear.forward):
+            return LinearWeights(layer.weight, layer.bias, layer.weight.detach())
+        return None
+
     def finish(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
         """What follows the projection, class by class: conversion to float32 (float64 stays), scale, soft cap."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -86,6 +104,10 @@ def _is_gathered(layer: nn.Module) -> bool:
 
 class _Converted(nn.Module):
     """A linear layer that computes in another dtype and adds up its weight's gradient in the weight's own dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low: Tensor
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,7 +157,7 @@ def in_chunks(
         function = partial(checkpoint, function, use_reentrant=False)
     if device == "cpu" and not keep:
         chunk_rows = min(chunk_rows, CPU_CHUNK_ROWS)
-    with _autocast_without_cache(device):
+    with autocast_without_cache(device):
         chunks = [function(*chunk) for chunk in zip(*(part.split(chunk_rows) for part in parts), strict=True)]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
 
@@ -148,7 +170,7 @@ def chunked_entropy(
     return in_chunks(lambda h: (entropy(head(h).float().log_softmax(-1)),), (hidden,), chunk_rows)[0]
 
 
-def _autocast_without_cache(device_type: str) -> torch.autocast:
+def autocast_without_cache(device_type: str) -> torch.autocast:
     """The current autocast state without its cache of converted weights.
 
     Chunks that share one cached bf16 copy of a weight add up their gradients in bf16. If each chunk converts the

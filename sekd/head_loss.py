@@ -1,0 +1,142 @@
+"""A loss over the positions of an LM head, with its gradient taken in the forward pass.
+
+The weights of the positions are known before the loss. So the gradient of a chunk's logits is known as soon as the
+logits are. It becomes gradients of the hidden states and of the head at once, and the logits are dropped. Nothing is
+computed twice. The plain way to the same value and gradient is the sum of :func:`sekd.heads.in_chunks`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sekd.heads import Head, LinearWeights, autocast_without_cache, in_chunks
+from sekd.types import PerPosition
+
+CPU_LOSS_ROWS = 128
+"""Chunk size on a CPU. The gradient of the head's weight is read and written once a chunk."""
+
+
+def loss_in_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    head: Head,
+    hidden: Float[Tensor, "N D"],
+    parts: Sequence[Tensor | PerPosition],
+    chunk_rows: int,
+) -> tuple[Tensor, ...]:
+    """``function(logits, *parts) -> (loss [], *columns [N])`` over N positions, ``chunk_rows`` at a time.
+
+    Returns the sum of the losses, with a graph, and the joined columns, without one. At most one chunk's logits are in
+    memory, and one tensor of the size of each weight of the head. ``backward`` works once. With zero positions one
+    empty chunk still runs: every parameter must be in the graph, because DDP waits for all of them.
+    """
+    device = hidden.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if half or not torch.is_grad_enabled():
+        # In float16 small gradients would vanish. The factor of the loss that prevents it is known after the loss.
+        chunks = in_chunks(lambda h, *p: _as_columns(function(head(h), *p)), [hidden, *parts], chunk_rows)
+        return chunks[0].sum(), *(column.detach() for column in chunks[1:])
+    if device == "cpu":
+        chunk_rows = min(chunk_rows, CPU_LOSS_ROWS)
+    linear = head.linear()
+    gradients = _ModuleGradients(head, hidden) if linear is None else _LinearGradients(linear, head, hidden)
+    losses, columns = [], []
+    with autocast_without_cache(device), torch.enable_grad():
+        split = [part.split(chunk_rows) for part in (hidden.detach(), *parts)]
+        for rows, *chunk in zip(*split, strict=True):
+            projected = gradients.project(rows)
+            loss, *others = function(head.finish(projected), *chunk)
+            gradients.add(torch.autograd.grad(loss, projected)[0])
+            losses.append(loss.detach())
+            columns.append([column.detach() for column in others])
+    total = _WithGradients.apply(torch.stack(losses).sum(), gradients.collect(), *gradients.inputs)
+    return total, *(torch.cat(column) for column in zip(*columns, strict=True))
+
+
+def _as_columns(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results[0][None], *results[1:]
+
+
+class _LinearGradients:
+    """Of a linear layer: the gradient of its weight adds up in place."""
+
+    def __init__(self, linear: LinearWeights, head: Head, hidden: Float[Tensor, "N D"]) -> None:
+        self.linear, self.vocab = linear, head.vocab
+        self.inputs = [t for t in (hidden, linear.weight, linear.bias) if t is not None]
+        self.of_hidden: list[Tensor] = []
+        self.of_weight, self.of_bias = (
+            torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (linear.weight, linear.bias)
+        )
+        self.of_chunk: Tensor | None = None
+
+    def project(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        with torch.no_grad():
+            low, bias = self.linear.low[: self.vocab], self.linear.bias
+            self.rows = rows.to(low.dtype)
+            bias = None if bias is None else bias[: self.vocab].to(low.dtype)
+            return torch.nn.functional.linear(self.rows, low, bias).requires_grad_()
+
+    @torch.no_grad()
+    def add(self, gradient: Float[Tensor, "n V"]) -> None:
+        low = self.linear.low[: self.vocab]
+        self.of_hidden.append((gradient @ low).to(self.inputs[0].dtype))
+        if self.of_weight is not None:
+            whole = self.of_weight[: self.vocab]
+            if low.dtype == whole.dtype:
+                whole.addmm_(gradient.T, self.rows)
+            else:  # bf16 products; their sum must be float32
+                self.of_chunk = torch.mm(gradient.T, self.rows, out=self.of_chunk)
+                whole += self.of_chunk
+        if self.of_bias is not None:
+            self.of_bias[: self.vocab] += gradient.sum(0)
+
+    def collect(self) -> list[Tensor | None]:
+        """The gradients of ``inputs``."""
+        return [torch.cat(self.of_hidden), self.of_weight, *([] if self.linear.bias is None else [self.of_bias])]
+
+
+class _ModuleGradients:
+    """Of any module: autograd's own gradients of its weights, added up."""
+
+    def __init__(self, head: Head, hidden: Float[Tensor, "N D"]) -> None:
+        self.head = head
+        self.weights = [p for p in head.projection.parameters() if p.requires_grad]
+        self.inputs = [hidden, *self.weights]
+        self.of_hidden: list[Tensor] = []
+        self.of_weights = [torch.zeros_like(w) for w in self.weights]
+
+    def project(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        self.rows = rows.requires_grad_()
+        self.projected = self.head.project(self.rows)
+        return self.projected.detach().requires_grad_()
+
+    def add(self, gradient: Float[Tensor, "n V"]) -> None:
+        of_rows, *of_weights = torch.autograd.grad(
+            self.projected, [self.rows, *self.weights], gradient, allow_unused=True, materialize_grads=True
+        )
+        self.of_hidden.append(of_rows)
+        for whole, part in zip(self.of_weights, of_weights, strict=True):
+            whole += part
+
+    def collect(self) -> list[Tensor | None]:
+        """The gradients of ``inputs``."""
+        return [torch.cat(self.of_hidden), *self.of_weights]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A number whose gradients are known. They are changed in place, so the backward pass works once."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of this loss was used before; compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(None if g is None else g.mul_(outer[0]) for g in gradients)
