@@ -153,7 +153,7 @@ def test_hub_ids_are_links_and_front_matter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [NASTY, f"/home/me/secret/{NASTY}", "x/../../y\n---\n# z", "`", "|", " ", "\\|"])
 def test_no_name_breaks_a_card(name):
     keys = dict(dataset_name=name, dataset_config=NASTY, dataset_train_split=NASTY)
-    log = [{"step": 1, "loss": 1.0, name: 2.0}, {"step": 1, f"eval_{name}": 0.5, "eval_loss": 1.0}]
+    log = [{"step": 1, "loss": 1.0, NASTY: 2.0}, {"step": 1, f"eval_{NASTY}": 0.5, "eval_loss": 1.0}]
     more = {"license": name, "tags": [name]}
     card = write(config(), keys, name, name, log=log, is_adapter=True, more=more)
     front = ModelCard(card)
