@@ -83,6 +83,12 @@ class CardSource:
     repository: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Read now what may be gone when the run ends: a missing file must not cost the student."""
+        if not self.teacher and self.args.teacher_cache is not None:
+            self.teacher = str(read_manifest(self.args.teacher_cache)["fingerprint"]["teacher"]["name"])
+        self.more = {**_find_license(self.student), **self.more}
+
 
 def write_card(source: CardSource, state: TrainerState, folder: str, kept_in: str) -> None:
     """Write ``README.md`` into a folder whose files then move to ``kept_in``; or nothing, if the user wrote one there.
@@ -107,7 +113,7 @@ def is_users(path: str) -> bool:
 
 def make_card(source: CardSource, state: TrainerState) -> str:
     """The text of the card."""
-    args, teacher = source.args, _find_teacher(source)
+    args, teacher = source.args, source.teacher
     parts = [
         f"---\n{_make_front_matter(source)}\n---\n{MARK}",
         "# A student of " + (_code(_get_base_name(teacher)) if teacher else "another model"),
@@ -194,15 +200,13 @@ def _make_front_matter(source: CardSource) -> str:
     datasets = [name for name in (source.keys.get("dataset_name"), eval_data) if _is_hub_data(name)]
     more = dict(source.more)
     tags = [*TAGS, *(["lora"] if source.is_adapter else []), *_list(more.pop("tags", None))]
-    teacher = _find_teacher(source)
     return ModelCardData(
         **{
             "base_model": source.student if _is_hub_model(source.student) else None,
-            "teacher": teacher if _is_hub_model(teacher) else None,
+            "teacher": source.teacher if _is_hub_model(source.teacher) else None,
             "datasets": [*dict.fromkeys(datasets)] or None,
             "library_name": "peft" if source.is_adapter else "transformers",
             "pipeline_tag": "text-generation",
-            **_find_license(source.student),
             **more,
         },
         tags=tags,
@@ -220,15 +224,9 @@ def _find_license(student: str) -> dict[str, str]:
         return {}
     try:
         known = metadata_load(path) or {}
-    except (ValueError, YAMLError):  # not a card
+    except (OSError, ValueError, YAMLError):  # not a card
         return {}
     return {key: known[key] for key in ("license", "license_name", "license_link") if isinstance(known.get(key), str)}
-
-
-def _find_teacher(source: CardSource) -> str:
-    if source.teacher or source.args.teacher_cache is None:
-        return source.teacher
-    return str(read_manifest(source.args.teacher_cache)["fingerprint"]["teacher"]["name"])
 
 
 def _is_hub_model(name: str) -> bool:
@@ -274,9 +272,10 @@ def _describe_data(source: CardSource) -> str:
 
 def _count_tokens(data: Dataset) -> int:
     """The tokens of all samples, from the lengths that Arrow keeps."""
-    if data._indices is not None:  # a choice of rows, which the table does not know
-        return sum(len(ids) for batch in data.select_columns("input_ids").iter(1000) for ids in batch["input_ids"])
-    return pc.sum(pc.list_value_length(data.data.column("input_ids"))).as_py() or 0
+    lengths = pc.list_value_length(data.data.column("input_ids"))
+    if data._indices is not None:  # the rows that were chosen
+        lengths = lengths.take(data._indices.column(0))
+    return pc.sum(lengths).as_py() or 0
 
 
 def _list_run(source: CardSource, state: TrainerState) -> list[tuple[str, str]]:
@@ -287,7 +286,7 @@ def _list_run(source: CardSource, state: TrainerState) -> list[tuple[str, str]]:
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     rows = {
         "optimizer steps": f"{state.global_step:,}",
-        "weights of step": f"{state.best_global_step:,}" if args.load_best_model_at_end else None,
+        "weights of step": _find_best_step(args, state),
         "sequences a step": f"{sequences:,}",
         "longest sequence": f"{args.max_length:,} tokens",
         "longest completion": f"{args.max_completion_length:,} tokens" if args.lmbda != 0 else None,
@@ -300,6 +299,11 @@ def _list_run(source: CardSource, state: TrainerState) -> list[tuple[str, str]]:
         "wall time": f"{seconds[-1]:,.0f} s since the run began or last resumed" if seconds else None,
     }
     return [(name, value) for name, value in rows.items() if value is not None]
+
+
+def _find_best_step(args: SEKDConfig, state: TrainerState) -> str | None:
+    """The step whose weights the student has at the end of the training, if not the last one."""
+    return f"{state.best_global_step:,}" if args.load_best_model_at_end and state.best_global_step else None
 
 
 def _name_device(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """README.md beside a student: true, without paths of this machine, and not to be broken by any name."""
 
 import re
+import shutil
 
 import pytest
 import yaml
@@ -170,7 +171,9 @@ def test_no_name_breaks_a_card(name):
 
 
 def test_without_a_network_or_a_log(tokenizer, pairs, tmp_path):
-    trainer = make_trainer(tmp_path, tokenizer, pairs)
+    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    held_out = dict(eval_dataset=pairs.select(range(2)))
+    trainer = make_trainer(tmp_path, tokenizer, pairs, None, None, held_out, **best)
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "came from Python" in card
@@ -190,7 +193,11 @@ def test_a_selection_of_samples_is_counted(tokenizer, pairs, tmp_path):
 
 def test_the_teacher_of_a_cache(tokenizer, pairs, tmp_path):
     make_cache(tmp_path / "cache", tokenizer, pairs)
-    card = write(config(teacher_cache=str(tmp_path / "cache"), class_samples=16))
+    options = dict(teacher_cache=str(tmp_path / "cache"), class_samples=16)
+    source = CardSource(config(**options), {}, "", "", pairs.map(lambda row: {"input_ids": [1]}))
+    assert source.teacher, "the cache names it"
+    shutil.rmtree(tmp_path / "cache")
+    card = make_card(source, TrainerState())
     assert "off-policy, from a cache of the teacher." in card
     assert str(tmp_path) not in card
 
