@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     refuses: bool  # every commit
+    seconds: float  # that each upload waits
 
     def answer(self, content, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -35,6 +37,7 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path.startswith("/api/validate-yaml"):
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
+            time.sleep(self.seconds)
             names = [file["path"] for file in json.loads(body)["files"]]
             self.answer({"files": [dict(path=n, uploadMode="regular", shouldIgnore=False, oid=None) for n in names]})
         elif "/commit/" in self.path and not self.refuses:
@@ -76,7 +79,7 @@ class Hub(BaseHTTPRequestHandler):
 @contextmanager
 def serve_hub() -> Iterator[str]:
     """The address of an empty hub, whose files are in ``Hub.files``."""
-    Hub.files, Hub.refuses = {}, False
+    Hub.files, Hub.refuses, Hub.seconds = {}, False, 0.0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"

@@ -80,6 +80,17 @@ def test_checkpoints_are_uploaded_as_hub_strategy_says(tmp_path, tokenizer, pair
     assert not [name for name, content in hub.items() if TOKEN.encode() in content]
 
 
+def test_a_checkpoint_stays_until_it_is_uploaded(tmp_path, tokenizer, pairs, hub, monkeypatch):
+    """The next one would take its place (save_total_limit) in the middle of the upload."""
+    warnings = []
+    monkeypatch.setattr("sekd.hub.logger.warning", warnings.append)
+    Hub.seconds = 0.5
+    saving = dict(save_strategy="steps", save_steps=1, save_total_limit=1, hub_strategy="all_checkpoints")
+    make_trainer(tmp_path, tokenizer, pairs, **saving, **REPOSITORY).train()
+    assert not warnings
+    assert "checkpoint-1/checkpoint.json" in hub
+
+
 def test_a_hub_that_refuses(tmp_path, tokenizer, pairs, hub, monkeypatch):
     """A checkpoint that is not uploaded is a warning. A student that is not uploaded is an error of one line."""
     warnings = []
