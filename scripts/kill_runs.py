@@ -254,6 +254,8 @@ def read_results(folder: Path) -> dict[str, bytes]:
         if path.is_dir() or path.name in IGNORED or ".old" in name:
             continue
         content = path.read_bytes()
+        if path.name == "README.md":
+            content = re.sub(rb"\| wall time .*", b"", content)
         if path.suffix in (".json", ".jsonl"):
             content = TIMINGS.sub("", content.decode()).replace(str(folder), "").encode()
         results[name] = content

@@ -141,11 +141,13 @@ class ClassSelection:
     """``select(teacher_probs [N V], draws [N U]) -> SparseTargets`` with at most U classes; None keeps all classes.
 
     ``draws`` are uniform numbers in [0, 1). ``in_cache``: these are the targets
-    of a teacher cache, which ``rs_kd`` alone has.
+    of a teacher cache, which ``rs_kd`` alone has. ``words`` name the classes in a model card, with {classes} for their
+    number.
     """
 
     select: Callable[[Float[Tensor, "N V"], Float[Tensor, "N U"]], SparseTargets] | None = None
     in_cache: bool = False
+    words: str = ""
 
     def from_logits(
         self, logits: Float[Tensor, "N V"], draws: Float[Tensor, "N U"], temperature: float = 1.0
@@ -157,6 +159,8 @@ class ClassSelection:
 
 CLASS_SELECTIONS: dict[str, ClassSelection] = {
     "full": ClassSelection(),
-    "rs_kd": ClassSelection(classes_at, in_cache=True),
-    "top_k_classes": ClassSelection(lambda probs, draws: top_k_classes(probs, draws.shape[1])),
+    "rs_kd": ClassSelection(classes_at, in_cache=True, words="{classes} classes drawn from the teacher"),
+    "top_k_classes": ClassSelection(
+        lambda probs, draws: top_k_classes(probs, draws.shape[1]), words="the teacher's {classes} likeliest classes"
+    ),
 }

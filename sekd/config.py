@@ -1,6 +1,7 @@
 """SEKDConfig: every choice of a run except the student and the data. It is checked before anything is loaded."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -295,6 +296,10 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         super().__post_init__()
         # The loader gives samples and not tensors, so each process must read its own share of a stream.
         self.accelerator_config.dispatch_batches = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without tokens of accounts, since ``training_args.bin`` is in checkpoints, which may go to the hub."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
 
     def check_stream(self) -> None:
         """Raise ValueError if samples are to be chosen from a whole stream."""

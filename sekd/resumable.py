@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -29,6 +29,7 @@ from sekd.checkpoints import (
     set_later_aside,
 )
 from sekd.files import write_atomically
+from sekd.hub import HubTrainer
 from sekd.processes import run_on_main
 from sekd.run_folder import begin_run, check_results, lock_run, resume_run
 from sekd.saving import replace_student
@@ -50,7 +51,7 @@ class InterruptedWait(Interrupted):
     """SIGTERM ended the run while it waited before a step."""
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(HubTrainer):
     """``Trainer`` with checkpoints that are whole or absent, and a folder that belongs to one run.
 
     A subclass keeps its own state with :meth:`begin` and :meth:`save_state`, and says in ``facts`` what a resumed run
@@ -246,6 +247,7 @@ class ResumableTrainer(Trainer):
         self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))  # with the path of the best checkpoint
         facts = {"step": step, "run": self._run, "save_only_model": self.args.save_only_model, "run_facts": self.facts}
         finish_checkpoint(written, facts)
+        self._finish_current_push()  # it reads a checkpoint that may go now
         self.rotate(folder, final)
 
     def rotate(self, folder: str, newest: str) -> None:
@@ -271,6 +273,8 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``. Except in a checkpoint, whole files take the place of any student in the folder.
 
+        With ``push_to_hub``, a student that is saved in ``output_dir`` is uploaded, too.
+
         Raises:
             OSError: a full disk, or another error of writing.
         """
@@ -285,9 +289,10 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self.write_student(written, folder)
             if self.args.should_save:
+                self.write_card(written, folder)
                 replace_student(written, folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        if self.args.push_to_hub and not _internal_call and folder == str(self.args.output_dir):
+            self.upload()
 
     # Signals
 

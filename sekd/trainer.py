@@ -31,6 +31,7 @@ from sekd.eval.early_stopping import make_early_stopping, resume_early_stopping
 from sekd.eval.held_out import Pair
 from sekd.fingerprints import check_same_weights
 from sekd.metrics import add_sums, compute_means, name_divergence, sum_all
+from sekd.model_card import CardSource
 from sekd.models import check_head, check_head_columns, log_dtypes, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler, repeat_rows
 from sekd.on_policy.schedule import RolloutSchedule
@@ -178,6 +179,9 @@ class SEKDTrainer(ResumableTrainer):
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self._last_log = time.monotonic()
         keys, processes = list_keys(recipe_records or [args]), self.accelerator.num_processes
+        saves_adapter = hasattr(self.model, "peft_config") and not args.merge_adapter
+        student, teacher = (name or "" for name in names)
+        self.card = CardSource(args, keys, student, teacher, self.train_dataset, processes, saves_adapter)
         self.facts = describe_run(keys, processes, self.model, source.describe(), self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -1,6 +1,7 @@
 """Versions of the installed packages that can change a result."""
 
 import importlib.metadata
+from functools import cache
 
 PACKAGES = (
     "sekd",
@@ -20,10 +21,13 @@ PACKAGES = (
 
 def installed_versions() -> dict[str, str]:
     """The version of each of ``PACKAGES`` that is installed, by name."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    versions = {name: _find_version(name) for name in PACKAGES}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+@cache
+def _find_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,88 +1,20 @@
 """Push and pull through the real client of the hub, against a small server that keeps what it is sent."""
 
-import base64
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from cache_helpers import contents, damage_flip, make_cache
+from hub_server import Hub, serve_hub
 
 pytestmark = pytest.mark.slow
-
-
-COMMIT = "0123456789" * 4
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's interface that commits and downloads of small files use."""
-
-    files: dict[str, bytes]
-
-    def answer(self, content, **headers):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(200)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.startswith("/api/repos/create"):
-            self.answer({"url": f"http://{self.headers['Host']}/datasets/me/cache"})
-        elif self.path.startswith("/api/validate-yaml"):
-            self.answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            self.answer({"files": [dict(path=n, uploadMode="regular", shouldIgnore=False, oid=None) for n in names]})
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer(
-                {
-                    "success": True,
-                    "commitOid": COMMIT,
-                    "commitUrl": f"http://{self.headers['Host']}/datasets/me/cache/commit/{COMMIT}",
-                }
-            )
-        else:
-            self.send_error(404)
-
-    def do_GET(self):
-        name = self.path.split("?")[0].rpartition("/")[2]
-        if "/revision/" in self.path or self.path.endswith("/api/datasets/me/cache"):
-            self.answer(dict(id="me/cache", sha=COMMIT, siblings=[{"rfilename": n} for n in self.files]))
-        elif "/tree/" in self.path:
-            self.answer([dict(type="file", path=n, size=len(b), oid="0") for n, b in self.files.items()])
-        elif "/resolve/" in self.path and name in self.files:
-            tag = hashlib.sha1(self.files[name]).hexdigest()
-            self.answer(self.files[name], ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-        pass
 
 
 @pytest.fixture
 def hub(tmp_path):
     """The server's files, and a function that runs `sekd cache` with it as the hub."""
-    Hub.files = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
+    settings = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
     environment = {**os.environ, **settings, "HF_HOME": str(tmp_path / "home")}
 
     def run(*command, **variables):
@@ -91,8 +23,9 @@ def hub(tmp_path):
             command, capture_output=True, text=True, env=environment | variables, timeout=120, check=False
         )
 
-    yield Hub.files, run
-    server.shutdown()
+    with serve_hub() as address:
+        environment["HF_ENDPOINT"] = address
+        yield Hub.files, run
 
 
 def test_what_is_pushed_is_what_is_pulled(tmp_path, tokenizer, pairs, hub):

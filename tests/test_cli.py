@@ -122,6 +122,7 @@ def test_the_package_runs_as_a_module():
     assert not done.stderr, "a module that is there twice is warned of"
 
 
+@pytest.mark.slow
 def test_the_trainer_does_not_import_what_it_does_not_use():
     code = (
         "import sys, sekd.trainer; "

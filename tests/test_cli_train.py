@@ -129,6 +129,7 @@ def test_a_signal_ends_with_one_line_and_the_command_that_resumes(recipe, tmp_pa
     assert (f"after step {step}," in last) == (number == signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_errors_of_resuming_are_one_line(recipe, tmp_path, capsys):
     assert main(["train", recipe]) == 0
     os.remove(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")

@@ -223,6 +223,7 @@ def test_the_bar_counts_all_requests(model, options, capfd):
     assert "48/48" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_forced_evaluation_goes_on_without_force(tmp_path, model, options, monkeypatch, capsys):
     """With the tasks that it had not begun, and the models."""
     options, other = replace(options, batch_size=4), save_model(tmp_path / "other", seed=1)

@@ -184,6 +184,7 @@ def test_right_answers_are_counted_over_the_completions_of_a_prompt(tokenizer):
     assert scores["top1_agreement"].value == 1
 
 
+@pytest.mark.slow
 def test_the_student_samples_from_its_own_distribution(folder):
     """log q(y) - log p(y) at the drawn tokens is near the exact KL(q||p): within 4 standard errors."""
     options = dict(
@@ -204,6 +205,7 @@ def test_the_student_samples_from_its_own_distribution(folder):
     assert len({*result.items[0].outputs}) > 1
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_with_its_base(folder, tokenizer):
     """As the same model with the adapter merged in; its tokenizer may be its base's."""
     base = AutoModelForCausalLM.from_pretrained(folder / "student")

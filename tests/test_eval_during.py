@@ -127,7 +127,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", ["mixed", *(pytest.param(run, marks=pytest.mark.slow) for run in RUNS if run != "mixed")]
+)
 def test_a_run_with_it_is_the_run_without_it(tmp_path, tokenizer, pairs, tasks, run):
     """With dropout, and distillation's rollouts among what is measured."""
     options, suite = RUNS[run] | dict(max_steps=4), [*SUITE, "distillation"]
@@ -138,6 +140,7 @@ def test_a_run_with_it_is_the_run_without_it(tmp_path, tokenizer, pairs, tasks, 
     check_same(plain, evaluated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_run_with_an_engine_of_its_own_weights_is_the_run_without_it(tmp_path, tokenizer, pairs, tasks, staleness):
     """The engine draws from a copy of the weights, as a server does, in rounds of two steps."""
@@ -232,7 +235,7 @@ def scripted(trainer, values):
 
 
 BEST = dict(save_strategy="steps", save_steps=1, metric_for_best_model="arc_easy_acc", logging_steps=1)
-STEPS = dict(eval_strategy="steps", eval_steps=1)
+STEPS = dict(eval_strategy="steps", eval_steps=1, eval_suite=["arc_easy"])
 
 
 def test_the_best_checkpoint_survives_and_is_loaded(tmp_path, tokenizer, pairs, tasks):

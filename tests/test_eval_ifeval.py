@@ -129,6 +129,7 @@ def test_only_these_rules_need_punkt():
     assert failed == {*SENTENCE_RULES}
 
 
+@pytest.mark.slow
 def test_rules_neither_print_nor_reach_the_network_nor_change_a_generator():
     """In a fresh process, with a network that would fail the test; beartype, which draws too, is not there."""
     code = """

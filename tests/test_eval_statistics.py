@@ -118,6 +118,7 @@ def test_one_item_has_no_error():
     assert summarize(make_predictions([[(0.5, True)]]))["ece"].stderr is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["equal", "weighted", "perplexity", "ece", "difference"])
 def test_the_errors_are_the_spread_of_the_scores(case):
     """Evaluations of many samples of items: their spread is the standard error that one sample gives, on average."""

@@ -296,6 +296,7 @@ def outcomes(tmp_path, monkeypatch):
     print(dict(counts))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
     derandomize=EXAMPLES <= 300,

@@ -159,6 +159,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "disable_tqdm",
         "push_to_hub",
         "hub_model_id",
+        "hub_strategy",
         "remove_unused_columns",
         "logging_nan_inf_filter",
     ),
@@ -227,8 +228,10 @@ FOREIGN = {
     "report_to": "Trackers to report to: wandb, tensorboard, trackio, ..., all or none.",
     "run_name": "Name of the run in the trackers.",
     "disable_tqdm": "Show no progress bars.",
-    "push_to_hub": "Upload the student to the Hugging Face hub whenever it is saved.",
+    "push_to_hub": "Upload the student, its card and its recipe to the Hugging Face hub.",
     "hub_model_id": "Repository to upload to; the name of output_dir if not given.",
+    "hub_strategy": "When: end, every_save (the student of each checkpoint too), checkpoint or all_checkpoints (whole "
+    "checkpoints too).",
 }
 """Help for keys of other libraries that recipes often use."""
 

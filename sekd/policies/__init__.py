@@ -36,6 +36,7 @@ class Policy:
         equal_weights: all chosen positions of a sequence weigh the same.
         uniform_if_all: with fraction 1, scores do not matter, since all positions weigh the same.
         options: by the name of the parameter.
+        words: the chosen positions in a model card; {fraction} and {score} are filled in.
     """
 
     weigh: Callable[..., Weights] | type[PositionPolicy]
@@ -44,6 +45,7 @@ class Policy:
     equal_weights: bool = True
     uniform_if_all: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
+    words: str = ""
 
     def __call__(self, fraction: float = 0.2, whole_steps: bool = False, **options: Any) -> PositionPolicy:
         if isinstance(self.weigh, type):
@@ -74,10 +76,10 @@ POS_RS = {
 }
 
 POLICIES: dict[str, Policy] = {
-    "all": Policy(all_positions, reads=()),
-    "top_k": Policy(top_k, uniform_if_all=True),
-    "random": Policy(random, reads=()),
-    "prefix": Policy(prefix, reads=()),
+    "all": Policy(all_positions, reads=(), words="every position"),
+    "top_k": Policy(top_k, uniform_if_all=True, words="the {fraction} of the positions with the highest {score}"),
+    "random": Policy(random, reads=(), words="{fraction} of the positions, drawn at random"),
+    "prefix": Policy(prefix, reads=(), words="the first {fraction} of the positions"),
     "curriculum": Policy(
         curriculum,
         options={
@@ -89,11 +91,33 @@ POLICIES: dict[str, Policy] = {
                 help="Optimizer steps until curriculum reaches the hardest positions.",
             )
         },
+        words="{fraction} of the positions, from those of the lowest to those of the highest {score}",
     ),
-    "pos_rs": Policy(pos_rs, needs_positive=True, equal_weights=False, options=POS_RS),
-    "pos_rs_corrected": Policy(pos_rs_corrected, needs_positive=True, equal_weights=False, options=POS_RS),
-    "weighted": Policy(weighted, needs_positive=True, equal_weights=False),
-    "tip": Policy(tip, reads=("student_entropy", "reverse_kl")),
+    "pos_rs": Policy(
+        pos_rs,
+        needs_positive=True,
+        equal_weights=False,
+        options=POS_RS,
+        words="{fraction} of the positions, drawn in proportion to the {score}",
+    ),
+    "pos_rs_corrected": Policy(
+        pos_rs_corrected,
+        needs_positive=True,
+        equal_weights=False,
+        options=POS_RS,
+        words="{fraction} of the positions, drawn in proportion to the {score} and weighted to be unbiased",
+    ),
+    "weighted": Policy(
+        weighted,
+        needs_positive=True,
+        equal_weights=False,
+        words="every position, weighted by its {score}",
+    ),
+    "tip": Policy(
+        tip,
+        reads=("student_entropy", "reverse_kl"),
+        words="the {fraction} of the positions with the highest student entropy or reverse KL",
+    ),
     "gls": Policy(
         Gls,
         options={
@@ -105,6 +129,7 @@ POLICIES: dict[str, Policy] = {
                 help="Number of recent scores whose quantile is gls's threshold.",
             )
         },
+        words="the positions whose {score} is in the highest {fraction} of the recent ones",
     ),
     "bandit": Policy(
         Bandit,
@@ -125,6 +150,7 @@ POLICIES: dict[str, Policy] = {
                 help="Ridge penalty of bandit's regression.",
             ),
         },
+        words="the {fraction} of the positions that a bandit expects to learn most from",
     ),
 }
 

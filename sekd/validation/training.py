@@ -4,6 +4,9 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
@@ -105,6 +108,7 @@ def check_training(args: "SEKDConfig") -> None:
         raise ValueError(f"deepspeed {show(args.deepspeed)} needs deepspeed: run `pip install deepspeed`")
     _check_trackers(args.report_to)
     _check_output_dir(args.output_dir)
+    _check_hub(args)
 
 
 def _check_evaluation(args: "SEKDConfig") -> None:
@@ -166,6 +170,20 @@ def _check_output_dir(folder: str | None) -> None:
         path = os.path.dirname(path)
     if not os.path.isdir(path):
         raise ValueError(f"output_dir {folder!r}: {path!r} is a file; name a folder")
+
+
+def _check_hub(args: "SEKDConfig") -> None:
+    if not args.push_to_hub:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("push_to_hub true, but HF_HUB_OFFLINE forbids the network; leave one of them out")
+    name = args.hub_model_id or os.path.basename(os.path.abspath(str(args.output_dir)))
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub: no repository can be named {name!r}; set hub_model_id: user/name") from error
+    if args.hub_token is None and get_token() is None:
+        raise ValueError("push_to_hub needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def check_adapter(model: Any) -> None:
