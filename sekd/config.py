@@ -278,12 +278,12 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         if self.teacher_cache is not None and is_dense:
             self.class_selection, is_dense = "rs_kd", False  # what a cache holds
         if self.divergence is None:
-            self.divergence = "reverse_kl" if self.lmbda > 0 and is_dense else "forward_kl"
+            self.divergence = "reverse_kl" if self.any_on_policy and is_dense else "forward_kl"
         if self.rollouts is not None:
             # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
         if self.max_prompt_length is None:
-            self.max_prompt_length = 512 if self.lmbda == 1 else max(1, min(512, self.max_length // 2))
+            self.max_prompt_length = 512 if self.all_on_policy else max(1, min(512, self.max_length // 2))
         check_config(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -320,7 +320,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         policy = POLICIES[self.position_policy]
         if policy.reads is not None:
             return Scoring(policy.reads) if policy.reads else None
-        if policy.uniform_if_all and self.position_fraction == 1:
+        if policy.uniform_if_all and self.fraction_schedule.lowest == 1:
             return None
         return make_scoring(self.position_score, self.score_normalization)
 

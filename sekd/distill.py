@@ -22,7 +22,7 @@ from sekd.head_loss import loss_in_chunks
 from sekd.heads import Head, in_chunks
 from sekd.losses import DIVERGENCES, MEANS, Divergence, forward_kl, reduce
 from sekd.models import get_head, hidden_states
-from sekd.policies import PositionPolicy, make_policy
+from sekd.policies import POLICIES, PositionPolicy, make_policy
 from sekd.policies.ranks import Generators, Valid, check_weights, eligible, uniform
 from sekd.scores import Rows, Scoring
 from sekd.teachers import Teacher
@@ -39,7 +39,8 @@ The positions are all valid ones; ``allowed`` [B T] marks those that the policy 
 class Method:
     """The choices of one distillation: which positions and classes, and what is minimised there.
 
-    ``scoring`` is None if the policy reads no score. The loss of a position is
+    ``scoring`` is None if the policy reads no score; with ``uniform_if_all`` it reads none at fraction 1. The loss of
+    a position is
     ``kd_weight * temperature^2 * D(p_T, q_T) + (1 - kd_weight) * CE``. ``class_samples`` is the number of draws
     (``rs_kd``) or classes (``top_k_classes``). ``sampled_softmax`` is the number of negatives, 0 for all classes.
     ``vocab`` is the number of classes that teacher and student share.
@@ -48,6 +49,7 @@ class Method:
     scoring: Scoring | None
     policy: PositionPolicy
     divergence: Divergence
+    uniform_if_all: bool = False
     kd_weight: float = 1.0
     temperature: float = 1.0
     skip_first: int = 0
@@ -63,7 +65,8 @@ class Method:
         """The method of a configuration. The caller must call ``policy.end_step`` after each optimizer step."""
         return cls(
             scoring=args.scoring,
-            policy=make_policy(args.position_policy, args.position_fraction, whole_steps=True, **args.policy_options),
+            policy=make_policy(args.position_policy, args.fraction_schedule, whole_steps=True, **args.policy_options),
+            uniform_if_all=POLICIES[args.position_policy].uniform_if_all,
             divergence=DIVERGENCES[str(args.divergence)].with_options(**args.divergence_options),
             kd_weight=args.kd_weight,
             temperature=args.kd_temperature,
@@ -75,6 +78,12 @@ class Method:
             chunk_rows=args.head_chunk_rows,
             seed=args.seed,
         )
+
+    def get_scoring(self, step: int) -> Scoring | None:
+        """The scores that the policy reads at a step, or None."""
+        # Without scores a sampled softmax gives no entropy, and the mean of a log needs that of all its steps.
+        is_uniform = self.uniform_if_all and not self.sampled_softmax and self.policy.fraction.value(step) == 1
+        return None if is_uniform else self.scoring
 
     @property
     def mean_over(self) -> str:
@@ -127,20 +136,21 @@ def score_batch(
     Raises:
         FloatingPointError: a score that is not finite; it names the samples.
     """
-    if method.scoring is None:
+    scoring = method.get_scoring(step)
+    if scoring is None:
         return torch.zeros(batch.valid.shape, device=positions.device), None
     if batch.student_entropy is not None:  # the sampler's own entropy, instead of a pass of the head
         entropies = batch.student_entropy[batch.valid]
         scores = entropies[:, None]
     else:
-        scores, entropies = score_positions(head, teacher, positions, method.scoring, method.chunk_rows)
+        scores, entropies = score_positions(head, teacher, positions, scoring, method.chunk_rows)
     if not scores.isfinite().all():  # otherwise a policy might choose nothing, and a loss of 0 would hide it
         raise FloatingPointError(
             f"a position score is not finite at step {step}, on samples {batch.sample_ids.tolist()}; training stops "
             "before this changes the weights. A lower learning_rate or max_grad_norm may help, or bf16: false"
         )
     grid = torch.zeros(*batch.valid.shape, scores.shape[1], device=scores.device, dtype=scores.dtype)
-    return method.scoring.combine(grid.masked_scatter(batch.valid[..., None], scores), allowed), entropies
+    return scoring.combine(grid.masked_scatter(batch.valid[..., None], scores), allowed), entropies
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from sekd.data.load import is_local
 from sekd.files import write_atomically
 from sekd.metric_kinds import find_kind
 from sekd.policies import POLICIES
+from sekd.schedules import Scheduled, make_schedule
 from sekd.scores import RANDOM
 from sekd.versions import installed_versions
 
@@ -165,8 +166,8 @@ def describe_selection(args: SEKDConfig) -> str:
         is_random = args.sample_score == RANDOM
         ending = "drawn at random" if is_random else f"with the highest {_spell(args.sample_score)}"
         parts.append(f"on the {_share(args.sample_fraction)} of the samples {ending}")
-    if args.lmbda in (0, 1):
-        parts.append("on-policy" if args.lmbda else "off-policy")
+    if not args.any_on_policy or args.all_on_policy:
+        parts.append("on-policy" if args.any_on_policy else "off-policy")
     else:
         parts.append(f"on-policy in {_share(args.lmbda)} of the steps")
     if args.teacher_cache is not None:
@@ -189,9 +190,12 @@ def _spell(name: str) -> str:
     return ACRONYMS.sub(lambda match: match[0].upper(), name.replace("_", " "))
 
 
-def _share(value: Any) -> str:
-    """A fraction in percent. It may follow a schedule instead."""
-    return f"{value * 100:.6g} %" if isinstance(value, int | float) else f"a scheduled share ({_code(value)})"
+def _share(value: Scheduled) -> str:
+    """A fraction in percent. Of a schedule, also the later ones: "100 %, 20 % from step 500 on,"."""
+    schedule = make_schedule("fraction", value)
+    (_, first), *later = ((step, f"{number * 100:.6g} %") for step, number in schedule.points)
+    form = ", on a line to {} at step {}" if schedule.is_linear else ", {} from step {} on"
+    return first + "".join(form.format(share, step) for step, share in later) + "," * bool(later)
 
 
 def _make_front_matter(source: CardSource) -> str:
@@ -289,7 +293,7 @@ def _list_run(source: CardSource, state: TrainerState) -> list[tuple[str, str]]:
         "weights of step": _find_best_step(args, state),
         "sequences a step": f"{sequences:,}",
         "longest sequence": f"{args.max_length:,} tokens",
-        "longest completion": f"{args.max_completion_length:,} tokens" if args.lmbda != 0 else None,
+        "longest completion": f"{args.max_completion_length:,} tokens" if args.any_on_policy else None,
         "learning rate": f"{args.learning_rate:g}, {_code(getattr(args.lr_scheduler_type, 'value', 'linear'))}",
         "optimizer": _code(getattr(args.optim, "value", args.optim)),
         "LoRA": f"rank {keys.get('lora_r')}, alpha {keys.get('lora_alpha')}" if keys.get("use_peft") else None,

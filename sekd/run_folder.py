@@ -31,6 +31,7 @@ from sekd.checkpoints import (
 )
 from sekd.files import lock_folder, read_checked, write_checked
 from sekd.fingerprints import hash_data
+from sekd.schedules import make_schedule
 
 logger = logging.get_logger(__name__)
 
@@ -195,7 +196,7 @@ def describe_run(
     and shapes of the student count, since the weights are those of the checkpoint.
     """
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
-    if keys.get("lmbda"):
+    if make_schedule("lmbda", keys.get("lmbda", 0)).highest > 0:
         keys = {**keys, "number of processes": processes}  # each keeps the rollouts of its own prompts
     step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
     hashes = [_hash(shapes), _hash([json.dumps(teacher)]), hash_data(data)]

@@ -7,6 +7,7 @@ from sekd.classes import CLASS_SELECTIONS
 from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.registry import all_options
+from sekd.schedules import Schedule, Scheduled, make_schedule
 from sekd.scores import NORMALIZATIONS, RANDOM, SCORES
 
 
@@ -25,10 +26,11 @@ class SelectionConfig:
     """Each field has its help. :class:`sekd.config.SEKDConfig` checks them."""
 
     # What is distilled, and where
-    lmbda: float = field(
+    lmbda: Scheduled = field(
         default=0.0,
         metadata=help_(
-            "Probability that an optimizer step is on-policy: 0 learns from the data only, 1 from rollouts only."
+            "Probability that an optimizer step is on-policy: 0 learns from the data only, 1 from rollouts only. A "
+            "schedule works as for position_fraction."
         ),
     )
     divergence: str | None = field(
@@ -73,11 +75,12 @@ class SelectionConfig:
     position_policy: str = field(
         default="top_k", metadata=help_(f"Which positions are distilled: {', '.join(POLICIES)}.")
     )
-    position_fraction: float = field(
+    position_fraction: Scheduled = field(
         default=0.2,
         metadata=help_(
             "Share of a sequence's positions to select, in (0, 1]. For gls it is a share of the recent scores. all and "
-            "weighted do not use it."
+            "weighted do not use it. A schedule of optimizer steps is {0: 1.0, 500: 0.2}: 1 before step 500, then 0.2; "
+            "{linear: {0: 1.0, 500: 0.2}} falls on a line."
         ),
     )
     position_skip: int = field(
@@ -126,3 +129,28 @@ class SelectionConfig:
         default=None,
         metadata=help_("Use only the first N samples of the data. A stream needs it for sample_fraction."),
     )
+
+    @property
+    def fraction_schedule(self) -> Schedule:
+        """``position_fraction`` at each step."""
+        return make_schedule("position_fraction", self.position_fraction)
+
+    @property
+    def lmbda_schedule(self) -> Schedule:
+        """``lmbda`` at each step."""
+        return make_schedule("lmbda", self.lmbda)
+
+    def get_scheduled(self, step: int) -> dict[str, float]:
+        """The values at a step of the fields whose value changes during the run, by name."""
+        schedules = {"position_fraction": self.fraction_schedule, "lmbda": self.lmbda_schedule}
+        return {name: schedule.value(step) for name, schedule in schedules.items() if not schedule.is_constant}
+
+    @property
+    def any_on_policy(self) -> bool:
+        """Whether a step can be on-policy: the run needs prompts, and an engine."""
+        return self.lmbda_schedule.highest > 0
+
+    @property
+    def all_on_policy(self) -> bool:
+        """Whether every step is on-policy: the run reads no completion of the data."""
+        return self.lmbda_schedule.lowest == 1

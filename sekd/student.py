@@ -76,7 +76,7 @@ def check_context(
 
     vLLM refuses to start otherwise. transformers goes on, beyond what the student was trained for.
     """
-    if args.lmbda == 0 or rollout_engine is not None or engine_trait(args, None, "shares_model"):
+    if not args.any_on_policy or rollout_engine is not None or engine_trait(args, None, "shares_model"):
         return
     positions = count_positions(
         load_config(STUDENT, model, init.get("revision")) if isinstance(model, str) else model.config

@@ -150,10 +150,10 @@ class SEKDTrainer(ResumableTrainer):
             self.add_callback(ProgressLine(self.evaluation.forms))
 
         check_head(self.model, packed)
-        if args.merge_adapter or (args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model")):
+        if args.merge_adapter or (args.any_on_policy and not engine_trait(args, rollout_engine, "shares_model")):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
-        log_dtypes(self.model, source.model, args, generates=args.lmbda > 0 and rollout_engine is None)
+        log_dtypes(self.model, source.model, args, generates=args.any_on_policy and rollout_engine is None)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)
         if self.method.mean_over == "step" and self.is_deepspeed_enabled:
@@ -219,7 +219,7 @@ class SEKDTrainer(ResumableTrainer):
         generators = make_generators(batch, self.args.seed, step, by_targets=self.args.rollouts_per_prompt > 1)
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
-            fraction, chunk_rows = self.args.position_fraction, self.args.head_chunk_rows
+            fraction, chunk_rows = self.method.policy.fraction.value(step), self.args.head_chunk_rows
             inspect = partial(measure_agreement, fraction=fraction, chunk_rows=chunk_rows)
 
         def share(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -375,7 +375,7 @@ class SEKDTrainer(ResumableTrainer):
         if "loss" in logs and self._sums:
             seconds = time.monotonic() - self._last_log
             logs |= compute_means(sum_all(self._sums, self.accelerator), seconds, name_divergence(self.args))
-            logs |= self.schedule.weight_check.take_log()
+            logs |= self.schedule.weight_check.take_log() | self.args.get_scheduled(self.state.global_step - 1)
             self._sums.clear()
             self._last_log = time.monotonic()
         super().log(logs, start_time)

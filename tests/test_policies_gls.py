@@ -55,7 +55,7 @@ def test_gls_resumes_with_the_same_threshold():
         policy(scores, VALID)
     resumed = make_policy("gls", 0.3)
     resumed.load_state_dict(copy.deepcopy(policy.state_dict()))
-    assert resumed.threshold == policy.threshold is not None
+    assert resumed.get_threshold(4) == policy.get_threshold(4) is not None
     assert torch.equal(resumed(after, VALID), policy(after, VALID))
 
 
@@ -80,4 +80,4 @@ def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
         for rank in ranks:
             rank.end_step(FinishedStep(gather=lambda _, pending=pending: pending))
         assert torch.equal(ranks[0].queue, whole.queue)
-        assert ranks[1].threshold == whole.threshold
+        assert ranks[1].get_threshold(step) == whole.get_threshold(step)

@@ -144,7 +144,7 @@ def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
     prompt, completion = ids[:length], ids[length:]
     if completion:
         completion = [*completion, tokenizer.eos_token_id]
-    if args.lmbda == 1:  # only sample_score reads the completion, and a document may be as long as a book
+    if args.all_on_policy:  # only sample_score reads the completion, and a document may be as long as a book
         completion = completion[: args.max_length - len(prompt)]
     if args.teacher_prompt_prefix is not None:
         # Joined as tokens: the prompt may end within a word. Special tokens go, since the text begins with the prefix.

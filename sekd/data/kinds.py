@@ -23,7 +23,7 @@ def detect_kind(first: Mapping[str, Any], args: SEKDConfig) -> str:
     if all(column in first for column in ROLLOUT_COLUMNS):
         return "rollout"
     if args.prompt_column in first:
-        if args.completion_column not in first and args.lmbda < 1:
+        if args.completion_column not in first and not args.all_on_policy:
             raise _missing_column_error(args, first, ["completion_column"])
         return "chat" if args.use_chat_template or isinstance(first[args.prompt_column], list) else "pair"
     if args.messages_column in first:
@@ -32,7 +32,7 @@ def detect_kind(first: Mapping[str, Any], args: SEKDConfig) -> str:
         raise _missing_column_error(args, first, ["prompt_column", "messages_column", "text_column"])
     if args.text_prompt_length is not None:
         return "text_prompt"
-    if args.lmbda > 0:
+    if args.any_on_policy:
         raise ValueError(
             f"lmbda {args.lmbda} needs prompts, and the data is plain text (text_column {args.text_column!r}): set "
             "text_prompt_length to the number of first tokens of a document that are its prompt, or set lmbda: 0"
@@ -53,7 +53,7 @@ def check_kind(kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) 
             f"max_length {args.max_length} leaves no room after a text_prompt_length of {args.text_prompt_length}; "
             "raise the first or lower the second"
         )
-    if kind not in ("text", "text_prompt") and args.lmbda < 1 and args.max_length <= args.max_prompt_length:
+    if kind not in ("text", "text_prompt") and not args.all_on_policy and args.max_length <= args.max_prompt_length:
         raise ValueError(
             f"max_length {args.max_length} leaves no room for completions after prompts of max_prompt_length "
             f"{args.max_prompt_length}; raise the first or lower the second"

@@ -94,7 +94,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 def _check_answers(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
     """Refuse data whose completions are all empty, and count the empty ones. Those of a stream are not counted."""
-    if isinstance(dataset, Dataset) and args.lmbda < 1:
+    if isinstance(dataset, Dataset) and not args.all_on_policy:
         empty = sum(dataset["is_empty"])
         if empty and empty == len(dataset):
             raise ValueError(
@@ -129,16 +129,16 @@ def _apply_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Datas
             raise ValueError(_describe_overlong(prompts, max(overlong), args))
     description = f"prompts over max_prompt_length {limit}"
     dataset = _filter_rows(dataset, ["prompt_length"], partial(_fits_limit, args=args), description)
-    if args.lmbda > 0:
+    if args.any_on_policy:
         dataset = _filter_rows(dataset, ["prompt_length"], bool, "prompts without a token")
-    if args.lmbda == 1:  # each completion will be generated
+    if args.all_on_policy:  # each completion will be generated
         return dataset
     if in_memory:
         lengths = [len(ids) for ids in dataset["input_ids"]]
         if cut_short := sum(length > args.max_length for length in lengths):
             logger.warning(f"cut {cut_short} of {len(lengths)} sequences to max_length {args.max_length}")
     dataset = dataset.map(_cut_row, fn_kwargs={"length": args.max_length})
-    if args.lmbda > 0:
+    if args.any_on_policy:
         return dataset
     return _filter_rows(dataset, ["supervised"], _has_target, "samples that have no token to learn from")
 

@@ -191,7 +191,7 @@ class Evaluation:
 
     def _measure_held_out(self, pair: Pair, samples: list[Sample]) -> dict[str, float]:
         share = take_share(samples, self.processes)
-        if self.args.lmbda == 1:
+        if self.args.all_on_policy:
             share = [*map(from_rollout, share, self.schedule.generate(share))]
         sums: Any = defaultdict(float)
         predictions = []
@@ -211,7 +211,7 @@ class Evaluation:
         """``distillation_...``: divergences and right answers on fresh rollouts, sampled as in training."""
         started, share = time.monotonic(), take_share(samples, self.processes)
         sampling = make_sampling(causal_lm(pair.student), self.tokenizer, self.args, pair.vocab)
-        if self.args.lmbda > 0:
+        if self.args.any_on_policy:
             rollouts = self.schedule.generate(share)
         else:
             rollouts = self._generate_inside(pair)([s.input_ids[: s.prompt_length] for s in share], sampling)

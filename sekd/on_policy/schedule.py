@@ -243,7 +243,7 @@ class RolloutSchedule:
     @property
     def takes_sampling(self) -> bool:
         """Whether the run has an engine with :meth:`generate_with`."""
-        return self.args.lmbda > 0 and engine_trait(self.args, self.engine, "takes_sampling")
+        return self.args.any_on_policy and engine_trait(self.args, self.engine, "takes_sampling")
 
     def _request(
         self, prompts: list[list[int]], step: int, background: bool, sampling: Sampling | None = None
@@ -372,7 +372,7 @@ class RolloutSchedule:
 
 def is_on_policy(args: SEKDConfig, step: int) -> bool:
     """Whether an optimizer step learns from rollouts: a random draw per step, with probability ``lmbda``."""
-    return random.Random(f"{args.seed}/{step}").random() < args.lmbda
+    return random.Random(f"{args.seed}/{step}").random() < args.lmbda_schedule.value(step)
 
 
 def _generate_timed(engine: Any, prompts: list[list[int]], sampling: Sampling | None = None) -> Timed:

@@ -19,6 +19,7 @@ from sekd.policies.stateless import (
     tip,
     weighted,
 )
+from sekd.schedules import Schedule, make_schedule
 
 __all__ = ["POLICIES", "FinishedStep", "Policy", "PositionPolicy", "make_policy"]
 
@@ -47,7 +48,7 @@ class Policy:
     options: Mapping[str, Option] = field(default_factory=dict)
     words: str = ""
 
-    def __call__(self, fraction: float = 0.2, whole_steps: bool = False, **options: Any) -> PositionPolicy:
+    def __call__(self, fraction: float | Schedule = 0.2, whole_steps: bool = False, **options: Any) -> PositionPolicy:
         if isinstance(self.weigh, type):
             return self.weigh(fraction, whole_steps, **options)
         return Stateless(self.weigh, fraction, **options)
@@ -155,7 +156,9 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def make_policy(name: str, fraction: float = 0.2, *, whole_steps: bool = False, **options: Any) -> PositionPolicy:
+def make_policy(
+    name: str, fraction: float | Schedule = 0.2, *, whole_steps: bool = False, **options: Any
+) -> PositionPolicy:
     """The policy ``name`` with its budget: ``policy(scores, valid, step=0, generator=None) -> weights``.
 
     ``whole_steps``: the caller calls :meth:`PositionPolicy.end_step` after each optimizer step. Otherwise each call of
@@ -166,8 +169,8 @@ def make_policy(name: str, fraction: float = 0.2, *, whole_steps: bool = False, 
     """
     if name not in POLICIES:
         raise ValueError(f"position_policy {name!r} is unknown; choose one of {', '.join(POLICIES)}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"position_fraction {fraction} is outside (0, 1]; write 0.2 for 20 % of the positions")
+    hint = "is outside (0, 1]; write 0.2 for 20 % of the positions"
+    make_schedule("position_fraction", fraction).check_values("position_fraction", lambda k: 0 < k <= 1, hint)
     policy = POLICIES[name]
     for option, value in options.items():
         if option not in policy.options:

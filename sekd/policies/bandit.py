@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sekd.policies.base import FinishedStep, PositionPolicy
 from sekd.policies.ranks import Generators, Valid, Weights, top_k
+from sekd.schedules import Schedule
 from sekd.types import Batch, TeacherState
 
 FEATURES = ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl")
@@ -24,7 +25,7 @@ class Bandit(PositionPolicy):
     """
 
     def __init__(
-        self, fraction: float = 0.2, whole_steps: bool = False, alpha: float = 1.0, ridge: float = 1.0
+        self, fraction: float | Schedule = 0.2, whole_steps: bool = False, alpha: float = 1.0, ridge: float = 1.0
     ) -> None:
         super().__init__(fraction, whole_steps)
         self.alpha = alpha
@@ -41,7 +42,7 @@ class Bandit(PositionPolicy):
         inverse = self.A.inverse().to(x.device)
         theta = inverse @ self.b.to(x.device)
         bonus = torch.einsum("...i,ij,...j->...", x, inverse, x).clamp(min=0).sqrt()
-        weights = top_k((x @ theta + self.alpha * bonus).to(scores.dtype), valid, self.fraction)
+        weights = top_k((x @ theta + self.alpha * bonus).to(scores.dtype), valid, self.fraction.value(step))
         self._features.append(x[weights > 0].cpu())
         return weights
 

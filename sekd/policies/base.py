@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sekd.policies.ranks import Generators, Valid, Weights
+from sekd.schedules import Schedule, make_schedule
 from sekd.types import Batch, TeacherState
 
 
@@ -39,6 +40,8 @@ class PositionPolicy(ABC):
 
     State is frozen during an optimizer step: every micro-batch on every process sees the same state. :meth:`end_step`
     updates it. With ``whole_steps`` the caller calls it. Without, ``gls`` takes each call for a step of its own.
+
+    ``fraction.value(step)`` is the fraction of the positions to choose at a step.
     """
 
     has_state: ClassVar[bool] = True
@@ -53,8 +56,8 @@ class PositionPolicy(ABC):
     With a number, the trainer multiplies the step's gradient by sequences / ``selected``.
     """
 
-    def __init__(self, fraction: float = 0.2, whole_steps: bool = False) -> None:
-        self.fraction, self.whole_steps = fraction, whole_steps
+    def __init__(self, fraction: float | Schedule = 0.2, whole_steps: bool = False) -> None:
+        self.fraction, self.whole_steps = make_schedule("position_fraction", fraction), whole_steps
 
     @abstractmethod
     def __call__(self, scores: Tensor, valid: Valid, step: int = 0, generator: Generators = None) -> Weights:
@@ -82,12 +85,12 @@ class Stateless(PositionPolicy):
 
     has_state: ClassVar[bool] = False
 
-    def __init__(self, function: Callable[..., Weights], fraction: float, **options: Any) -> None:
+    def __init__(self, function: Callable[..., Weights], fraction: float | Schedule, **options: Any) -> None:
         super().__init__(fraction)
-        self.function = partial(function, fraction=fraction, **options)
+        self.function = partial(function, **options)
 
     def __call__(self, scores: Tensor, valid: Valid, step: int = 0, generator: Generators = None) -> Weights:
-        return self.function(scores, valid, step=step, generator=generator)
+        return self.function(scores, valid, fraction=self.fraction.value(step), step=step, generator=generator)
 
 
 STATE_FILE = "position_policy.pt"

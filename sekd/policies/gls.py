@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sekd.policies.base import FinishedStep, PositionPolicy
 from sekd.policies.ranks import Generators, Scores, Valid, Weights, check_finite, top_k
+from sekd.schedules import Schedule
 
 
 class Gls(PositionPolicy):
@@ -21,34 +22,38 @@ class Gls(PositionPolicy):
 
     mean_over: ClassVar[str] = "step"
 
-    def __init__(self, fraction: float = 0.2, whole_steps: bool = False, queue_size: int = 30_000) -> None:
+    def __init__(self, fraction: float | Schedule = 0.2, whole_steps: bool = False, queue_size: int = 30_000) -> None:
         super().__init__(fraction, whole_steps)
         self.queue_size = queue_size
         self.queue = torch.empty(0)
         self._pending: list[Tensor] = []
-        self._set_threshold()
+        self._begin_step()
 
-    def _set_threshold(self) -> None:
-        """Set tau, the threshold: None before the first batch."""
-        self.threshold: float | None = None
-        if len(self.queue):
-            low = -float("inf")  # k = 1 chooses all positions, also a new lowest score
-            self.threshold = float(self.queue.double().quantile(1 - self.fraction)) if self.fraction < 1 else low
-        self.selected = None if self.threshold is None else 0
+    def _begin_step(self) -> None:
+        self._threshold: float | None = None  # its fraction is known in the step
+        self.selected = 0 if len(self.queue) else None
+
+    def get_threshold(self, step: int) -> float | None:
+        """Tau, the threshold of a step: None before the first scores are in the queue."""
+        if self._threshold is None and len(self.queue):
+            k, low = self.fraction.value(step), -float("inf")  # k = 1 chooses all positions, also a new lowest score
+            self._threshold = float(self.queue.double().quantile(1 - k)) if k < 1 else low
+        return self._threshold
 
     def __call__(self, scores: Scores, valid: Valid, step: int = 0, generator: Generators = None) -> Weights:
         # A non-finite score would spoil the threshold as long as it stays in the queue.
         check_finite(scores, valid)
-        weights = self._weigh(scores, valid)
+        weights = self._weigh(scores, valid, step)
         self._pending.append(scores[valid].detach().float().cpu())
         if not self.whole_steps:
             self.end_step(FinishedStep())
         return weights
 
-    def _weigh(self, scores: Scores, valid: Valid) -> Weights:
-        if self.threshold is None or self.selected is None:
-            return top_k(scores, valid, self.fraction)
-        chosen = valid & (scores >= self.threshold)
+    def _weigh(self, scores: Scores, valid: Valid, step: int) -> Weights:
+        threshold = self.get_threshold(step)
+        if threshold is None or self.selected is None:
+            return top_k(scores, valid, self.fraction.value(step))
+        chosen = valid & (scores >= threshold)
         if not self.whole_steps:
             return chosen * (valid.any(1).sum() / chosen.sum().clamp(min=1))
         self.selected += int(chosen.sum())
@@ -61,11 +66,11 @@ class Gls(PositionPolicy):
         scores = [part for parts in zip(*all_processes, strict=True) for part in parts]
         self.queue = torch.cat([self.queue, *scores])[-self.queue_size :]
         self._pending = []
-        self._set_threshold()
+        self._begin_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"queue": self.queue}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.queue = state["queue"]
-        self._set_threshold()
+        self._begin_step()

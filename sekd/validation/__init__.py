@@ -22,7 +22,8 @@ def check_config(args: "SEKDConfig") -> None:
     check_prompts(args)
     check_sampling(args)
     check_rollouts(args)
-    within("lmbda", args.lmbda, 0, 1, "0 is off-policy, 1 on-policy")
+    hint = "is outside [0, 1]; 0 is off-policy, 1 on-policy"
+    args.lmbda_schedule.check_values("lmbda", lambda value: 0 <= value <= 1, hint)
     within("kd_weight", args.kd_weight, 0, 1, "1 is the divergence alone, 0 cross-entropy alone")
     if args.kd_temperature <= 0:
         raise ValueError(f"kd_temperature {args.kd_temperature} must be above 0; 1 changes nothing")

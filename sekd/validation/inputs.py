@@ -42,12 +42,12 @@ def check_prompts(args: "SEKDConfig") -> None:
             f"supervise_prompt true with {fields}: the teacher reads another prompt, so only completions can be "
             "compared; set supervise_prompt: false, or leave the teacher's context out"
         )
-    if args.supervise_prompt and args.lmbda == 1 and args.sample_fraction == 1:
+    if args.supervise_prompt and args.all_on_policy and args.sample_fraction == 1:
         raise ValueError(
             f"supervise_prompt true has no effect with lmbda {args.lmbda}: rollouts are distilled at their "
             "completions; leave it out, or set lmbda below 1"
         )
-    if args.lmbda == 1 and args.max_length != get_default(args, "max_length"):
+    if args.all_on_policy and args.max_length != get_default(args, "max_length"):
         logger.warning(
             f"max_length {args.max_length} has no effect with lmbda {args.lmbda}: a rollout has at most "
             f"max_prompt_length {args.max_prompt_length} + max_completion_length {args.max_completion_length} tokens"
@@ -91,12 +91,12 @@ def check_inputs(
             "merge_adapter, and merge the adapter into the unquantized base with PEFT after training"
         )
     requires = ENGINES[args.rollout_engine].requires
-    if args.lmbda > 0 and rollout_engine is None and requires is not None and not is_installed(requires):
+    if args.any_on_policy and rollout_engine is None and requires is not None and not is_installed(requires):
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} needs {requires}, which is not installed: run "
             '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
         )
-    if quantized and args.lmbda > 0 and not engine_trait(args, rollout_engine, "shares_model"):
+    if quantized and args.any_on_policy and not engine_trait(args, rollout_engine, "shares_model"):
         raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
     if isinstance(train_dataset, IterableDataset):
@@ -106,11 +106,12 @@ def check_inputs(
         if args.teacher_cache is not None and args.sample_pool is None:
             raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
     check_place(args)
-    if args.world_size > 1 and args.lmbda > 0 and rollout_engine is None and engine_trait(args, None, "single_process"):
+    is_single = rollout_engine is None and engine_trait(args, None, "single_process")
+    if args.world_size > 1 and args.any_on_policy and is_single:
         raise ValueError(
             f"rollout_engine {args.rollout_engine!r} works with a single process; use vllm_server (or hf) with several"
         )
-    if args.world_size > 1 and args.lmbda > 0 and engine_trait(args, rollout_engine, "uses_servers"):
+    if args.world_size > 1 and args.any_on_policy and engine_trait(args, rollout_engine, "uses_servers"):
         limit = args.ddp_timeout
         if args.rollout_timeout >= limit:
             raise ValueError(

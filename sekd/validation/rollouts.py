@@ -31,7 +31,7 @@ def check_rollouts(args: "SEKDConfig") -> None:
     for name in ("rollouts_per_prompt", "rollout_batches"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} {getattr(args, name)} must be at least 1")
-    if args.rollouts_per_prompt > 1 and args.lmbda < 1:
+    if args.rollouts_per_prompt > 1 and not args.all_on_policy:
         raise ValueError(
             f"rollouts_per_prompt {args.rollouts_per_prompt} with lmbda {args.lmbda}: steps that learn from the "
             "data would repeat each sample; set lmbda: 1, or rollouts_per_prompt: 1"
@@ -48,7 +48,7 @@ def check_rollouts(args: "SEKDConfig") -> None:
             f"rollout_staleness 1 with rollout_engine {args.rollout_engine!r}, which generates on the trainer's own "
             "device, saves no time; use rollout_engine: vllm_server, or rollout_staleness: 0"
         )
-    if args.lmbda > 0 and args.temperature > 2 and not engine.shares_model:
+    if args.any_on_policy and args.temperature > 2 and not engine.shares_model:
         raise ValueError(
             f"temperature {args.temperature:g} is above 2, vLLM's maximum; lower it, or use rollout_engine: hf"
         )

@@ -35,7 +35,7 @@ def check_names(args: "SEKDConfig") -> None:
 
 def check_selection(args: "SEKDConfig") -> None:
     """Check positions, divergence, classes, cache and samples."""
-    make_policy(args.position_policy, args.position_fraction)
+    make_policy(args.position_policy, args.fraction_schedule)
     for name, option in all_options().items():
         if not hasattr(args, name):
             raise ValueError(f"option {name!r} has no field in SEKDConfig; set its value with functools.partial")
@@ -88,7 +88,7 @@ def _check_score_source(args: "SEKDConfig") -> None:
         raise ValueError(f"score_logprobs {args.score_logprobs} must be at least 1; 20 agree well with exact scores")
     if args.score_source == "exact":
         return
-    if args.lmbda == 0:
+    if not args.any_on_policy:
         raise ValueError("score_source 'rollout' with lmbda 0: there are no rollouts; use score_source: exact")
     if args.scoring is None or not args.scoring.in_rollouts:
         names = args.scoring.names if args.scoring is not None else ()
@@ -140,7 +140,7 @@ def _check_classes(args: "SEKDConfig") -> None:
 
 
 def _check_cache(args: "SEKDConfig") -> None:
-    if args.lmbda > 0:
+    if args.any_on_policy:
         raise ValueError(
             f"lmbda {args.lmbda} with teacher_cache: a cache holds positions of the data, but rollouts are new text; "
             "set lmbda: 0, or leave teacher_cache out"

@@ -122,7 +122,10 @@ def _read_number(value: Any, kind: type) -> Any:
 
 
 def _read_mapping(name: str, value: Any, kind: Any) -> Any:
-    """A mapping whose keys are texts. The command line gives it as text. From Python it may be a dataclass."""
+    """A mapping, whose keys are texts unless the annotation says otherwise.
+
+    The command line gives it as text. From Python it may be a dataclass.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return value
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -131,9 +134,9 @@ def _read_mapping(name: str, value: Any, kind: Any) -> Any:
             value = load_yaml(text)
         except ValueError as error:
             raise ValueError(f"{name} {show(text)} is not a mapping; write for example '{{key: value}}'") from error
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    keys, values = get_args(kind) or (str, Any)
+    if not isinstance(value, dict) or not all(isinstance(key, keys) for key in value):
         return UNFIT
-    values = (get_args(kind) or (str, Any))[1]
     read = {key: _read(name, item, values) for key, item in value.items()}
     return UNFIT if any(item is UNFIT for item in read.values()) else read
 
