@@ -8,9 +8,9 @@ import yaml
 from helpers import make_model, make_vllm_model
 
 from sekd.cli import main
-from sekd.parse import parse_recipe, recipe_folder
+from sekd.parse import list_recipes, parse_recipe, recipe_folder
 
-RECIPES = sorted(os.listdir(recipe_folder()))
+RECIPES = [f"{name}.yaml" for name in list_recipes()]
 
 
 def path(name):
