@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int) -> None:
-    """Let the kernel kill this process when the thread that started it ends. Elsewhere than on Linux it does nothing."""
+    """Let the kernel kill this process when the thread that started it ends. It does so on Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before

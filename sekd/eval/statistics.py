@@ -174,10 +174,10 @@ class SeedErrors:
 
 
 def find_seed_errors(values: Float[np.ndarray, " S"], deviations: Float[np.ndarray, "S n"] | None) -> SeedErrors:
-    """The standard errors of the mean of a score, or of a difference, over S seeds whose models answer the same n items.
+    """The standard errors of the mean, over S seeds, of a score or a difference. All models answer the same n items.
 
-    Seeds and items are crossed random effects. Let v_s be the values and e_si the scaled deviations, with means e_i over
-    the seeds. Then the squared errors are
+    Seeds and items are crossed random effects. Let v_s be the values and e_si the scaled deviations, with means e_i
+    over the seeds. Then the squared errors are
 
         seeds: sum (v_s - v)^2 / (S (S - 1))        items: sum e_i^2
 

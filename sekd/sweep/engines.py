@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sekd.cluster import connect_to_ray
 
@@ -39,6 +39,7 @@ class Job:
     path: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs jobs, ``jobs`` at once. ``running`` are the jobs that have not ended."""
 

@@ -252,11 +252,12 @@ def _read_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _read_seeds(content: dict[str, Any]) -> list[int]:
-    seeds = content.get("seeds")
-    whole = [seed for seed in seeds if type(seed) is int] if isinstance(seeds, list) else []
-    if not whole or len({*whole}) < len(seeds):
-        raise ValueError(f"seeds {seeds!r} must be a list of different whole numbers such as [1337, 1338, 1339]")
-    return whole
+    given = content.get("seeds")
+    seeds = given if isinstance(given, list) else []
+    whole = {seed for seed in seeds if type(seed) is int}
+    if not whole or len(whole) < len(seeds):
+        raise ValueError(f"seeds {given!r} must be a list of different whole numbers such as [1337, 1338, 1339]")
+    return seeds
 
 
 def _read_grid(method: str, grid: Any) -> dict[str, list[Any]]:

@@ -8,11 +8,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from transformers.utils import logging
 
 from sekd.checkpoints import RunRefused, check_checkpoint, find_checkpoint, list_checkpoints
 from sekd.files import DamagedFile, read_checked, write_atomically, write_checked
@@ -53,7 +55,7 @@ def check_runs(sweep: Sweep) -> dict[str, Facts]:
             score that chooses its points.
     """
     facts = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_warnings():  # each run gives its own
         for run in sweep.runs:
             path = os.path.join(folder, RECIPE)
             _write_recipe(path, run)
@@ -78,6 +80,16 @@ def check_runs(sweep: Sweep) -> dict[str, Facts]:
                     "metric_for_best_model and eval_strategy"
                 )
     return facts
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _get_facts(args: Any) -> Facts:

@@ -35,6 +35,7 @@ class Column:
         paired: of each model, on the items of all models; None where there are none.
         shown: whether the printed table has it; the files have all.
         is_main: whether it is the main score of a task, or the first mean of a suite.
+        is_compared: whether it has differences to the baseline.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Column:
     paired: list[Paired | None]
     shown: bool = True
     is_main: bool = False
+    is_compared: bool = True
 
 
 def make_columns(models: Sequence[Results], suites: Sequence[str]) -> list[Column]:
@@ -127,7 +129,8 @@ def _check_settings(name: str, results: Sequence[TaskResult]) -> None:
             first = results[0].settings.get(key)
             if value != first:
                 raise ValueError(
-                    f"the models were evaluated on {name} with other settings ({key}: {first} and {value}); delete the folders `evaluations` of the runs, and evaluate again"
+                    f"the models were evaluated on {name} with other settings ({key}: {first} and {value}); "
+                    "delete the folders `evaluations` of the runs, and evaluate again"
                 )
 
 

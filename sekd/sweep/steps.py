@@ -250,8 +250,8 @@ def make_cost_columns(runs: Sequence[SweepRun], references: int) -> list[Column]
     more = [None] * references
     nothing = [None] * (len(runs) + references)
     return [
-        Column("training s", MetricKind(digits=0), [*seconds, *more], [*nothing]),
-        Column("memory GB", MetricKind(digits=1), [*memory, *more], [*nothing]),
+        Column("training s", MetricKind(digits=0), [*seconds, *more], [*nothing], is_compared=False),
+        Column("memory GB", MetricKind(digits=1), [*memory, *more], [*nothing], is_compared=False),
     ]
 
 

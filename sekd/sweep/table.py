@@ -73,7 +73,7 @@ def make_cell(column: Column, line: Line, baseline: Line | None) -> Cell | None:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
     cell = Cell(math.fsum(values) / len(values), deviation, len(values))
-    if baseline is None or baseline is line:
+    if baseline is None or baseline is line or not column.is_compared:
         return cell
     pairs = [(line.models[seed], baseline.models[seed]) for seed in line.models if seed in baseline.models]
     paired = [(column.paired[a], column.paired[b]) for a, b in pairs]
