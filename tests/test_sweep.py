@@ -16,7 +16,7 @@ from helpers import make_pairs, make_tokenizer, save_pair
 
 from sekd.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # dozens of processes
 
 RECIPE = {
     **{"max_steps": 12, "save_steps": 2, "logging_steps": 3, "per_device_train_batch_size": 4, "bf16": False},
@@ -72,7 +72,7 @@ def start(path, *flags):
 
 def finish(path, *flags):
     process = start(path, *flags)
-    assert process.wait(500) == 0, (Path(path).parent / "printed.txt").read_text()[-3000:]
+    assert process.wait(1500) == 0, (Path(path).parent / "printed.txt").read_text()[-3000:]
 
 
 def read_results(folder):

@@ -100,6 +100,7 @@ def test_a_grid_needs_a_score_and_a_table_too(sweep_file):
         check_runs(read_sweep(sweep_file(), ["--eval_strategy", "no"]))
 
 
+@pytest.mark.slow
 def test_the_options_of_an_evaluation_are_checked(sweep_file, capsys):
     pytest.importorskip("lm_eval")
     for options, message in (

@@ -29,8 +29,8 @@ class Estimate:
 
     def find_error(self) -> float | None:
         """The standard error; None if one item gives none."""
-        scaled = self.scale()
-        return None if scaled is None else math.sqrt(float(np.square(scaled).sum()))
+        n = len(self.deviations)
+        return math.sqrt(n / (n - 1) * float(np.square(self.deviations).sum())) if n > 1 else None
 
     def scale(self) -> Float[np.ndarray, " n"] | None:
         """The deviations times the root of n / (n - 1): their sum of squares is the squared standard error."""
