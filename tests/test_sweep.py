@@ -19,9 +19,9 @@ from sekd.cli import main
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # dozens of processes
 
 RECIPE = {
-    **{"max_steps": 12, "save_steps": 2, "logging_steps": 3, "per_device_train_batch_size": 4, "bf16": False},
+    **{"max_steps": 48, "save_steps": 4, "logging_steps": 4, "per_device_train_batch_size": 4, "bf16": False},
     **{"teacher_dtype": "float32", "report_to": "none", "learning_rate": 1e-3, "max_length": 32},
-    **{"eval_strategy": "steps", "eval_steps": 12, "max_eval_samples": 8, "max_prompt_length": 16},
+    **{"eval_strategy": "steps", "eval_steps": 48, "max_eval_samples": 8, "max_prompt_length": 16},
     **{"dataset_train_split": "train[8:]", "dataset_test_split": "train[:8]"},
 }
 METHODS = {"Full KD": {"position_policy": "all"}, "SE-KD": {}, "RandomPos": {"position_policy": "random"}}
@@ -123,7 +123,7 @@ def test_a_sweep_that_is_killed_twice_equals_one_that_ran_through(write, whole, 
     if engine == "ray":
         pytest.importorskip("ray")
     path = write(tmp_path, **PROOF)
-    for at, kill in ((5, os.kill), (33, os.killpg)):
+    for at, kill in ((5, os.kill), (63, os.killpg)):
         process = start(path, "--engine", engine)
         wait_for(lambda at=at, process=process: count_checkpoints(tmp_path) >= at or process.poll() is not None)
         kill(process.pid, signal.SIGKILL)

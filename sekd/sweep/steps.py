@@ -228,7 +228,7 @@ def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = 
     order = {method: place for place, method in enumerate(sweep.methods)}
     lines = [*before, *sorted(lines, key=lambda line: order[line.method])]
     baseline = next((line for line in lines if line.method == sweep.baseline and None not in line.models), None)
-    notes = [note.format(baseline=sweep.baseline) for note in NOTES]
+    notes = [note.format(baseline=sweep.baseline, pairs="seeds and items" if stage else "seeds") for note in NOTES]
     if stage is not None:
         notes.insert(0, f"{stage}: sekd evaluate {' '.join(as_words(getattr(sweep, stage)))}")
     if sweep.has_grid:

@@ -22,7 +22,7 @@ from sekd.tables import escape_controls, print_table
 
 NOTES = (
     "mean ± standard deviation over seeds",
-    "in brackets: the difference to {baseline}, paired by seed and item, ± its standard error over seeds and items",
+    "in brackets: the difference to {baseline}, paired by {pairs}, ± its standard error over {pairs}",
 )
 
 
