@@ -53,8 +53,9 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 
-LEFTOVERS = (RUN_FILE, "metrics.jsonl", "recipe.yaml", "versions.json")
-"""What belongs to a run, but is no result of value without a checkpoint or a model."""
+LEFTOVERS = ("metrics.jsonl", "recipe.yaml", "versions.json", RUN_FILE)
+"""What belongs to a run, but is no result of value without a checkpoint or a model. They are deleted in this order: if
+the process dies meanwhile, the folder is still known as a run's."""
 
 MAY_CHANGE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_on_signal", "merge_adapter"),

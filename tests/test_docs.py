@@ -16,6 +16,7 @@ from sekd.losses import DIVERGENCES
 from sekd.parse import list_recipes, parse_recipe
 from sekd.policies import POLICIES
 from sekd.scores import SCORES
+from sekd.sweep.file import KEYS as SWEEP_KEYS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -159,7 +160,8 @@ def test_scripts_that_pages_name_exist():
 def test_keys_in_yaml_blocks_are_real():
     for page in PAGES:
         for code in blocks(page, "yaml"):
-            assert yaml.safe_load(code).keys() <= KEYS | {"base"}, f"{page.name}:\n{code}"
+            keys = yaml.safe_load(code).keys()
+            assert keys <= KEYS | {"base"} or keys <= {*SWEEP_KEYS}, f"{page.name}:\n{code}"
 
 
 def anchors(page):

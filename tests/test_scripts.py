@@ -1,6 +1,5 @@
-"""The benchmarks print their tables; the study runs, resumes where it stopped, and refuses to mix settings."""
+"""The benchmarks print their tables."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -30,34 +29,6 @@ def run(tmp_path, tokenizer, texts):
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
     return run
-
-
-@pytest.fixture
-def study(tmp_path, run):
-    pytest.importorskip("matplotlib", reason="the tables' plot needs the extra `report`")
-    options = ["--output_dir", str(tmp_path / "study"), "--max_length", "32", "--eval_samples", "4"]
-    return tmp_path / "study", lambda *more: run("study_selection.py", *options, *more)
-
-
-def test_the_study_resumes_and_writes_its_tables(study):
-    folder, run = study
-    some = ["--steps", "2", "--seeds", "1", "2", "--methods", "Full KD", "KL", "GLS"]
-    assert run(*some[:5], "--methods", "Full KD").returncode == 0
-    first = (folder / "full_kd_1.json").stat().st_mtime_ns
-    done = run(*some)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (folder / "full_kd_1.json").stat().st_mtime_ns == first, "a finished run was repeated"
-    rows = list(csv.DictReader((folder / "results.csv").open()))
-    assert [row["method"] for row in rows] == ["Student, not distilled", *(["Full KD"] * 2), "KL", "KL", "GLS", "GLS"]
-    result = json.loads((folder / "kl_2.json").read_text())
-    assert result["perplexity"] > 1
-    assert 0 <= result["ece"] <= 1
-    assert "| KL |" in (folder / "tables.md").read_text()
-    assert (folder / "results.png").stat().st_size > 5000
-
-    other = run("--steps", "3", "--seeds", "1", "--methods", "Full KD")
-    assert other.returncode != 0
-    assert "is of a study with other settings (before, now): {'steps': (2, 3)}" in other.stderr
 
 
 def test_bench_step(run):

@@ -6,8 +6,6 @@ but the sample and the settings: not on other samples, their order, the process,
 """
 
 import hashlib
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from sekd.cache.codec import encode, entropy_to_bytes
 from sekd.cache.store import Encoded
 from sekd.classes import CLASS_SELECTIONS
+from sekd.cluster import connect_to_ray
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.distributions import entropy
@@ -138,15 +137,9 @@ class RayReaders:
     """
 
     def __init__(self, workers: int, load: Callable[[], LocalReader]) -> None:
-        import ray
-
-        self.ray, self.started = ray, not ray.is_initialized()
+        self.ray, self.started = connect_to_ray()
+        ray = self.ray
         self.actors: list[Any] = []
-        if self.started:
-            os.environ.setdefault(
-                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-            )  # without it, Ray warns that its default will change
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
             resources = ray.cluster_resources()
             share = {f"num_{name.lower()}s": min(1, resources.get(name, 0) / workers) for name in ("CPU", "GPU")}

@@ -14,6 +14,7 @@ COMMANDS = {
     "samples": ("sekd.cli.samples", "choose the samples to train on"),
     "cache": ("sekd.cli.cache", "build, check and share an offline cache of a teacher"),
     "evaluate": ("sekd.cli.evaluate", "evaluate models on benchmarks, and compare them"),
+    "sweep": ("sekd.cli.sweep", "run methods x grid x seeds, evaluate them, and compare"),
     "serve": ("sekd.cli.serve", "serve a student for rollouts with vLLM"),
     "recipes": ("sekd.cli.recipes", "list the recipes that sekd ships"),
 }

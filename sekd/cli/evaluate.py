@@ -104,8 +104,13 @@ def _read_batch_size(text: str) -> int | None:
     return int(text)
 
 
+def list_names(options: argparse.Namespace) -> list[str]:
+    """The suites and tasks that are asked for."""
+    return [name for given in (*options.suite, *options.tasks) for name in given.split(",") if name]
+
+
 def run(options: argparse.Namespace) -> int:
-    names = [name for given in (*options.suite, *options.tasks) for name in given.split(",") if name]
+    names = list_names(options)
     with reading_input():
         from sekd.eval.benchmark import evaluate_models
         from sekd.eval.compare import show_table, write_comparison

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import re
+from collections.abc import Mapping
 
 import yaml
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.action is None:
-        list_summaries()
+        list_summaries(list_recipes())
         return 0
     with reading_input():
         text = merge_text(find_recipe(options.name))
@@ -36,11 +37,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def list_summaries() -> None:
-    """Print a line for each shipped recipe: its name, and the first sentence of its comment."""
-    recipes = list_recipes()
-    width = max(map(len, recipes))
-    for name, path in recipes.items():
+def list_summaries(paths: Mapping[str, str]) -> None:
+    """Print a line for each file, by name: its name, and the first sentence of its comment."""
+    width = max(map(len, paths))
+    for name, path in paths.items():
         summary = re.split(r"(?<=\.)\s", " ".join(read_comment(path)), maxsplit=1)[0]
         print(f"{name:<{width}}  {summary}")
 

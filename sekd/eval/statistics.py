@@ -32,6 +32,11 @@ class Estimate:
         n = len(self.deviations)
         return math.sqrt(n / (n - 1) * float(np.square(self.deviations).sum())) if n > 1 else None
 
+    def scale(self) -> Float[np.ndarray, " n"] | None:
+        """The deviations times the root of n / (n - 1): their sum of squares is the squared standard error."""
+        n = len(self.deviations)
+        return self.deviations * math.sqrt(n / (n - 1)) if n > 1 else None
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -133,6 +138,70 @@ def compare_scores(
             difference = Estimate(after.value - before.value, after.deviations - before.deviations)
             differences[name] = _make_score(name, difference, len(chosen), directions)
     return differences
+
+
+def estimate_together(models: Sequence[Sequence[Item]]) -> dict[str, list[Estimate]]:
+    """Each score that all models have, as an estimate for each model, on the items of all of them.
+
+    The deviations of all models are in the same order, so that they can be subtracted.
+
+    Raises:
+        ValueError: a model has an index twice.
+    """
+    by_index = [{item.index: item for item in items if is_counted(item)} for items in models]
+    for items in models:
+        if len({item.index for item in items}) < len(items):
+            raise ValueError("the items cannot be compared: several of one model have the same index")
+    common = [i for i in by_index[0] if all(i in one for one in by_index[1:])]
+    estimates = {}
+    for name, has, estimate in _list_scores([item for items in models for item in items]):
+        if chosen := [i for i in common if all(has(one[i]) for one in by_index)]:
+            estimates[name] = [estimate([one[i] for i in chosen]) for one in by_index]
+    return estimates
+
+
+@dataclass(frozen=True)
+class SeedErrors:
+    """The standard errors of a mean over seeds; None where nothing gives one.
+
+    ``total`` says how much the mean would change with other seeds and other items, ``seeds`` and ``items`` with one of
+    them.
+    """
+
+    seeds: float | None
+    items: float | None
+    total: float | None
+
+
+def find_seed_errors(values: Float[np.ndarray, " S"], deviations: Float[np.ndarray, "S n"] | None) -> SeedErrors:
+    """The standard errors of the mean, over S seeds, of a score or a difference. All models answer the same n items.
+
+    Seeds and items are crossed random effects. Let v_s be the values and e_si the scaled deviations, with means e_i
+    over the seeds. Then the squared errors are
+
+        seeds: sum (v_s - v)^2 / (S (S - 1))        items: sum e_i^2
+
+    Both count what only a seed and an item together decide, sum (e_si - e_i)^2 / (S (S - 1)). The total counts it once:
+    the sum of both, minus it, and at least the larger one of both.
+
+    Args:
+        values: of each seed.
+        deviations: :meth:`Estimate.scale` of each seed, of the same items in the same order; None without items.
+    """
+    n = len(values)
+    seeds = float(np.var(values, ddof=1)) / n if n > 1 else None
+    if deviations is None:
+        return SeedErrors(_root(seeds), None, _root(seeds))
+    mean = deviations.mean(0)
+    items = float(np.square(mean).sum())
+    if seeds is None:
+        return SeedErrors(None, _root(items), _root(items))
+    both = float(np.square(deviations - mean).sum()) / (n * (n - 1))
+    return SeedErrors(_root(seeds), _root(items), _root(max(seeds + items - both, seeds, items)))
+
+
+def _root(square: float | None) -> float | None:
+    return None if square is None else math.sqrt(square)
 
 
 def pair_items(first: Sequence[Item], second: Sequence[Item]) -> list[tuple[Item, Item]]:

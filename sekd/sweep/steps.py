@@ -1,0 +1,282 @@
+"""A sweep from its file to its table: train, evaluate, choose, compare. What is done is not done again."""
+
+import hashlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from sekd.eval.records import TaskResult
+from sekd.eval.result_files import load_results, name_folder
+from sekd.files import lock_folder
+from sekd.metric_kinds import MetricKind
+from sekd.sweep.engines import ENGINES, Engine, Job, describe_status, read_last_error
+from sekd.sweep.file import Sweep, SweepRun, as_words, list_suites, make_file_name
+from sekd.sweep.run_state import (
+    LOG,
+    Facts,
+    begin,
+    check_state,
+    is_finished,
+    measure_progress,
+    read_evaluation_logs,
+    read_logs,
+    read_state,
+)
+from sekd.sweep.scores import Column, make_columns, make_log_columns
+from sekd.sweep.table import NOTES, Line, choose_places, write_table
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+LOOK = 2.0
+"""Seconds between two looks at the progress of the runs."""
+
+
+class Failures(list[str]):
+    """What failed, a line each."""
+
+
+def run_sweep(sweep: Sweep, facts: dict[str, Facts], engine: str, jobs: int | None) -> Failures:
+    """Train and evaluate what is not done, and make the table.
+
+    Args:
+        sweep: see :class:`Sweep`.
+        facts: of each run, as :func:`sekd.sweep.run_state.check_runs` gives them.
+        engine: a name in ``ENGINES``.
+        jobs: how many processes run at once; None for one a GPU.
+
+    Raises:
+        ValueError: another sweep holds the folder, or a run's folder has another run.
+        KeyboardInterrupt: the user stopped it; the message says what is left.
+    """
+    refusal = f"another sweep is writing into output_dir {sweep.output_dir!r}; wait for it, or name another folder"
+    with lock_folder(sweep.output_dir, ValueError(refusal)):
+        for run in sweep.runs:
+            check_state(run)
+        failures = Failures()
+        with closing(ENGINES[engine].make(jobs)) as made:
+            train_all(sweep, facts, made, failures)
+            evaluate_all(sweep, facts, made, failures)
+        make_table(sweep, facts, failures)
+    return failures
+
+
+def train_all(sweep: Sweep, facts: dict[str, Facts], engine: Engine, failures: Failures) -> None:
+    """Train the runs that are not finished."""
+    waiting = [run for run in sweep.runs if not is_finished(run)]
+    by_name = {run.name: run for run in waiting}
+
+    def make(run: SweepRun) -> Callable[[], Job]:
+        path = (run.modules,) if run.keys.get("import_modules") else ()
+        log = os.path.join(run.folder, LOG)
+        return lambda: Job(run.name, tuple(begin(run)), log, run.folder, os.getcwd(), path)
+
+    def measure(job: Job) -> float:
+        run = by_name[job.name]
+        return measure_progress(run, facts[run.folder])
+
+    run_jobs(engine, "training", [make(run) for run in waiting], len(sweep.runs), failures, measure)
+
+
+def evaluate_all(sweep: Sweep, facts: dict[str, Facts], engine: Engine, failures: Failures) -> None:
+    """Evaluate the finished runs: on ``validation`` to choose the points, then the chosen ones on ``test``."""
+    for stage in ("validation", "test"):
+        options = getattr(sweep, stage)
+        if options is None:
+            continue
+        models = {run.name: (run.folder, run.folder) for run in list_evaluated(sweep, facts, stage)}
+        if stage == get_shown_stage(sweep):
+            models |= {name: (model, name_reference(sweep, name)) for name, model in sweep.references.items()}
+        jobs = []
+        for name, (model, folder) in models.items():
+            output = name_output(folder, stage, options)
+            if not is_evaluated(output):
+                arguments = ("evaluate", model, *as_words(options), "--output", output)
+                log = os.path.join(folder, f"{stage}.log")
+                jobs.append(Job(f"{name} ({stage})", arguments, log, None, os.getcwd()))
+        run_jobs(engine, stage, [partial(_get, job) for job in jobs], len(models), failures)
+
+
+def run_jobs(
+    engine: Engine,
+    title: str,
+    jobs: Sequence[Callable[[], Job]],
+    total: int,
+    failures: Failures,
+    measure: Callable[[Job], float] = lambda job: 0.0,
+) -> None:
+    """Run jobs with a bar for all of them. A job that fails is reported, and the others continue.
+
+    Args:
+        engine: runs them.
+        title: of the bar.
+        jobs: each makes a job when its turn comes.
+        total: with those that were done before.
+        failures: gets a line for each job that failed.
+        measure: the share of a running job that is done.
+
+    Raises:
+        KeyboardInterrupt: with a message that says what is left.
+    """
+    waiting, done = deque(jobs), total - len(jobs)
+    with tqdm(total=total, initial=done, desc=title, smoothing=0, bar_format=BAR, dynamic_ncols=True) as bar:
+        try:
+            while waiting or engine.running:
+                while waiting and len(engine.running) < engine.jobs:
+                    engine.start(waiting.popleft()())
+                for job, status in engine.wait(LOOK):
+                    done += 1
+                    if status:
+                        line = f"{job.name}: {describe_status(status)}: {read_last_error(job.log)} ({job.log})"
+                        failures.append(line)
+                        bar.write(f"failed: {line}", file=sys.stderr)
+                bar.n = done + sum(measure(job) for job in engine.running)
+                bar.set_postfix_str(f"{len(engine.running)} running, {len(failures)} failed" if failures else "")
+        except KeyboardInterrupt as error:
+            left = len(waiting) + len(engine.running)
+            engine.close()
+            raise KeyboardInterrupt(
+                f"stopped in {title}: {total - left} of {total} are done, {left} are left; the same command resumes"
+            ) from error
+
+
+def _get(job: Job) -> Job:
+    return job
+
+
+def list_evaluated(sweep: Sweep, facts: dict[str, Facts], stage: str) -> list[SweepRun]:
+    """The finished runs that a stage evaluates.
+
+    ``validation`` evaluates the methods with several points; all, if there is no ``test``. ``test`` evaluates the
+    chosen points.
+    """
+    finished = [run for run in sweep.runs if is_finished(run)]
+    if stage == "validation":
+        return [run for run in finished if sweep.test is None or len(sweep.list_places(run.method)) > 1]
+    chosen = choose_points(sweep, facts)
+    return [run for run in finished if chosen.get(run.method) == run.place]
+
+
+def choose_points(sweep: Sweep, facts: dict[str, Facts]) -> dict[str, str]:
+    """The point of each method, as text, that the table shows: the best one on the validation score."""
+    places = {method: sweep.list_places(method) for method in sweep.methods}
+    chosen = {method: own[0] for method, own in places.items() if len(own) == 1}
+    runs = [run for run in sweep.runs if len(places[run.method]) > 1 and is_finished(run)]
+    if not runs:
+        return chosen
+    if sweep.validation is not None:
+        results = [load_evaluation(run.folder, run.folder, "validation", sweep.validation) for run in runs]
+        columns = make_columns(results, list_suites(sweep.validation))
+        column = next((column for column in columns if column.is_main and column.shown), None)
+    else:
+        metric = str(facts[runs[0].folder].metric)
+        logs = [read_evaluation_logs(run.folder, facts[run.folder]) for run in runs]
+        higher = facts[runs[0].folder].greater_is_better
+        column = Column(metric, MetricKind(higher), [log.get(metric) for log in logs], [None] * len(runs))
+    if column is None:
+        return chosen
+    lines = make_lines(runs)
+    return chosen | choose_places(lines, column, column.kind.higher_is_better is not False)
+
+
+def check_choice(sweep: Sweep) -> None:
+    """Check that ``validation`` has one score that chooses the points of the grid.
+
+    Raises:
+        ValueError: it names several suites, or several tasks without a suite.
+    """
+    if sweep.validation is None or not sweep.has_grid:
+        return
+    tasks = sweep.validation.get("tasks") or []
+    names = list_suites(sweep.validation) or (tasks if isinstance(tasks, list) else [tasks])
+    if len(names) > 1:
+        raise ValueError(
+            f"validation names {' and '.join(names)}: one suite, or one task, chooses the points of the grid"
+        )
+
+
+def make_lines(runs: Iterable[SweepRun]) -> list[Line]:
+    """The lines of some runs, which stand in the order of the columns' models."""
+    lines: dict[tuple[str, str], Line] = {}
+    for place, run in enumerate(runs):
+        lines.setdefault((run.method, run.place), Line(run.method, run.place, {})).models[run.seed] = place
+    return [*lines.values()]
+
+
+def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = ()) -> None:
+    """Print and write the table of what is finished."""
+    stage, chosen = get_shown_stage(sweep), choose_points(sweep, facts)
+    runs = [run for run in sweep.runs if is_finished(run) and chosen.get(run.method) == run.place]
+    lines, references = make_lines(runs), dict[str, str]()
+    if stage is None:
+        logs = [read_evaluation_logs(run.folder, facts[run.folder]) for run in runs]
+        columns = make_log_columns(logs, facts[sweep.runs[0].folder].metric)
+    else:
+        options = getattr(sweep, stage)
+        results = [load_evaluation(run.folder, run.folder, stage, options) for run in runs]
+        references = sweep.references
+        for name, model in references.items():
+            results.append(load_evaluation(name_reference(sweep, name), model, stage, options))
+        columns = make_columns(results, list_suites(options))
+    columns += [*make_cost_columns(runs, len(references))]
+    before = [Line(name, "", {None: len(runs) + i}) for i, name in enumerate(references)]
+    order = {method: place for place, method in enumerate(sweep.methods)}
+    lines = [*before, *sorted(lines, key=lambda line: order[line.method])]
+    baseline = next((line for line in lines if line.method == sweep.baseline and None not in line.models), None)
+    notes = [note.format(baseline=sweep.baseline, pairs="seeds and items" if stage else "seeds") for note in NOTES]
+    if stage is not None:
+        notes.insert(0, f"{stage}: sekd evaluate {' '.join(as_words(getattr(sweep, stage)))}")
+    if sweep.has_grid:
+        notes.append(f"the points are the best ones on {'validation' if sweep.validation else 'metric_for_best_model'}")
+    missing = len(sweep.runs) - sum(map(is_finished, sweep.runs))
+    notes += [f"{missing} of {len(sweep.runs)} runs are not finished"] * (missing > 0)
+    about = {"sweep": os.path.basename(sweep.path), "baseline": sweep.baseline, "stage": stage, "failures": [*failures]}
+    write_table(sweep.output_dir, columns, lines, baseline, notes, about)
+
+
+def make_cost_columns(runs: Sequence[SweepRun], references: int) -> list[Column]:
+    """Seconds of training, of runs that were not resumed, and the most memory that a process had, in GB."""
+    seconds, memory = list[float | None](), list[float | None]()
+    for run in runs:
+        state = read_state(run.folder) or {}
+        times = [log["train_runtime"] for log in read_logs(run.folder) if "train_runtime" in log]
+        seconds.append(times[-1] if times and not state.get("resumed") else None)
+        memory.append(state["memory"] / 1e9 if state.get("memory") else None)
+    more = [None] * references
+    nothing = [None] * (len(runs) + references)
+    return [
+        Column("training s", MetricKind(digits=0), [*seconds, *more], [*nothing], is_compared=False),
+        Column("memory GB", MetricKind(digits=1), [*memory, *more], [*nothing], is_compared=False),
+    ]
+
+
+def get_shown_stage(sweep: Sweep) -> str | None:
+    """The evaluation that the table shows: ``test``, else ``validation``, else None for the runs' own logs."""
+    return next((stage for stage in ("test", "validation") if getattr(sweep, stage) is not None), None)
+
+
+def name_reference(sweep: Sweep, name: str) -> str:
+    """The folder of a reference's evaluations."""
+    return os.path.join(sweep.output_dir, "references", make_file_name(name))
+
+
+def name_output(folder: str, stage: str, options: dict[str, Any]) -> str:
+    """The folder of an evaluation below a run's folder. Other options give another one."""
+    code = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    return os.path.join(folder, "evaluations", f"{stage}-{code}")
+
+
+def is_evaluated(output: str) -> bool:
+    """Whether ``sekd evaluate`` ended well: it writes this file last."""
+    return os.path.isfile(os.path.join(output, "comparison.md"))
+
+
+def load_evaluation(folder: str, model: str, stage: str, options: dict[str, Any]) -> dict[str, TaskResult]:
+    """The results of a model; none if it was not evaluated."""
+    output = name_output(folder, stage, options)
+    return load_results(name_folder(output, model)) if is_evaluated(output) else {}

@@ -1,0 +1,210 @@
+"""Whole sweeps on tiny models: killed, stopped, failing and through Ray, they end as an undisturbed one."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from evaluation_helpers import make_rows
+from helpers import make_pairs, make_tokenizer, save_pair
+
+from sekd.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # dozens of processes
+
+RECIPE = {
+    **{"max_steps": 48, "save_steps": 4, "logging_steps": 4, "per_device_train_batch_size": 4, "bf16": False},
+    **{"teacher_dtype": "float32", "report_to": "none", "learning_rate": 1e-3, "max_length": 32},
+    **{"eval_strategy": "steps", "eval_steps": 48, "max_eval_samples": 8, "max_prompt_length": 16},
+    **{"dataset_train_split": "train[8:]", "dataset_test_split": "train[:8]"},
+}
+METHODS = {"Full KD": {"position_policy": "all"}, "SE-KD": {}, "RandomPos": {"position_policy": "random"}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a pair, data, a recipe, and rows of a benchmark."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_pair(folder, make_tokenizer())
+    make_pairs().to_json(folder / "pairs.jsonl")
+    names = {"model_name_or_path": "student", "teacher_model_name_or_path": "teacher", "dataset_name": "pairs.jsonl"}
+    keys = RECIPE | {key: str(folder / name) for key, name in names.items()}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    (folder / "arc_easy").mkdir()
+    for seed, split in enumerate(("test", "validation")):
+        rows = make_rows("arc_easy", 12, seed)
+        (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def write(inputs):
+    """A function that writes a sweep file into a new folder, which gets the sweep too."""
+
+    def write(folder, **changes):
+        content = {"recipe": str(inputs / "recipe.yaml"), "output_dir": str(folder / "sweep"), "seeds": [1, 2]}
+        content |= {"methods": METHODS, "baseline": "Full KD", **changes}
+        path = folder / "file.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+PROOF = {"grid": {"learning_rate": [1e-3, 1e-2]}, "keys": {"metric_for_best_model": "forward_kl"}}
+
+
+def start(path, *flags):
+    """``sekd sweep`` in a process group of its own, its output in a file beside the sweep file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sekd.cli", "sweep", path, "--jobs", "2", *flags]
+    with open(Path(path).parent / "printed.txt", "ab") as printed:
+        return subprocess.Popen(
+            command, stdout=printed, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def finish(path, *flags):
+    process = start(path, *flags)
+    assert process.wait(1500) == 0, (Path(path).parent / "printed.txt").read_text()[-3000:]
+
+
+def read_results(folder):
+    """The weights of every run, and the table without its costs."""
+    weights = {path.parent.name: path.read_bytes() for path in (folder / "sweep").glob("*/model.safetensors")}
+    rows = [*csv.reader((folder / "sweep" / "table.csv").open())]
+    return weights, [row for row in rows if row[2] not in ("training s", "memory GB")]
+
+
+def list_processes(folder):
+    """The processes whose command names a folder."""
+    names = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes()
+        except OSError:
+            continue
+        if str(folder / "sweep").encode() in text:
+            names.append(path.parent.name)
+    return names
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def count_checkpoints(folder):
+    return len([*(folder / "sweep").glob("*/checkpoint-*")])
+
+
+@pytest.fixture(scope="module")
+def whole(write, tmp_path_factory):
+    """What an undisturbed sweep gives: 3 methods x 2 learning rates x 2 seeds."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(write(folder, **PROOF))
+    weights, rows = read_results(folder)
+    assert len(weights) == 12
+    assert len({*weights.values()}) == 12
+    assert {row[0] for row in rows[1:]} == {*METHODS}
+    return weights, rows
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_sweep_that_is_killed_twice_equals_one_that_ran_through(write, whole, tmp_path, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    path = write(tmp_path, **PROOF)
+    for at, kill in ((5, os.kill), (63, os.killpg)):
+        process = start(path, "--engine", engine)
+        wait_for(lambda at=at, process=process: count_checkpoints(tmp_path) >= at or process.poll() is not None)
+        kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        wait_for(lambda: not list_processes(tmp_path), 30)  # no orphan writes on
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")}
+    assert 0 < len(before) < 12
+    finish(path, "--engine", engine)
+    states = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/sweep.json")]
+    assert any(state["resumed"] for state in states), "no run was killed in its training"
+    assert read_results(tmp_path) == whole
+
+
+def test_a_sweep_evaluates_chooses_and_compares(write, inputs, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    evaluation = {"data_dir": [str(inputs)], "backend": "hf", "dtype": "float32"}
+    path = write(
+        tmp_path,
+        methods={"Full KD": {"position_policy": "all", "grid": {"learning_rate": [1e-3, 3e-2]}}, "SE-KD": None},
+        seeds=[1],
+        validation={"tasks": "arc_easy@validation", **evaluation},
+        test={"tasks": ["arc_easy"], **evaluation},
+        references={"The teacher": str(inputs / "teacher")},
+    )
+    finish(path)
+    folder = tmp_path / "sweep"
+    tested = {p.parent.parent.name for p in folder.glob("*/evaluations/test-*")}
+    assert len(tested) == 2, "the other point was not tested"
+    scores = {}
+    for file in folder.glob("*/evaluations/validation-*/*/results.json"):
+        (result,) = json.loads(file.read_text())["results"].values()
+        scores[file.parts[-5]] = result["scores"]["acc"]["value"]
+    assert scores.keys() == {f"Full_KD-learning_rate_{rate}-seed_1" for rate in ("0.001", "0.03")}
+    (chosen,) = [name for name in tested if name.startswith("Full")]
+    assert scores[chosen] == max(scores.values())
+    table = (folder / "table.md").read_text().splitlines()
+    assert table[0].startswith(
+        "| method | point | seeds | arc_easy acc % | arc_easy ece % ↓ | training s | memory GB |"
+    )
+    assert [line.split("|")[1].strip() for line in table[2:5]] == ["The teacher", "Full KD", "SE-KD"]
+    assert "(" in table[4]
+
+    logs = {p: p.stat().st_size for p in folder.rglob("*.log")}
+    assert main(["sweep", path]) == 0
+    assert {p: p.stat().st_size for p in folder.rglob("*.log")} == logs, "something ran again"
+    (folder / "table.csv").unlink()
+    assert main(["sweep", path, "--only-table"]) == 0
+    assert (folder / "table.csv").exists()
+    assert main(["sweep", path, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("finished ") == 3
+
+
+def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):
+    path = write(tmp_path, methods={"A": {}, "Lost": {"dataset_name": str(tmp_path / "late.jsonl")}}, seeds=[1])
+    content = yaml.safe_load(Path(path).read_text())
+    Path(path).write_text(yaml.safe_dump(content | {"baseline": "A"}, sort_keys=False))
+    assert start(path).wait(300) == 1
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "failed: Lost, seed 1: exit status 2: sekd: " in printed
+    assert "late.jsonl" in printed
+    assert f"({tmp_path / 'sweep' / 'Lost-seed_1' / 'train.log'})" in printed
+    assert "| A |" in (tmp_path / "sweep" / "table.md").read_text()
+    assert "1 of 2 runs are not finished" in printed
+    make_pairs().to_json(tmp_path / "late.jsonl")
+    finish(path)
+    assert "| Lost |" in (tmp_path / "sweep" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_stops_the_runs_and_says_what_is_left(write, tmp_path, number, status):
+    path = write(tmp_path, seeds=[1], keys={"max_steps": 100000, "save_steps": 1000, "eval_steps": 100000})
+    process = start(path)
+    wait_for(lambda: len([*(tmp_path / "sweep").glob("*/metrics.jsonl")]) == 2)
+    refused = subprocess.run(
+        [sys.executable, "-m", "sekd.cli", "sweep", path], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "another sweep is writing into output_dir" in refused.stderr
+    process.send_signal(number)
+    assert process.wait(120) == status
+    assert not list_processes(tmp_path)
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "sekd: stopped in training: 0 of 3 are done, 3 are left; the same command resumes" in printed
+    assert count_checkpoints(tmp_path) >= 2, "SIGTERM lets a run save a checkpoint"
