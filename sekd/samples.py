@@ -75,10 +75,16 @@ def take_pool(dataset: Dataset | IterableDataset, size: int) -> Dataset:
 def prepare_samples(
     rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
 ) -> Dataset | IterableDataset:
-    """Turn rows into samples: tokenize, pack or cut them, and take the first ``sample_pool`` if it is set."""
+    """Turn rows into samples: tokenize, pack or cut them, and take the first ``sample_pool`` if it is set.
+
+    Without ``sample_pool`` a stream begins again at its end. So a run has one epoch, and a resumed run skips exactly
+    what it has read: the Trainer counts no later epoch of data without a length.
+    """
     dataset = prepare(rows, tokenizer, args)
     is_packed(dataset)  # raises ValueError for a stream without samples
-    return dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
+    if args.sample_pool is not None:
+        return take_pool(dataset, args.sample_pool)
+    return dataset.repeat(None) if isinstance(dataset, IterableDataset) else dataset
 
 
 def samples_path(args: SEKDConfig) -> str:

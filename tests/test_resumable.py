@@ -238,3 +238,25 @@ def test_fields_that_transformers_reads_late_are_named(tmp_path, tokenizer, pair
     evaluation = dict(eval_dataset=pairs.select(range(4)))
     with pytest.raises(RunRefused, match=message):
         make_trainer(tmp_path, tokenizer, pairs, trainer_options=evaluation, **options).train()
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_a_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, pairs, batch):
+    """The Trainer counts the epochs of data without a length as one, and would begin the stream again."""
+    few = pairs.select(range(10)).to_iterable_dataset()
+    options = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=2)
+    assert OPTIONS["max_steps"] * batch * 2 > 50, "more than five epochs"
+    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
+    make(tmp_path / "cut", tokenizer, few, 5, stop, **options).train()
+    resumed = make(tmp_path / "cut", tokenizer, few, **options)
+    resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+
+
+def test_a_stream_begins_again_at_its_end(tmp_path, tokenizer, pairs):
+    few = pairs.select(range(5)).to_iterable_dataset()
+    trainer = make(tmp_path, tokenizer, few, per_device_train_batch_size=4)
+    trainer.train()
+    assert trainer.state.global_step == OPTIONS["max_steps"]
+    ids = [sample["sample_id"] for _, sample in zip(range(12), trainer.train_dataset, strict=False)]
+    assert ids == [0, 1, 2, 3, 4] * 2 + [0, 1]
