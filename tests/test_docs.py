@@ -147,7 +147,7 @@ COMMANDS = re.compile(r"sekd (train|samples|cache build) (\w+|recipes/\w+\.yaml)
 def test_recipe_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, recipe, rest = COMMANDS.match(command).groups()
-    words = [word.strip("'") for word in (rest or "").replace("--output", "--teacher_cache").split()]
+    words = [word.strip("'") for word in (rest or "").replace("--output ", "--teacher_cache ").split()]
     parse_recipe(recipe, words)
 
 
