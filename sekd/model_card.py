@@ -224,7 +224,7 @@ def _list(values: Any) -> list[str]:
 def _find_license(student: str) -> dict[str, str]:
     """The license in the card of a local student; the hub is not asked, so that the card needs no network."""
     path = os.path.join(student, CARD)
-    if not os.path.isfile(path):
+    if not student or not os.path.isfile(path):
         return {}
     try:
         known = metadata_load(path) or {}

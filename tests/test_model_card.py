@@ -151,6 +151,13 @@ def test_hub_ids_are_links_and_front_matter(tmp_path, monkeypatch):
     assert "teacher" not in ModelCard(card).data.to_dict()
 
 
+def test_a_student_without_a_name_has_no_license(tmp_path, monkeypatch):
+    """Not that of the README in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: gpl\n---\n")
+    assert "license" not in ModelCard(write()).data.to_dict()
+
+
 @pytest.mark.parametrize("name", [NASTY, f"/home/me/secret/{NASTY}", "x/../../y\n---\n# z", "`", "|", " ", "\\|"])
 def test_no_name_breaks_a_card(name):
     keys = dict(dataset_name=name, dataset_config=NASTY, dataset_train_split=NASTY)
