@@ -286,8 +286,9 @@ def _list_run(source: CardSource, state: TrainerState) -> list[tuple[str, str]]:
     args, keys = source.args, source.keys
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * source.processes
     seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
-    device, teacher_dtype = args.device, args.teacher_dtype
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
+    bits = 4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None
+    teacher_precision = f"{bits}-bit" if bits else _code(args.teacher_dtype) if args.teacher_dtype else None
     rows = {
         "optimizer steps": f"{state.global_step:,}",
         "weights of step": _find_best_step(args, state),
@@ -297,9 +298,9 @@ def _list_run(source: CardSource, state: TrainerState) -> list[tuple[str, str]]:
         "learning rate": f"{args.learning_rate:g}, {_code(getattr(args.lr_scheduler_type, 'value', 'linear'))}",
         "optimizer": _code(getattr(args.optim, "value", args.optim)),
         "LoRA": f"rank {keys.get('lora_r')}, alpha {keys.get('lora_alpha')}" if keys.get("use_peft") else None,
-        "precision": precision + (f", teacher {_code(teacher_dtype)}" if teacher_dtype else ""),
+        "precision": precision + (f", teacher {teacher_precision}" if teacher_precision else ""),
         "seed": str(args.seed),
-        "hardware": f"{source.processes} x {_name_device(device)}",
+        "hardware": f"{source.processes} x {_name_device(args.device)}",
         "wall time": f"{seconds[-1]:,.0f} s since the run began or last resumed" if seconds else None,
     }
     return [(name, value) for name, value in rows.items() if value is not None]

@@ -158,6 +158,13 @@ def test_a_student_without_a_name_has_no_license(tmp_path, monkeypatch):
     assert "license" not in ModelCard(write()).data.to_dict()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_teacher_is_named_by_its_bits(bits):
+    pytest.importorskip("bitsandbytes")
+    args = config(bf16=False, teacher_dtype="bfloat16", **{f"teacher_load_in_{bits}bit": True})
+    assert read_table(write(args), "## Training")["precision"] == [f"float32, teacher {bits}-bit"]
+
+
 @pytest.mark.parametrize("name", [NASTY, f"/home/me/secret/{NASTY}", "x/../../y\n---\n# z", "`", "|", " ", "\\|"])
 def test_no_name_breaks_a_card(name):
     keys = dict(dataset_name=name, dataset_config=NASTY, dataset_train_split=NASTY)
