@@ -81,7 +81,7 @@ class Method:
 
     def get_scoring(self, step: int) -> Scoring | None:
         """The scores that the policy reads at a step, or None."""
-        # Without scores a sampled softmax gives no entropy, and the mean of a log needs that of all its steps.
+        # A log needs the entropy of each of its steps. With a sampled softmax, only the scores give it.
         is_uniform = self.uniform_if_all and not self.sampled_softmax and self.policy.fraction.value(step) == 1
         return None if is_uniform else self.scoring
 

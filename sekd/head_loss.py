@@ -33,9 +33,9 @@ def loss_in_chunks(
     empty chunk still runs: every parameter must be in the graph, because DDP waits for all of them.
     """
     device = hidden.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    if half or not torch.is_grad_enabled():
-        # In float16 small gradients would vanish. The factor of the loss that prevents it is known after the loss.
+    is_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if is_float16 or not torch.is_grad_enabled():
+        # In float16 small gradients vanish unless the loss is scaled, and the scale is not known yet.
         chunks = in_chunks(lambda h, *p: _as_columns(function(head(h), *p)), [hidden, *parts], chunk_rows)
         return chunks[0].sum(), *(column.detach() for column in chunks[1:])
     if device == "cpu":
@@ -60,7 +60,7 @@ def _as_columns(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class _LinearGradients:
-    """Of a linear layer: the gradient of its weight adds up in place."""
+    """Gradients of a linear layer: the gradient of its weight adds up in one tensor."""
 
     def __init__(self, linear: LinearWeights, head: Head, hidden: Float[Tensor, "N D"]) -> None:
         self.linear, self.vocab = linear, head.vocab
@@ -98,7 +98,7 @@ class _LinearGradients:
 
 
 class _ModuleGradients:
-    """Of any module: autograd's own gradients of its weights, added up."""
+    """Gradients of any other module: autograd's, added up over the chunks."""
 
     def __init__(self, head: Head, hidden: Float[Tensor, "N D"]) -> None:
         self.head = head

@@ -57,8 +57,9 @@ class HubTrainer(Trainer):
         Raises:
             ValueError: the hub refuses, or cannot be reached.
         """
+        name = self.args.hub_model_id or os.path.basename(os.path.abspath(str(self.args.output_dir)))
         try:
-            with _reaching_hub(f"the repository {self.args.hub_model_id or _base_name(self.args)!r} cannot be created"):
+            with _reaching_hub(f"the repository {name!r} cannot be created"):
                 super().init_hf_repo(token)
         except OSError as error:
             raise ValueError(f"push_to_hub: {error}") from error
@@ -130,7 +131,8 @@ class HubTrainer(Trainer):
         }
         api = HfApi()  # its jobs run one after the other
         jobs = [api.upload_folder(**common, allow_patterns=STUDENT, delete_patterns=STUDENT)]
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: _name(checkpoint_folder)}
+        own_name = os.path.basename(checkpoint_folder)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: own_name}
         if strategy in places:
             jobs.append(api.upload_folder(**common, path_in_repo=places[strategy], delete_patterns="*"))
         self.push_in_progress = PushInProgress(jobs)
@@ -144,14 +146,6 @@ class HubTrainer(Trainer):
         for error in filter(None, (job.exception() for job in push.jobs)):
             logger.warning(f"a checkpoint was not uploaded to {self.hub_model_id!r}: {_squeeze(error)}")
         self.push_in_progress = None
-
-
-def _base_name(args: Any) -> str:
-    return _name(os.path.abspath(str(args.output_dir)))
-
-
-def _name(folder: str) -> str:
-    return os.path.basename(folder)
 
 
 def _squeeze(error: BaseException) -> str:

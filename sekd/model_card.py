@@ -36,8 +36,8 @@ CARD = "README.md"
 MARK = "<!-- sekd writes this file at each save. Delete this line to keep your changes. -->"
 TAGS = "sekd", "knowledge-distillation"
 ACRONYMS = re.compile(r"\b(kl|kd|ce|at|jsd)\b")
-TIMES = re.compile(r"runtime|seconds|per_second|flos|rollout_(share|wait)|^(epoch|step)$")
-"""Logged numbers that differ from one run to the next, or stand elsewhere in the card."""
+LEFT_OUT = re.compile(r"runtime|seconds|per_second|flos|rollout_(share|wait)|^(epoch|step)$")
+"""Logged numbers that are not in the tables: they differ between equal runs, or stand elsewhere in the card."""
 
 PAPER = """\
 ```bibtex
@@ -65,10 +65,10 @@ class CardSource:
 
     Attributes:
         args: the configuration of the run.
-        keys: the recipe, by key; the data has no name in it if it came from Python.
+        keys: the recipe's keys and values. ``dataset_name`` is missing if the data came from Python.
         student, teacher: a folder, a hub id, or "" for a model without a name.
         data: the samples that are trained on.
-        processes: their number.
+        processes: the number of training processes.
         is_adapter: the saved student is an adapter, and its base is not saved.
         repository: where the student is uploaded to, or None.
         more: front matter that the caller adds, such as ``license``.
@@ -92,9 +92,9 @@ class CardSource:
 
 
 def write_card(source: CardSource, state: TrainerState, folder: str, kept_in: str) -> None:
-    """Write ``README.md`` into a folder whose files then move to ``kept_in``; or nothing, if the user wrote one there.
+    """Write ``README.md`` into ``folder``, whose files then move to ``kept_in``.
 
-    PEFT writes a card too, which ours replaces.
+    A card that the user wrote in ``kept_in`` stays. PEFT's card in ``folder`` is replaced or removed.
     """
     path, kept = os.path.join(folder, CARD), os.path.join(kept_in, CARD)
     if is_users(kept):
@@ -105,7 +105,7 @@ def write_card(source: CardSource, state: TrainerState, folder: str, kept_in: st
 
 
 def is_users(path: str) -> bool:
-    """Whether there is a file that sekd did not write, or that the user took over by deleting its mark."""
+    """Whether the file exists without sekd's mark: the user wrote it, or deleted the mark to keep changes."""
     if not os.path.isfile(path):
         return False
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -203,7 +203,7 @@ def _make_front_matter(source: CardSource) -> str:
     eval_data = source.args.eval_dataset_name
     datasets = [name for name in (source.keys.get("dataset_name"), eval_data) if _is_hub_data(name)]
     more = dict(source.more)
-    tags = [*TAGS, *(["lora"] if source.is_adapter else []), *_list(more.pop("tags", None))]
+    tags = [*TAGS, *(["lora"] if source.is_adapter else []), *_as_list(more.pop("tags", None))]
     return ModelCardData(
         **{
             "base_model": source.student if _is_hub_model(source.student) else None,
@@ -217,7 +217,7 @@ def _make_front_matter(source: CardSource) -> str:
     ).to_yaml()
 
 
-def _list(values: Any) -> list[str]:
+def _as_list(values: Any) -> list[str]:
     return [values] if isinstance(values, str) else [*(values or [])]
 
 
@@ -341,7 +341,7 @@ def _describe_evaluations(args: SEKDConfig, state: TrainerState) -> list[str]:
 
 def _list_numbers(log: Mapping[str, Any]) -> list[tuple[str, float]]:
     numbers = [(name, value) for name, value in log.items() if isinstance(value, int | float)]
-    return sorted((name, value) for name, value in numbers if not TIMES.search(name))
+    return sorted((name, value) for name, value in numbers if not LEFT_OUT.search(name))
 
 
 def _show(name: str, value: float) -> str:

@@ -46,7 +46,7 @@ def list_summaries(paths: Mapping[str, str]) -> None:
 
 
 def merge_text(path: str) -> str:
-    """The text of a recipe without a base, which is its own; or its first comment and all keys, merged.
+    """The file's own text, if the recipe has no base. Otherwise its first comment, and its keys merged with the base's.
 
     Raises:
         ValueError: as :func:`sekd.parse.read_files`.
