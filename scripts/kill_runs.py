@@ -177,7 +177,7 @@ def run_forked(
 ) -> tuple[int, str, list[int]]:
     """Run sekd in forked processes: the exit status (negative for a signal), the output, and their file operations.
 
-    The fault comes at operation ``at``, where those of the second process follow the first one's. A process that fails
+    The fault comes at operation ``at``; the second process's operations are counted after the first's. A process that fails
     ends the others; its status and output count.
     """
     sys.stdout.flush()
@@ -196,7 +196,7 @@ def run_forked(
         status, rank = os.waitstatus_to_exitcode(code), children.pop(child)
         if status != 0 and decisive[0] == 0:
             decisive = status, rank
-            for other in children if status != 128 + signal.SIGTERM else ():  # it waits for the one that is gone
+            for other in children if status != 128 + signal.SIGTERM else ():  # after SIGTERM, the other stops by itself
                 os.kill(other, signal.SIGKILL)
     status, rank = decisive
     printed = (folder / f"printed_{rank}.txt").read_text(errors="replace")

@@ -30,3 +30,19 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"{error.problem}{place}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_mapping(kind: str, path: str) -> dict[Any, Any]:
+    """The keys and values of a YAML file. ``kind`` is what the file is, for errors.
+
+    Raises:
+        ValueError: the file is not YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = load_yaml(file.read())
+    except ValueError as error:
+        raise ValueError(f"{kind} {path!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind} {path!r} is not a mapping of keys to values")
+    return content

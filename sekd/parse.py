@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sekd.notation import load_yaml
+from sekd.notation import read_mapping
 
 CACHE_KEYS = {"lmbda": 0.0, "divergence": "forward_kl", "score_source": "exact", "rollouts_per_prompt": 1}
 """What a cache fixes: it holds targets of the data, for forward KL."""
@@ -100,13 +100,7 @@ def read_files(path: str) -> dict[str, dict[str, Any]]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            keys = load_yaml(file.read())
-    except ValueError as error:
-        raise ValueError(f"recipe {path!r} is not YAML: {error}") from error
-    if not isinstance(keys, dict):
-        raise ValueError(f"recipe {path!r} is not a mapping of keys to values")
+    keys = read_mapping("recipe", path)
     for key in keys:
         if not isinstance(key, str):
             raise ValueError(f"recipe {path!r}: the key {'null' if key is None else repr(key)} is not a name")

@@ -78,7 +78,7 @@ def prepare_samples(
     """Turn rows into samples: tokenize, pack or cut them, and take the first ``sample_pool`` if it is set.
 
     Without ``sample_pool`` a stream begins again at its end. So a run has one epoch, and a resumed run skips exactly
-    what it has read: the Trainer counts no later epoch of data without a length.
+    what was read. The Trainer cannot count later epochs of data without a length.
     """
     dataset = prepare(rows, tokenizer, args)
     is_packed(dataset)  # raises ValueError for a stream without samples

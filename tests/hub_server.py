@@ -1,4 +1,4 @@
-"""A small server that keeps what it is sent: the part of the hub's interface that the real client uses here."""
+"""A small server with the part of the hub's interface that the tests need. It keeps every upload."""
 
 import base64
 import hashlib

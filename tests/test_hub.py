@@ -1,4 +1,4 @@
-"""What a run uploads, through the real client of the hub, against a small server that keeps what it is sent."""
+"""What a run uploads: the hub's real client sends it to a small server."""
 
 import os
 from pathlib import Path

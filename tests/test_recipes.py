@@ -28,7 +28,7 @@ def test_every_recipe_parses_and_names_its_command(name):
     text = Path(find_recipe(name)).read_text()
     assert f"sekd train recipes/{name}.yaml" in text
     comment = [*itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
-    assert name == "demo" or any(line.startswith("# Cost: ") for line in comment), "what it costs"
+    assert name == "demo" or any(line.startswith("# Cost: ") for line in comment), "a line `# Cost: ` is missing"
     assert read_recipe(find_recipe(name))["output_dir"] == f"runs/{name}" or name == "demo"
 
 

@@ -127,12 +127,12 @@ def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokeni
 def test_twenty_steps_choose_and_learn_as_one_process_does(tmp_path, found_by_two, run):
     twenty_steps(str(tmp_path / "one"), per_device_train_batch_size=8)
     expected, folder = torch.load(tmp_path / "one.pt"), found_by_two["folder"]
-    found = torch.load(folder / f"{run}.pt")
-    first, second = found["chosen"]
+    together = torch.load(folder / f"{run}.pt")
+    first, second = together["chosen"]
     assert first.keys().isdisjoint(second)
     assert len(first) == len(second) == 20 * 4
     assert first | second == expected["chosen"][0]
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert together["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert sorted(path.name for path in (folder / run).iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     ), "one student, and nothing of the second process"

@@ -92,7 +92,7 @@ POLICIES: dict[str, Policy] = {
                 help="Optimizer steps until curriculum reaches the hardest positions.",
             )
         },
-        words="{fraction} of the positions, from those of the lowest to those of the highest {score}",
+        words="{fraction} of the positions, moving over the run from the lowest to the highest {score}",
     ),
     "pos_rs": Policy(
         pos_rs,

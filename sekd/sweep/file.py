@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sekd.notation import load_yaml
+from sekd.notation import read_mapping
 from sekd.parse import find_recipe, read_flags, read_recipe, recipe_folder
 
 KEYS = (
@@ -125,13 +125,7 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
             checked later, when the runs are parsed.
     """
     path = find_sweep(name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = load_yaml(file.read())
-    except ValueError as error:
-        raise ValueError(f"sweep {path!r} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"sweep {path!r} is not a mapping of keys to values")
+    content = read_mapping("sweep", path)
     for key in content:
         if key not in KEYS:
             nearest = difflib.get_close_matches(str(key), KEYS, n=1)
