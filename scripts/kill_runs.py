@@ -177,8 +177,8 @@ def run_forked(
 ) -> tuple[int, str, list[int]]:
     """Run sekd in forked processes: the exit status (negative for a signal), the output, and their file operations.
 
-    The fault comes at operation ``at``; the second process's operations are counted after the first's. A process that fails
-    ends the others; its status and output count.
+    The fault comes at operation ``at``; the second process's operations are counted after the first's. A process that
+    fails ends the others; its status and output count.
     """
     sys.stdout.flush()
     port, children, victim = find_port(), dict[int, int](), 0
