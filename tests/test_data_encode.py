@@ -96,7 +96,8 @@ def test_turns_that_end_with_another_token_than_eos(caplog, row, options):
     caplog.clear()
     set_eos(other, config(eos="<turn_end>"))
     sample = first([row], other, **options)
-    assert not caplog.text
+    # vLLM in an earlier test of this process leaves a process group, of which transformers warns.
+    assert not [record for record in caplog.records if record.name.startswith("sekd")]
     if not options:
         assert sample.input_ids == [123, 1, 124, 2, other.eos_token_id]
         assert sample.supervised == [0, 0, 0, 1, 1]
