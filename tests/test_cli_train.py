@@ -62,7 +62,8 @@ def test_rollouts_are_replayed_in_the_place_of_the_data(recipe, rollouts, tmp_pa
     assert main(["train", recipe, *flags, "--rollouts", rollouts]) == 0
     written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (written["lmbda"], written["divergence"], written["rollouts"]) == (0, "reverse_kl", rollouts)
-    assert main(["samples", recipe, *flags, "--rollouts", rollouts, "--sample_fraction", "0.5"]) == 0
+    as_data = ["--dataset_name", rollouts, "--sample_fraction", "0.5"]
+    assert main(["samples", recipe, *as_data]) == 0
     assert len(json.loads((tmp_path / "run" / "samples.json").read_text())["kept"]) == 4
 
 
@@ -88,7 +89,7 @@ def test_files_that_are_no_rollouts(recipe, tmp_path, capsys, monkeypatch):
         ("empty.jsonl", "empty.jsonl is empty"),
         (
             "pairs.jsonl",
-            "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: generate it with save_",
+            "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: generate it with `sekd rollouts`",
         ),
         ("", "rollouts is empty; name a path, or leave it out"),
     ):
