@@ -3,7 +3,7 @@
     python scripts/study_semi_on_policy.py [--seeds 0 1 2] [--folder runs/semi_on_policy]
 
 Each method is its `sekd` commands, in processes of their own. Its seconds count all of them from start to end: imports,
-engine, rollouts, cache and training. Prints exact match on 1,000 held-out problems, its mean and standard deviation over
+engine, rollouts, cache, training. Prints exact match on 1,000 held-out problems, its mean and standard deviation over
 the seeds.
 """
 
