@@ -3,12 +3,13 @@
     python scripts/study_semi_on_policy.py [--seeds 0 1 2] [--folder runs/semi_on_policy]
 
 Each method is its `sekd` commands, in processes of their own. Its seconds count all of them from start to end: imports,
-engine, rollouts, cache, training. Prints exact match on 1,000 held-out problems, its mean and standard deviation over
-the seeds.
+engine, rollouts, cache, training. Processor seconds of all their processes stand beside them, for machines that do other
+things meanwhile. Prints exact match on 1,000 held-out problems, its mean and standard deviation over the seeds.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -52,7 +53,7 @@ def make_pair(folder: str, seed: int) -> None:
 
 
 def run_method(name: str, folder: str, pair: str, seed: int, learning_rate: float) -> tuple[str, dict[str, float]]:
-    """Run the commands of a method: the folder of its student, and the seconds of each command."""
+    """Run the commands of a method: the folder of its student, the seconds of each command, and those of processors."""
     commands, changes = METHODS[name]
     shutil.rmtree(folder, ignore_errors=True)
     keys = {
@@ -68,7 +69,7 @@ def run_method(name: str, folder: str, pair: str, seed: int, learning_rate: floa
     if commands is SEMI:
         keys |= {"rollouts": os.path.join(folder, "rollouts.jsonl"), "teacher_cache": os.path.join(folder, "cache")}
     flags = [part for key, value in keys.items() for part in (f"--{key}", value)]
-    seconds = {}
+    seconds, before = {}, count_processor_seconds()
     for command in commands:
         started = time.monotonic()
         done = subprocess.run(
@@ -77,7 +78,13 @@ def run_method(name: str, folder: str, pair: str, seed: int, learning_rate: floa
         if done.returncode:
             raise RuntimeError(f"sekd {' '.join(command)} failed:\n{done.stderr[-3000:]}")
         seconds[command[0]] = time.monotonic() - started
-    return keys["output_dir"], seconds
+    return keys["output_dir"], {**seconds, "processor": count_processor_seconds() - before}
+
+
+def count_processor_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def describe(values: list[float]) -> str:
@@ -111,15 +118,19 @@ def main() -> None:
                 matches[name].setdefault(rate, []).append(measure(student))
                 seconds[name].append(of_commands)
                 print(f"seed {seed}, {name}, learning rate {rate:g}: {matches[name][rate][-1]:.1f} %", flush=True)
-    print("\n| method | learning rate | exact match, % | seconds | of them: rollouts, cache, training |")
-    print("|---|---|---|---|---|")
+    print(
+        "\n| method | learning rate | exact match, % | seconds | of them: rollouts, cache, training | processor seconds |"
+    )
+    print("|---|---|---|---|---|---|")
     for name, values in references.items():
-        print(f"| {name} | – | {describe(values)} | – | – |")
+        print(f"| {name} | – | {describe(values)} | – | – | – |")
     for name, by_rate in matches.items():
-        total = statistics.median(sum(run.values()) for run in seconds[name])
-        parts = [f"{statistics.median(run[part] for run in seconds[name]):.0f}" for part in seconds[name][0]]
+        medians = {part: statistics.median(run[part] for run in seconds[name]) for part in seconds[name][0]}
+        processor = medians.pop("processor")
+        parts = ", ".join(f"{value:.0f}" for value in medians.values())
         for rate, values in by_rate.items():
-            print(f"| {name} | {rate:g} | {describe(values)} | {total:.0f} | {', '.join(parts)} |")
+            total = sum(medians.values())
+            print(f"| {name} | {rate:g} | {describe(values)} | {total:.0f} | {parts} | {processor:.0f} |")
 
 
 if __name__ == "__main__":
