@@ -3,8 +3,8 @@
     python scripts/study_semi_on_policy.py [--seeds 0 1 2] [--folder runs/semi_on_policy]
 
 Each method is its `sekd` commands, in processes of their own. Its seconds count all of them from start to end: imports,
-engine, rollouts, cache, training. Processor seconds of all their processes stand beside them, for machines that do other
-things meanwhile. Prints exact match on 1,000 held-out problems, its mean and standard deviation over the seeds.
+engine, rollouts, cache, training. Processor seconds of all their processes stand beside them, for machines that also do
+other things. Prints exact match on 1,000 held-out problems, its mean and standard deviation over the seeds.
 """
 
 import argparse
@@ -118,9 +118,7 @@ def main() -> None:
                 matches[name].setdefault(rate, []).append(measure(student))
                 seconds[name].append(of_commands)
                 print(f"seed {seed}, {name}, learning rate {rate:g}: {matches[name][rate][-1]:.1f} %", flush=True)
-    print(
-        "\n| method | learning rate | exact match, % | seconds | of them: rollouts, cache, training | processor seconds |"
-    )
+    print("\n| method | learning rate | exact match, % | seconds | rollouts, cache, training | processor seconds |")
     print("|---|---|---|---|---|---|")
     for name, values in references.items():
         print(f"| {name} | – | {describe(values)} | – | – | – |")
