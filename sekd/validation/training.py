@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -109,6 +110,22 @@ def check_training(args: "SEKDConfig") -> None:
     _check_trackers(args.report_to)
     _check_output_dir(args.output_dir)
     _check_hub(args)
+
+
+def check_offloading(args: "SEKDConfig") -> None:
+    """Check that activations can leave the memory of the device that computes them."""
+    if not args.activation_offloading:
+        return
+    if args.use_cpu:
+        raise ValueError(
+            "activation_offloading true has no effect on a CPU, whose memory holds the activations already; leave it "
+            "out"
+        )
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "activation_offloading true with FSDP: the gathered weights of each layer would move with its activations; "
+            "set gradient_checkpointing: true, or use DDP"
+        )
 
 
 def _check_evaluation(args: "SEKDConfig") -> None:
