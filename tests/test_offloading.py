@@ -12,7 +12,7 @@ from sekd.data.batch import collate
 from sekd.models import causal_lm, hidden_states
 from sekd.offloading import SMALLEST, OffloadActivations, offload_activations
 from sekd.types import Batch
-from sekd.validation.training import check_offloading
+from sekd.validation.training import check_memory
 
 CHECKPOINTING = {"gradient_checkpointing": True}
 OPTIONS = {
@@ -27,7 +27,7 @@ OPTIONS = {
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
 def test_a_student_learns_the_same(tmp_path, tokenizer, pairs, monkeypatch, options, adapter):
     """On a CPU, where this is refused, the activations are copied, and the copies are used."""
-    monkeypatch.setattr(sekd.validation.inputs, "check_offloading", lambda args: None)
+    monkeypatch.setattr(sekd.validation.inputs, "check_memory", lambda args: None)
     weights = []
     for on in (False, True):
         student = add_lora(make_model("untied")) if adapter else make_model("untied")
@@ -84,7 +84,7 @@ def test_what_cannot_work_is_refused(tmp_path, tokenizer, pairs, monkeypatch):
         make_trainer(tmp_path, tokenizer, pairs, "somewhere", activation_offloading=True)
     args = config(activation_offloading=True)
     args.use_cpu = False
-    check_offloading(args)
+    check_memory(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="activation_offloading true with FSDP: the gathered weights of each layer"):
-        check_offloading(args)
+        check_memory(args)

@@ -99,8 +99,8 @@ def check_training(args: "SEKDConfig") -> None:
             "optimizer of the failed attempt; set it to false, halve per_device_train_batch_size and double "
             "gradient_accumulation_steps"
         )
-    if any(name in str(args.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
-        raise ValueError(f"optim {args.optim} needs bitsandbytes: run `pip install bitsandbytes`")
+    if _is_of_bitsandbytes(args.optim) and not is_installed("bitsandbytes"):
+        raise ValueError(f"optim {_spell(args.optim)} needs bitsandbytes: run `pip install bitsandbytes`")
     if args.use_liger_kernel and not is_installed("liger_kernel"):
         raise ValueError("use_liger_kernel true needs liger-kernel: run `pip install liger-kernel`, or leave it out")
     if isinstance(args.accelerator_config, dict):
@@ -112,8 +112,23 @@ def check_training(args: "SEKDConfig") -> None:
     _check_hub(args)
 
 
-def check_offloading(args: "SEKDConfig") -> None:
-    """Check that activations can leave the memory of the device that computes them."""
+def _spell(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _is_of_bitsandbytes(optim: Any) -> bool:
+    name = _spell(optim)
+    return "torch" not in name and any(part in name for part in ("8bit", "bnb", "paged", "lion", "ademamix"))
+
+
+def check_memory(args: "SEKDConfig") -> None:
+    """Check what saves memory: offloaded activations, and optimizers with states of 8 bits in FSDP2."""
+    in_shards = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if in_shards and _is_of_bitsandbytes(args.optim):
+        raise ValueError(
+            f"optim {_spell(args.optim)} with FSDP: bitsandbytes cannot update weights in shards; set optim: "
+            "adamw_torch_fused, whose states are shared between the processes, or use DDP"
+        )
     if not args.activation_offloading:
         return
     if args.use_cpu:
@@ -121,7 +136,7 @@ def check_offloading(args: "SEKDConfig") -> None:
             "activation_offloading true has no effect on a CPU, whose memory holds the activations already; leave it "
             "out"
         )
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if in_shards:
         raise ValueError(
             "activation_offloading true with FSDP: the gathered weights of each layer would move with its activations; "
             "set gradient_checkpointing: true, or use DDP"
