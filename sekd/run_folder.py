@@ -280,5 +280,12 @@ def _contrast(name: str, before: Any, now: Any) -> str:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = repr(_restore_numbers(value))
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _restore_numbers(value: Any) -> Any:
+    """The steps of a schedule as numbers again. JSON has only texts for keys."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if key.isdecimal() else key: _restore_numbers(number) for key, number in value.items()}

@@ -101,8 +101,11 @@ def check_training(args: "SEKDConfig") -> None:
         )
     if _is_of_bitsandbytes(args.optim) and not is_installed("bitsandbytes"):
         raise ValueError(f"optim {_spell(args.optim)} needs bitsandbytes: run `pip install bitsandbytes`")
-    if args.use_liger_kernel and not is_installed("liger_kernel"):
-        raise ValueError("use_liger_kernel true needs liger-kernel: run `pip install liger-kernel`, or leave it out")
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel true is not supported: sekd calls the student in parts, so Liger's fused loss would not "
+            "run, and its other kernels are untested in sekd; leave it out"
+        )
     if isinstance(args.accelerator_config, dict):
         _check_keys("accelerator_config", args.accelerator_config, AcceleratorConfig.__dataclass_fields__)
     if args.deepspeed and not is_installed("deepspeed"):
