@@ -257,6 +257,13 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     head_chunk_rows: int = field(
         default=256, metadata=help_("Positions that an LM head computes at once; fewer need less memory.")
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=help_(
+            "Hold the activations of the student's backbone in the CPU's memory until the backward pass: less GPU "
+            "memory, slower steps."
+        ),
+    )
 
     # Other defaults than those of TrainingArguments
     learning_rate: float = field(default=1e-5, metadata=help_("Initial learning rate."))

@@ -107,6 +107,29 @@ def test_resume_from_the_last_checkpoint(recipe, tmp_path):
     assert torch.equal(resumed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight)
 
 
+def test_the_written_recipe_holds_a_schedule_and_resumes_with_it(recipe, tmp_path, capsys):
+    steps = {0: 1.0, 4: 0.2}
+    options = ["--max_steps", "6", "--logging_steps", "1", "--save_steps", "3"]
+    assert main(["train", recipe, "--position_fraction", "{0: 1.0, 4: 0.2}", *options]) == 0
+    written = tmp_path / "run" / "recipe.yaml"
+    assert yaml.safe_load(written.read_text())["position_fraction"] == steps
+
+    def read(folder):
+        logs = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").open()]
+        return [{k: log[k] for k in ("step", "loss", "position_fraction")} for log in logs if "loss" in log]
+
+    resume = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3"), "--output_dir"]
+    assert main(["train", str(written), *resume, str(tmp_path / "resumed")]) == 0
+    assert read("resumed") == read("run")
+    assert [log["position_fraction"] for log in read("run")] == [1.0] * 4 + [0.2] * 2
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "resumed"))
+    assert torch.equal(whole.lm_head.weight, resumed.lm_head.weight)
+    capsys.readouterr()
+    other = ["--position_fraction", "{0: 1.0, 5: 0.2}", *resume, str(tmp_path / "other")]
+    assert main(["train", str(written), *other]) == 2
+    assert "differs in position_fraction {0: 1.0, 5: 0.2} (it has {0: 1.0, 4: 0.2});" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("number", "status", "message"),
     [
