@@ -253,6 +253,19 @@ def test_a_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, pai
     assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_packed_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, texts, workers):
+    few = texts.select(range(10)).to_iterable_dataset(num_shards=2)
+    options = dict(max_length=64, gradient_accumulation_steps=2, dataloader_num_workers=workers)
+    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
+    make(tmp_path / "cut", tokenizer, few, 5, stop, **options).train()
+    resumed = make(tmp_path / "cut", tokenizer, few, **options)
+    resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+    read = [sample["sample_id"] for _, sample in zip(range(5 * 4 * 2), resumed.train_dataset, strict=False)]
+    assert read.count(0) > 2, "step 5 is in the third epoch or later"
+
+
 def test_a_stream_begins_again_at_its_end(tmp_path, tokenizer, pairs):
     few = pairs.select(range(5)).to_iterable_dataset()
     trainer = make(tmp_path, tokenizer, few, per_device_train_batch_size=4)
