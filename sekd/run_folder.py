@@ -77,7 +77,7 @@ MAY_CHANGE_WITH_WARNING = {
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
     *("fp16", "tf32", "dtype", "teacher_dtype", "attn_implementation", "gradient_checkpointing"),
     *("rollout_engine", "fsdp", "fsdp_config", "deepspeed", "accelerator_config", "full_determinism"),
-    *("early_stopping_patience", "early_stopping_threshold"),
+    *("early_stopping_patience", "early_stopping_threshold", "max_tokens"),
 }
 """Fields that a resumed run may change. The change is named in a warning. All other fields must stay."""
 

@@ -4,6 +4,7 @@ A sample's score is the mean of a position score over its valid positions (TopSm
 al., 2023). Only the kept samples are loaded, so batches have their full size.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from fractions import Fraction
@@ -77,14 +78,33 @@ def prepare_samples(
 ) -> Dataset | IterableDataset:
     """Turn rows into samples: tokenize, pack or cut them, and take the first ``sample_pool`` if it is set.
 
-    Without ``sample_pool`` a stream begins again at its end. So a run has one epoch, and a resumed run skips exactly
-    what was read. The Trainer cannot count later epochs of data without a length.
+    Raises:
+        ValueError: as :func:`prepare`; a stream has no sample; or ``max_tokens`` is set, and the data is not packed.
     """
     dataset = prepare(rows, tokenizer, args)
-    is_packed(dataset)  # raises ValueError for a stream without samples
+    packed = is_packed(dataset)  # raises ValueError for a stream without samples
+    if args.max_tokens is not None and not packed:
+        raise ValueError(
+            f"max_tokens {args.max_tokens} counts sequences of max_length, and only packed plain text has them; set "
+            "max_steps instead"
+        )
     if args.sample_pool is not None:
         return take_pool(dataset, args.sample_pool)
-    return dataset.repeat(None) if isinstance(dataset, IterableDataset) else dataset
+    return order_stream(dataset, args) if isinstance(dataset, IterableDataset) else dataset
+
+
+def order_stream(dataset: IterableDataset, args: SEKDConfig) -> IterableDataset:
+    """A stream in the order of training, which begins again at its end.
+
+    So a run has one epoch, and a resumed run skips exactly what it has read: the Trainer counts no later epoch of data
+    without a length. With ``shuffle_buffer`` the samples that the run needs are shuffled, and no later ones: a seed
+    changes their order, but not which ones they are.
+    """
+    if args.shuffle_buffer:
+        needed = math.ceil(args.max_steps * args.sequences_per_step / args.rollouts_per_prompt)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        dataset = dataset.take(needed).shuffle(seed, buffer_size=args.shuffle_buffer)
+    return dataset.repeat(None)
 
 
 def samples_path(args: SEKDConfig) -> str:

@@ -170,3 +170,36 @@ def test_tokens_are_kept_for_the_next_run_but_not_for_other_code(tokenizer, pair
     assert ids() == before, "of this code they are there already"
     monkeypatch.setattr(importlib.import_module("sekd.data.prepare"), "CODE", "other code")
     assert ids() == [7, 8]
+
+
+def fingerprint(data, tokenizer, **options):
+    return prepare(data, tokenizer, config(**options))._fingerprint
+
+
+def test_tokens_are_cached_by_what_the_encoding_reads_alone(tokenizer, pairs, texts):
+    other = dict(learning_rate=0.5, seed=7, logging_steps=3, teacher_cache="folder", position_fraction=0.5)
+    for data in (pairs, texts):
+        before = fingerprint(data, tokenizer)
+        assert fingerprint(data, tokenizer, **other) == before
+        assert fingerprint(data, tokenizer, max_length=900) != before
+    assert fingerprint(pairs, tokenizer, prompt_template="Q: {prompt}") != fingerprint(pairs, tokenizer)
+    assert fingerprint(pairs, tokenizer, max_prompt_length=100) != fingerprint(pairs, tokenizer)
+
+
+def test_another_learning_rate_reads_the_tokens_of_the_first_run(tokenizer, pairs, tmp_path, monkeypatch):
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_rows(str(tmp_path / "pairs.jsonl"))
+    encode, calls = sekd.data.encode.ENCODERS["pair"], []
+    monkeypatch.setitem(sekd.data.encode.ENCODERS, "pair", lambda *row: calls.append(1) or encode(*row))
+    samples = [*prepare(rows, tokenizer, config())]
+    assert len(calls) == len(pairs)
+    assert [*prepare(rows, tokenizer, config(learning_rate=0.5, max_length=900))] == samples
+    assert len(calls) == len(pairs), "max_length is applied to the tokens"
+
+
+def test_tokens_of_several_processes_are_the_same(tokenizer, pairs, tmp_path, monkeypatch):
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    one = [*prepare(pairs, tokenizer, config())]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert [*prepare(load_rows(str(tmp_path / "pairs.jsonl")), tokenizer, config(dataset_num_proc=2))] == one

@@ -273,3 +273,13 @@ def test_a_stream_begins_again_at_its_end(tmp_path, tokenizer, pairs):
     assert trainer.state.global_step == OPTIONS["max_steps"]
     ids = [sample["sample_id"] for _, sample in zip(range(12), trainer.train_dataset, strict=False)]
     assert ids == [0, 1, 2, 3, 4] * 2 + [0, 1]
+
+
+def test_a_shuffled_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, pairs):
+    few = pairs.select(range(10)).to_iterable_dataset()
+    options = dict(gradient_accumulation_steps=2, shuffle_buffer=6)
+    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
+    make(tmp_path / "cut", tokenizer, few, 3, stop, **options).train()
+    resumed = make(tmp_path / "cut", tokenizer, few, **options)
+    resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")

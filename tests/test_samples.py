@@ -1,5 +1,6 @@
 """A real subset, of exactly the size asked for, chosen by the frozen models, kept in a file that knows its origin."""
 
+import itertools
 import json
 import math
 from fractions import Fraction
@@ -15,7 +16,7 @@ from oracles import score_oracle
 from sekd import SEKDConfig
 from sekd.data.prepare import prepare
 from sekd.fingerprints import data_fingerprint
-from sekd.samples import choose_samples, score_samples, select_samples, take_pool
+from sekd.samples import choose_samples, prepare_samples, score_samples, select_samples, take_pool
 from sekd.scores import SCORES
 
 
@@ -280,3 +281,42 @@ def test_a_prompt_alone_is_scored_as_the_student_sees_it(tokenizer, pairs):
         args = config(lmbda=1.0, sample_score="kl", teacher_prompt_prefix=prefix)
         found.append(score_samples(prepare(data, tokenizer, args), make_model("untied"), make_model("untied", 1), args))
     assert torch.equal(*found)
+
+
+def read_ids(rows, tokenizer, count, **options):
+    samples = prepare_samples(rows, tokenizer, config(per_device_train_batch_size=4, max_steps=3, **options))
+    return [sample["sample_id"] for sample in itertools.islice(samples, count)]
+
+
+def test_a_seed_changes_the_order_of_a_stream_but_not_its_samples(tokenizer, pairs):
+    stream = pairs.to_iterable_dataset()
+    orders = [read_ids(stream, tokenizer, 12, shuffle_buffer=8, seed=seed) for seed in (1, 2)]
+    assert orders[0] != orders[1] != [*range(12)]
+    assert sorted(orders[0]) == sorted(orders[1]) == [*range(12)], "3 steps of 4 of the 64 samples"
+    chosen = [read_ids(stream, tokenizer, 12, shuffle_buffer=8, seed=seed, data_seed=5) for seed in (1, 2)]
+    assert chosen[0] == chosen[1] != orders[0]
+    assert read_ids(stream, tokenizer, 12, seed=3) == [*range(12)], "the order of the data"
+
+
+def test_several_rollouts_of_a_prompt_need_fewer_samples(tokenizer, pairs):
+    options = dict(lmbda=1.0, rollouts_per_prompt=4, shuffle_buffer=8)
+    assert sorted(read_ids(pairs.to_iterable_dataset(), tokenizer, 3, **options)) == [0, 1, 2]
+
+
+def test_max_tokens_is_for_packed_text(tokenizer, pairs, texts):
+    prepare_samples(texts, tokenizer, config(max_tokens=100))
+    for rows, options in ((pairs, {}), (texts, dict(packing=False))):
+        with pytest.raises(ValueError, match="max_tokens 100 counts sequences of max_length, and only packed plain"):
+            prepare_samples(rows, tokenizer, config(max_tokens=100, **options))
+
+
+@pytest.mark.parametrize("options", [dict(sample_pool=8), dict(shuffle_buffer=0, dataset_num_proc=2)])
+def test_keys_that_have_no_effect_on_these_data_are_refused(tmp_path, tokenizer, pairs, options):
+    name = "shuffle_buffer 4 is for" if "sample_pool" in options else "dataset_num_proc 2 is for data in memory"
+    with pytest.raises(ValueError, match=name):
+        make_trainer(tmp_path, tokenizer, pairs.to_iterable_dataset(), **{"shuffle_buffer": 4} | options)
+
+
+def test_a_buffer_shuffles_no_data_in_memory(tmp_path, tokenizer, pairs):
+    with pytest.raises(ValueError, match="shuffle_buffer 4 is for streams that are read sample by sample"):
+        make_trainer(tmp_path, tokenizer, pairs, shuffle_buffer=4)

@@ -23,7 +23,8 @@ AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("max_eval_samples", "dataloader_prefetch_factor", "ddp_timeout"), 1),
     **dict.fromkeys(("eval_limit", "early_stopping_patience"), 1),
-    "early_stopping_threshold": 0,
+    **dict.fromkeys(("dataset_num_proc", "max_tokens"), 1),
+    **dict.fromkeys(("early_stopping_threshold", "shuffle_buffer"), 0),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), 0),
     **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed"), 0),
 }
@@ -58,6 +59,21 @@ def choose_better_direction(args: "SEKDConfig") -> bool | None:
             "want, or name another metric"
         )
     return kind is None or bool(kind.higher_is_better)
+
+
+def count_steps(args: "SEKDConfig") -> int:
+    """The optimizer steps that read at least ``max_tokens`` tokens, with full sequences of ``max_length``.
+
+    Raises:
+        ValueError: ``max_steps`` says otherwise.
+    """
+    steps = -(-args.max_tokens // (args.max_length * args.sequences_per_step))
+    if args.max_steps not in (-1, steps):  # recipe.yaml of a run has both
+        raise ValueError(
+            f"max_steps {args.max_steps} and max_tokens {args.max_tokens}, which means {steps} steps of "
+            f"{args.sequences_per_step} x {args.max_length} tokens: leave one of them out (on the command line: null)"
+        )
+    return steps
 
 
 def check_training(args: "SEKDConfig") -> None:
