@@ -333,7 +333,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         # The loader gives samples and not tensors, so each process must read its own share of a stream.
         self.accelerator_config.dispatch_batches = False
         if self.max_tokens is not None:
-            self.max_steps = count_steps(self)
+            self.max_steps = count_steps(self, self.max_tokens)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens of accounts, since ``training_args.bin`` is in checkpoints, which may go to the hub."""

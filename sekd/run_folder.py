@@ -199,6 +199,9 @@ def describe_run(
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
     if make_schedule("lmbda", keys.get("lmbda", 0)).highest > 0:
         keys = {**keys, "number of processes": processes}  # each keeps the rollouts of its own prompts
+    if isinstance(data, IterableDataset) and data.num_shards > 1:  # its files are dealt out to processes and workers
+        workers = max(1, keys["dataloader_num_workers"])
+        keys = {**keys, "number of processes": processes, "number of loader workers": workers}
     step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
     hashes = [_hash(shapes), _hash([json.dumps(teacher)]), hash_data(data)]
     facts = {"sequences a step": step, **dict(zip(HASHES, hashes, strict=True))}

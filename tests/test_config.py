@@ -64,6 +64,11 @@ def test_max_tokens_becomes_steps():
     assert config(max_tokens=512 * 16 * 3, max_steps=3, **sizes).max_steps == 3, "as recipe.yaml of a run has them"
     with pytest.raises(ValueError, match="max_steps 2 and max_tokens 100, which means 1 steps of 16 x 512 tokens"):
         config(max_tokens=100, max_steps=2, **sizes)
+    for options in (dict(packing=False), dict(lmbda=0.5), dict(text_prompt_length=4)):
+        with pytest.raises(
+            ValueError, match="max_tokens 100 counts sequences of max_length tokens, and only plain text"
+        ):
+            config(max_tokens=100, **sizes, **options)
 
 
 def test_every_field_has_help():

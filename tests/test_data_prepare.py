@@ -2,10 +2,13 @@
 
 import copy
 import importlib
+import itertools
 
 import pytest
 from datasets import Dataset, IterableDataset
-from helpers import EOS, config, make_trainer, rollout_row
+from helpers import EOS, config, make_tokenizer, make_trainer, rollout_row
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import sekd.data.encode
@@ -194,12 +197,39 @@ def test_another_learning_rate_reads_the_tokens_of_the_first_run(tokenizer, pair
     monkeypatch.setitem(sekd.data.encode.ENCODERS, "pair", lambda *row: calls.append(1) or encode(*row))
     samples = [*prepare(rows, tokenizer, config())]
     assert len(calls) == len(pairs)
-    assert [*prepare(rows, tokenizer, config(learning_rate=0.5, max_length=900))] == samples
+    assert [*prepare(rows, make_tokenizer(), config(learning_rate=0.5, max_length=900))] == samples
     assert len(calls) == len(pairs), "max_length is applied to the tokens"
+
+
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_a_cache_on_disk_gives_no_tokens_of_other_options(tokenizer, request, kind, tmp_path, monkeypatch):
+    data = request.getfixturevalue(kind)
+    data.to_json(tmp_path / "data.jsonl")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_rows(str(tmp_path / "data.jsonl"))
+    other = make_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = Whitespace()  # <eos> becomes three tokens
+    other.backend_tokenizer.normalizer = Replace("w1", "w2")
+    runs = [
+        (tokenizer, {}),
+        (tokenizer, dict(max_length=12, max_prompt_length=10, overlong_prompts="drop")),
+        (tokenizer, dict(prompt_template="w7 {prompt}", packing=False)),
+        (other, {}),
+        (tokenizer, dict(eos="w3")),
+    ]
+    results = []
+    for own, options in runs:
+        own = copy.deepcopy(own)
+        results.append([*prepare(rows, own, config(**options))])
+        assert results[-1] == [*prepare(data, own, config(**options))], options
+    assert all(a != b for a, b in itertools.combinations(results, 2))
 
 
 def test_tokens_of_several_processes_are_the_same(tokenizer, pairs, tmp_path, monkeypatch):
     pairs.to_json(tmp_path / "pairs.jsonl")
     one = [*prepare(pairs, tokenizer, config())]
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    assert [*prepare(load_rows(str(tmp_path / "pairs.jsonl")), tokenizer, config(dataset_num_proc=2))] == one
+    rows = load_rows(str(tmp_path / "pairs.jsonl"))
+    assert [*prepare(rows, tokenizer, config(dataset_num_proc=2))] == one
+    parts = [path.name for path in (tmp_path / "cache").rglob("cache-*_of_00002.arrow")]
+    assert len(parts) == 2, "each process wrote a part"

@@ -37,20 +37,21 @@ class EncodeOptions:
     text_prompt_length: int | None
     supervise_prompt: bool
     packing: bool
-    teacher_cache: str | None  # for rollouts alone
+    teacher_cache: str | None
+    """Of rollouts alone; other rows do not read it."""
     longest_document: int | None
     """The tokens of a document with a prompt that are kept; None keeps all."""
 
     @classmethod
     def from_config(cls, args: SEKDConfig, kind: str) -> "EncodeOptions":
         """The options for rows of a kind."""
-        values = {f.name: getattr(args, f.name, None) for f in fields(cls)}
-        if kind != "rollout":
-            values["teacher_cache"] = None
-        if kind == "text_prompt" and args.all_on_policy:
-            # Only sample_score reads the rest of a document, which may be as long as a book.
-            values["longest_document"] = args.max_length
-        return cls(**values)
+        # On-policy, only sample_score reads the rest of a document, which may be as long as a book.
+        keeps_all = kind != "text_prompt" or not args.all_on_policy
+        special: dict[str, Any] = {
+            "teacher_cache": args.teacher_cache if kind == "rollout" else None,
+            "longest_document": None if keeps_all else args.max_length,
+        }
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if f.name not in special}, **special)
 
 
 Encoder = Callable[[Mapping[str, Any], PreTrainedTokenizerBase, EncodeOptions], dict[str, Any]]

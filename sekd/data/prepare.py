@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sekd.config import SEKDConfig
-from sekd.data import encode
+from sekd.data import encode, packing
 from sekd.data.encode import ENCODERS, EncodeOptions, describe_turn_end, has_empty_answer, set_eos
 from sekd.data.kinds import check_kind, detect_kind
+from sekd.data.packing import pack_documents
 
 logger = logging.get_logger(__name__)
 
@@ -51,10 +52,7 @@ def prepare(
     if kind == "text_prompt":
         dataset = _drop_short_documents(dataset, args)
     if kind == "text" and args.packing:
-        from trl.data_utils import pack_dataset
-
-        progress = {"desc": "Packing"} if in_memory else {}
-        dataset = pack_dataset(dataset, args.max_length, "bfd_split", progress)
+        dataset = pack_documents(dataset, args.max_length, {"desc": "Packing"} if in_memory else {})
         description = "packed sequences that have no token to learn from"
         dataset = _filter_rows(dataset, ["seq_lengths"], _has_long_document, description)
     else:
@@ -147,7 +145,8 @@ def _apply_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Datas
 # Module-level functions, not closures: `datasets` builds its cache key from a function's name and arguments only. So
 # they take what they read, and not the whole configuration: another learning rate needs no other tokens.
 # Passing CODE (a hash of this source) makes `datasets` encode again when the code changes.
-CODE = hashlib.sha256(Path(str(encode.__file__)).read_bytes() + Path(__file__).read_bytes()).hexdigest()
+SOURCES = (encode.__file__, packing.__file__, __file__)
+CODE = hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in SOURCES)).hexdigest()
 
 
 def _encode_row(

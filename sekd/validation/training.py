@@ -61,16 +61,29 @@ def choose_better_direction(args: "SEKDConfig") -> bool | None:
     return kind is None or bool(kind.higher_is_better)
 
 
-def count_steps(args: "SEKDConfig") -> int:
-    """The optimizer steps that read at least ``max_tokens`` tokens, with full sequences of ``max_length``.
+def check_budget(args: "SEKDConfig", packed: bool) -> None:
+    """Check that ``max_tokens``, if it is set, counts tokens of sequences of ``max_length``.
+
+    Raises:
+        ValueError: the samples are not packed, so their lengths differ.
+    """
+    if args.max_tokens is not None and not packed:
+        raise ValueError(
+            f"max_tokens {args.max_tokens} counts sequences of max_length tokens, and only plain text that is packed "
+            "has them (packing: true, lmbda: 0, no text_prompt_length); set max_steps instead"
+        )
+
+
+def count_steps(args: "SEKDConfig", tokens: int) -> int:
+    """The optimizer steps that read at least this number of tokens, in full sequences of ``max_length``.
 
     Raises:
         ValueError: ``max_steps`` says otherwise.
     """
-    steps = -(-args.max_tokens // (args.max_length * args.sequences_per_step))
+    steps = -(-tokens // (args.max_length * args.sequences_per_step))
     if args.max_steps not in (-1, steps):  # recipe.yaml of a run has both
         raise ValueError(
-            f"max_steps {args.max_steps} and max_tokens {args.max_tokens}, which means {steps} steps of "
+            f"max_steps {args.max_steps} and max_tokens {tokens}, which means {steps} steps of "
             f"{args.sequences_per_step} x {args.max_length} tokens: leave one of them out (on the command line: null)"
         )
     return steps
@@ -94,6 +107,7 @@ def check_training(args: "SEKDConfig") -> None:
             raise ValueError(f"{name} {value} must be above 0")
     if args.max_steps < 1 and args.max_steps != -1:
         raise ValueError(f"max_steps {args.max_steps} trains nothing; set it to at least 1, or leave it out")
+    check_budget(args, args.packing and not args.any_on_policy and args.text_prompt_length is None)
     if args.num_train_epochs <= 0:
         raise ValueError(f"num_train_epochs {args.num_train_epochs} trains nothing; set it above 0, or leave it out")
     for name, reason in NO_EFFECT.items():
