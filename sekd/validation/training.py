@@ -84,7 +84,7 @@ def count_steps(args: "SEKDConfig", tokens: int) -> int:
     if args.max_steps not in (-1, steps):  # recipe.yaml of a run has both
         raise ValueError(
             f"max_steps {args.max_steps} and max_tokens {tokens}, which means {steps} steps of "
-            f"{args.sequences_per_step} x {args.max_length} tokens: leave one of them out (on the command line: null)"
+            f"{args.sequences_per_step} x {args.max_length} tokens: leave one of them out"
         )
     return steps
 
