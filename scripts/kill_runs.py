@@ -105,6 +105,7 @@ MODES: dict[str, dict] = {
     "packed text": TEXT,
     "stream": {**TEXT, "dataset_streaming": True},
     "stream, later epochs": {**TEXT, "dataset_streaming": True, "max_length": 200, "gradient_accumulation_steps": 3},
+    "stream, shuffled": {**TEXT, "dataset_streaming": True, "max_length": 200, "shuffle_buffer": 16},
     "LoRA": {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]},
     "samples": {"sample_fraction": 0.5},
     "cache": {"teacher_cache": "cache", "class_samples": 16},

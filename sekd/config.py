@@ -17,7 +17,7 @@ from sekd.scores import Scoring, make_scoring
 from sekd.selection_config import SelectionConfig, help_
 from sekd.validation import check_config
 from sekd.validation.selection import check_names
-from sekd.validation.training import choose_better_direction
+from sekd.validation.training import choose_better_direction, count_steps
 from sekd.validation.values import check_types
 
 logger = logging.get_logger(__name__)
@@ -133,6 +133,23 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     overlong_prompts: str = field(
         default="error",
         metadata=help_("Prompts over max_prompt_length: error stops the run; drop leaves them out and logs how many."),
+    )
+
+    dataset_num_proc: int | None = field(
+        default=None, metadata=help_("Processes that tokenize data in memory; one by default.")
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata=help_(
+            "Shuffle a stream in a buffer of N samples, seeded by data_seed (or seed). 0 keeps the order of the data."
+        ),
+    )
+    max_tokens: int | None = field(
+        default=None,
+        metadata=help_(
+            "Train on N tokens of packed text: max_steps = ceil(N / (max_length x sequences of a step)). Replaces "
+            "max_steps."
+        ),
     )
 
     rollouts: str | None = field(
@@ -315,6 +332,8 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         super().__post_init__()
         # The loader gives samples and not tensors, so each process must read its own share of a stream.
         self.accelerator_config.dispatch_batches = False
+        if self.max_tokens is not None:
+            self.max_steps = count_steps(self, self.max_tokens)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens of accounts, since ``training_args.bin`` is in checkpoints, which may go to the hub."""
@@ -327,6 +346,11 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
                 f"sample_fraction {self.sample_fraction} needs the number of samples, and a stream has no length; set "
                 "sample_pool to the number of first samples to choose from, or dataset_streaming: false"
             )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """The sequences of an optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def teacher_context(self) -> list[str]:

@@ -35,6 +35,10 @@ ROLLOUTS = Purpose(
 """A file of rollouts: completions by the student of the data's prompts."""
 
 
+SAME_CHOICE = {"max_steps": "max_tokens", "max_tokens": "max_steps"}
+"""Keys that replace each other: ``--max_steps 10`` beats ``max_tokens`` of the recipe."""
+
+
 def parse_recipe(recipe: str, overrides: Sequence[str] = (), purpose: Purpose | None = None) -> tuple[Any, Any, Any]:
     """Read a recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
 
@@ -54,18 +58,17 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), purpose: Purpose | 
 
     records = (ScriptArguments, SEKDConfig, ModelConfig)
     owners = {f.name: record for record in records for f in fields(record) if f.init}
-    values: dict[str, Any] = {}
     for file, keys in files.items():
         _check_known(keys, owners, "the recipe" if file == recipe else f"the recipe's base {file!r}")
-        values |= keys
+    above: dict[str, Any] = {}
     for key, texts in flags.items():
         if key not in owners and key.startswith("no_") and key[3:] in owners:
             if texts:
                 raise ValueError(f"--{key} takes no value; write --{key} alone, or --{key[3:]} {texts[0]}")
             key, texts = key[3:], ["false"]
         _check_known([key], owners, "the command line")
-        values[key] = texts if len(texts) > 1 and is_list(owners[key], key) else _join(key, texts)
-    values = {key: read_field(owners[key], key, value) for key, value in values.items()}
+        above[key] = texts if len(texts) > 1 and is_list(owners[key], key) else _join(key, texts)
+    values = {key: read_field(owners[key], key, value) for key, value in merge_keys(*files.values(), above).items()}
     if purpose is not None:
         unused = [f"{key} {values[key]}" for key, value in purpose.keys.items() if values.get(key, value) != value]
         if unused and purpose.reason:
@@ -90,7 +93,18 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         ValueError: as :func:`read_files`.
     """
-    return {key: value for keys in read_files(path).values() for key, value in keys.items()}
+    return merge_keys(*read_files(path).values())
+
+
+def merge_keys(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of all layers, of which later ones beat earlier ones. So do the keys of :data:`SAME_CHOICE`."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, other in SAME_CHOICE.items():
+            if layer.get(key) is not None and other not in layer:
+                merged.pop(other, None)
+        merged |= layer
+    return merged
 
 
 def read_text(recipe: str, overrides: Sequence[str], key: str) -> str | None:

@@ -77,7 +77,7 @@ MAY_CHANGE_WITH_WARNING = {
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
     *("fp16", "tf32", "dtype", "teacher_dtype", "attn_implementation", "gradient_checkpointing"),
     *("rollout_engine", "fsdp", "fsdp_config", "deepspeed", "accelerator_config", "full_determinism"),
-    *("early_stopping_patience", "early_stopping_threshold"),
+    *("early_stopping_patience", "early_stopping_threshold", "max_tokens"),
 }
 """Fields that a resumed run may change. The change is named in a warning. All other fields must stay."""
 
@@ -199,6 +199,9 @@ def describe_run(
     shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in student.named_parameters()]
     if make_schedule("lmbda", keys.get("lmbda", 0)).highest > 0:
         keys = {**keys, "number of processes": processes}  # each keeps the rollouts of its own prompts
+    if isinstance(data, IterableDataset) and data.num_shards > 1:  # its files are dealt out to processes and workers
+        workers = max(1, keys["dataloader_num_workers"])
+        keys = {**keys, "number of processes": processes, "number of loader workers": workers}
     step = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
     hashes = [_hash(shapes), _hash([json.dumps(teacher)]), hash_data(data)]
     facts = {"sequences a step": step, **dict(zip(HASHES, hashes, strict=True))}

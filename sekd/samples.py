@@ -5,7 +5,7 @@ al., 2023). Only the kept samples are loaded, so batches have their full size.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -28,6 +28,7 @@ from sekd.processes import run_on_main
 from sekd.scores import RANDOM, Scoring, needs_teacher
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch, Positions
+from sekd.validation.training import check_budget
 
 FORMAT = 2
 FIELDS = {
@@ -77,14 +78,34 @@ def prepare_samples(
 ) -> Dataset | IterableDataset:
     """Turn rows into samples: tokenize, pack or cut them, and take the first ``sample_pool`` if it is set.
 
-    Without ``sample_pool`` a stream begins again at its end. So a run has one epoch, and a resumed run skips exactly
-    what was read. The Trainer cannot count later epochs of data without a length.
+    Raises:
+        ValueError: as :func:`prepare`; a stream has no sample; or ``max_tokens`` is set, and the data is not packed.
     """
     dataset = prepare(rows, tokenizer, args)
-    is_packed(dataset)  # raises ValueError for a stream without samples
-    if args.sample_pool is not None:
-        return take_pool(dataset, args.sample_pool)
-    return dataset.repeat(None) if isinstance(dataset, IterableDataset) else dataset
+    check_budget(args, is_packed(dataset))
+    return dataset if args.sample_pool is None else take_pool(dataset, args.sample_pool)
+
+
+def order_stream(stream: IterableDataset, args: SEKDConfig) -> IterableDataset:
+    """The samples of a stream in the order of training: shuffled with ``shuffle_buffer``, several times each with
+    ``rollouts_per_prompt``. At its end the stream begins again.
+
+    So a run has one epoch, and a resumed run skips exactly what was read. The Trainer cannot count later epochs of data
+    without a length. Only the samples that the run reads are shuffled, so a seed changes their order, but not which
+    samples they are.
+    """
+    times = args.rollouts_per_prompt
+    if args.shuffle_buffer:
+        in_each_process = args.max_steps * args.sequences_per_step // args.world_size
+        needed = -(-in_each_process // times) * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        stream = stream.take(needed).shuffle(seed, buffer_size=args.shuffle_buffer)
+    stream = stream.repeat(None)
+    return stream if times == 1 else stream.map(_repeat_rows, batched=True, fn_kwargs={"times": times})
+
+
+def _repeat_rows(rows: Mapping[str, list[Any]], times: int) -> dict[str, list[Any]]:
+    return {name: [value for value in values for _ in range(times)] for name, values in rows.items()}
 
 
 def samples_path(args: SEKDConfig) -> str:

@@ -11,8 +11,8 @@ from sekd.types import Batch
 def make_generators(batch: Batch, seed: int, step: int, by_targets: bool = False) -> list[torch.Generator]:
     """A generator for each sequence of a batch. It depends on the seed, the step and the sequence alone.
 
-    A sequence is named by its sample's id, and with ``by_targets`` also by a hash of its targets, since a prompt may
-    have several rollouts.
+    A sequence is named by its sample's id, and with ``by_targets`` also by a hash of its targets, since other sequences
+    of the step may have the same id: a prompt has several rollouts, or loader workers number their shares of a stream.
     """
     names = [str(i) for i in batch.sample_ids.tolist()]
     if by_targets:

@@ -33,7 +33,7 @@ from sekd.fingerprints import check_same_weights
 from sekd.metrics import add_sums, compute_means, name_divergence, sum_all
 from sekd.model_card import CardSource
 from sekd.models import check_head, check_head_columns, log_dtypes, run_inside, unwrap
-from sekd.on_policy.sampler import RepeatSampler, repeat_rows
+from sekd.on_policy.sampler import RepeatSampler
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
@@ -41,7 +41,7 @@ from sekd.policies.base import load_state, save_state
 from sekd.pretrained import STUDENT, load_tokenizer
 from sekd.resumable import InterruptedWait, ResumableTrainer
 from sekd.run_folder import describe_run, list_keys
-from sekd.samples import choose_samples, prepare_samples
+from sekd.samples import choose_samples, order_stream, prepare_samples
 from sekd.saving import save_merged
 from sekd.seeds import make_generators
 from sekd.student import check_context, check_models_outside, check_student, load_student, prepare_student
@@ -109,10 +109,8 @@ class SEKDTrainer(ResumableTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = load_tokenizer(STUDENT, name, init.get("revision"))
         source.check(processing_class)
-        train_dataset = prepare_samples(train_dataset, processing_class, args)
-        packed = is_packed(train_dataset)
-        if isinstance(train_dataset, IterableDataset) and args.rollouts_per_prompt > 1:
-            train_dataset = repeat_rows(train_dataset, args.rollouts_per_prompt)
+        samples = prepare_samples(train_dataset, processing_class, args)
+        packed = is_packed(samples)
         if eval_dataset is not None:
             eval_dataset = prepare(eval_dataset, processing_class, args)
             packed |= is_packed(eval_dataset)
@@ -126,8 +124,7 @@ class SEKDTrainer(ResumableTrainer):
         source.load(init.get("attn_implementation"))
         check_same_weights(student=model, teacher=source.model)
         if args.sample_fraction < 1:
-            choice = choose_samples(train_dataset, model, source.model, processing_class, args)
-            train_dataset = train_dataset.select(choice["kept"])
+            samples = samples.select(choose_samples(samples, model, source.model, processing_class, args)["kept"])
         model = prepare_student(model, peft_config, args, init.get("revision"), optimizers[0])
 
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would split the loss; `accelerate launch` uses more GPUs
@@ -135,7 +132,7 @@ class SEKDTrainer(ResumableTrainer):
             model,
             args,
             data_collator=_make_samples,
-            train_dataset=train_dataset,
+            train_dataset=order_stream(samples, args) if isinstance(samples, IterableDataset) else samples,
             eval_dataset=[] if eval_dataset is None and self.evaluation.has_tasks else eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -182,7 +179,7 @@ class SEKDTrainer(ResumableTrainer):
         saves_adapter = hasattr(self.model, "peft_config") and not args.merge_adapter
         student, teacher = (name or "" for name in names)
         self.card = CardSource(args, keys, student, teacher, self.train_dataset, processes, saves_adapter)
-        self.facts = describe_run(keys, processes, self.model, source.describe(), self.train_dataset)
+        self.facts = describe_run(keys, processes, self.model, source.describe(), samples)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset, times = train_dataset or self.train_dataset, self.args.rollouts_per_prompt
@@ -216,7 +213,8 @@ class SEKDTrainer(ResumableTrainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        generators = make_generators(batch, self.args.seed, step, by_targets=self.args.rollouts_per_prompt > 1)
+        repeats_ids = self.args.rollouts_per_prompt > 1 or isinstance(self.train_dataset, IterableDataset)
+        generators = make_generators(batch, self.args.seed, step, by_targets=repeats_ids)
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.method.policy.fraction.value(step), self.args.head_chunk_rows

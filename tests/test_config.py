@@ -57,6 +57,20 @@ def test_prompts_leave_room_for_completions():
     assert config(max_length=128, max_prompt_length=100).max_prompt_length == 100
 
 
+def test_max_tokens_becomes_steps():
+    sizes = dict(max_length=512, per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    assert config(max_tokens=80_000_000, **sizes).max_steps == 9766, "80 M / (512 x 16) is 9765.6"
+    assert config(max_tokens=512 * 16 * 3, **sizes).max_steps == 3
+    assert config(max_tokens=512 * 16 * 3, max_steps=3, **sizes).max_steps == 3, "as recipe.yaml of a run has them"
+    with pytest.raises(ValueError, match="max_steps 2 and max_tokens 100, which means 1 steps of 16 x 512 tokens"):
+        config(max_tokens=100, max_steps=2, **sizes)
+    for options in (dict(packing=False), dict(lmbda=0.5), dict(text_prompt_length=4)):
+        with pytest.raises(
+            ValueError, match="max_tokens 100 counts sequences of max_length tokens, and only plain text"
+        ):
+            config(max_tokens=100, **sizes, **options)
+
+
 def test_every_field_has_help():
     from dataclasses import fields
 

@@ -9,7 +9,7 @@ from helpers import EOS, config, first, make_tokenizer, messages, rollout_row
 from tokenizers.processors import TemplateProcessing
 
 from sekd.data.batch import Sample, collate
-from sekd.data.encode import _format_prefix, set_eos
+from sekd.data.encode import EncodeOptions, _format_prefix, set_eos
 from sekd.data.load import load_rows
 from sekd.data.prepare import logger, prepare
 
@@ -291,7 +291,8 @@ def test_text_prompts_show_the_teacher_columns_of_the_row(tokenizer):
     # A value is not read again.
     assert sample == Sample([8, 1, 2, EOS], [0, 0, 1, 1], 0, 2, teacher_prompt_ids=[9, 5, 121, 121, 8, 1])
     prefix = "{{{n}}} {{note}} { {note}"
-    assert _format_prefix(row, config(teacher_prompt_prefix=prefix)) == "{7} {note} { w5"
+    options = EncodeOptions.from_config(config(teacher_prompt_prefix=prefix), "pair")
+    assert _format_prefix(row, options) == "{7} {note} { w5"
     assert first([row], tokenizer, teacher_prompt_prefix="w{n} ").teacher_prompt_ids == [7, 1]
     assert first([row], tokenizer, teacher_prompt_prefix="").teacher_prompt_ids == [1]
     assert first([row], tokenizer).teacher_prompt_ids is None

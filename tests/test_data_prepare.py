@@ -2,10 +2,13 @@
 
 import copy
 import importlib
+import itertools
 
 import pytest
 from datasets import Dataset, IterableDataset
-from helpers import EOS, config, make_trainer, rollout_row
+from helpers import EOS, config, make_tokenizer, make_trainer, rollout_row
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import sekd.data.encode
@@ -170,3 +173,63 @@ def test_tokens_are_kept_for_the_next_run_but_not_for_other_code(tokenizer, pair
     assert ids() == before, "of this code they are there already"
     monkeypatch.setattr(importlib.import_module("sekd.data.prepare"), "CODE", "other code")
     assert ids() == [7, 8]
+
+
+def fingerprint(data, tokenizer, **options):
+    return prepare(data, tokenizer, config(**options))._fingerprint
+
+
+def test_tokens_are_cached_by_what_the_encoding_reads_alone(tokenizer, pairs, texts):
+    other = dict(learning_rate=0.5, seed=7, logging_steps=3, teacher_cache="folder", position_fraction=0.5)
+    for data in (pairs, texts):
+        before = fingerprint(data, tokenizer)
+        assert fingerprint(data, tokenizer, **other) == before
+        assert fingerprint(data, tokenizer, max_length=900) != before
+    assert fingerprint(pairs, tokenizer, prompt_template="Q: {prompt}") != fingerprint(pairs, tokenizer)
+    assert fingerprint(pairs, tokenizer, max_prompt_length=100) != fingerprint(pairs, tokenizer)
+
+
+def test_another_learning_rate_reads_the_tokens_of_the_first_run(tokenizer, pairs, tmp_path, monkeypatch):
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_rows(str(tmp_path / "pairs.jsonl"))
+    encode, calls = sekd.data.encode.ENCODERS["pair"], []
+    monkeypatch.setitem(sekd.data.encode.ENCODERS, "pair", lambda *row: calls.append(1) or encode(*row))
+    samples = [*prepare(rows, tokenizer, config())]
+    assert len(calls) == len(pairs)
+    assert [*prepare(rows, make_tokenizer(), config(learning_rate=0.5, max_length=900))] == samples
+    assert len(calls) == len(pairs), "max_length is applied to the tokens"
+
+
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_a_cache_on_disk_gives_no_tokens_of_other_options(tokenizer, request, kind, tmp_path, monkeypatch):
+    data = request.getfixturevalue(kind)
+    data.to_json(tmp_path / "data.jsonl")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_rows(str(tmp_path / "data.jsonl"))
+    other = make_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = Whitespace()  # <eos> becomes three tokens
+    other.backend_tokenizer.normalizer = Replace("w1", "w2")
+    runs = [
+        (tokenizer, {}),
+        (tokenizer, dict(max_length=12, max_prompt_length=10, overlong_prompts="drop")),
+        (tokenizer, dict(prompt_template="w7 {prompt}", packing=False)),
+        (other, {}),
+        (tokenizer, dict(eos="w3")),
+    ]
+    results = []
+    for own, options in runs:
+        own = copy.deepcopy(own)
+        results.append([*prepare(rows, own, config(**options))])
+        assert results[-1] == [*prepare(data, own, config(**options))], options
+    assert all(a != b for a, b in itertools.combinations(results, 2))
+
+
+def test_tokens_of_several_processes_are_the_same(tokenizer, pairs, tmp_path, monkeypatch):
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    one = [*prepare(pairs, tokenizer, config())]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_rows(str(tmp_path / "pairs.jsonl"))
+    assert [*prepare(rows, tokenizer, config(dataset_num_proc=2))] == one
+    parts = [path.name for path in (tmp_path / "cache").rglob("cache-*_of_00002.arrow")]
+    assert len(parts) == 2, "each process wrote a part"

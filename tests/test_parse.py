@@ -108,6 +108,24 @@ def test_a_null_beats_the_base_too(recipe, tmp_path):
         parse_recipe(str(tmp_path / "mine.yaml"))
 
 
+def test_steps_and_tokens_replace_each_other(tmp_path):
+    def read(path, *flags):
+        _, args, _ = parse_recipe(str(path), flags)
+        return args.max_tokens, args.max_steps
+
+    assert read("fineweb_edu_sekd") == (80_000_000, 9766)
+    assert read("fineweb_edu_sekd", "--max_steps", "7") == (None, 7)
+    assert read("fineweb_edu_sekd", "--max_tokens", "20000") == (20_000, 3)
+    (tmp_path / "mine.yaml").write_text("base: fineweb_edu_sekd\nmax_steps: 5\n")
+    assert read(tmp_path / "mine.yaml") == (None, 5)
+    (tmp_path / "run.yaml").write_text(as_recipe(*parse_recipe("fineweb_edu_sekd")))  # it has both
+    assert read(tmp_path / "run.yaml") == (80_000_000, 9766)
+    assert read(tmp_path / "run.yaml", "--max_tokens", "20000") == (20_000, 3)
+    (tmp_path / "mine.yaml").write_text("base: fineweb_edu_sekd\nmax_steps: 5\nmax_tokens: 20000\n")
+    with pytest.raises(ValueError, match="max_steps 5 and max_tokens 20000, which means 3 steps of 16 x 512 tokens"):
+        parse_recipe(str(tmp_path / "mine.yaml"))
+
+
 @pytest.mark.parametrize("base", ["demo", "demo.yaml", "recipes/demo.yaml"])
 def test_a_shipped_recipe_is_a_base(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)

@@ -253,6 +253,19 @@ def test_a_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, pai
     assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_packed_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, texts, workers):
+    few = texts.select(range(10)).to_iterable_dataset(num_shards=2)
+    options = dict(max_length=64, gradient_accumulation_steps=2, dataloader_num_workers=workers)
+    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
+    make(tmp_path / "cut", tokenizer, few, 5, stop, **options).train()
+    resumed = make(tmp_path / "cut", tokenizer, few, **options)
+    resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+    read = [sample["sample_id"] for _, sample in zip(range(5 * 4 * 2), resumed.train_dataset, strict=False)]
+    assert read.count(0) > 2, "step 5 is in the third epoch or later"
+
+
 def test_a_stream_begins_again_at_its_end(tmp_path, tokenizer, pairs):
     few = pairs.select(range(5)).to_iterable_dataset()
     trainer = make(tmp_path, tokenizer, few, per_device_train_batch_size=4)
@@ -260,3 +273,29 @@ def test_a_stream_begins_again_at_its_end(tmp_path, tokenizer, pairs):
     assert trainer.state.global_step == OPTIONS["max_steps"]
     ids = [sample["sample_id"] for _, sample in zip(range(12), trainer.train_dataset, strict=False)]
     assert ids == [0, 1, 2, 3, 4] * 2 + [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_a_shuffled_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, request, kind):
+    few = request.getfixturevalue(kind).select(range(10)).to_iterable_dataset()
+    options = dict(max_length=64, max_prompt_length=32, gradient_accumulation_steps=2, shuffle_buffer=6)
+    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
+    make(tmp_path / "cut", tokenizer, few, 3, stop, **options).train()
+    resumed = make(tmp_path / "cut", tokenizer, few, **options)
+    resumed.train(True)
+    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+    read = [sample["sample_id"] for _, sample in zip(range(3 * 4 * 2), resumed.train_dataset, strict=False)]
+    assert read.count(0) > 1, "step 3 is in the second epoch or later"
+    assert read[:6] != sorted(read[:6])
+    with pytest.raises(RunRefused, match=r"shuffle_buffer 7 \(it has 6\)"):
+        make(tmp_path / "cut", tokenizer, few, **options | dict(shuffle_buffer=7)).train(True)
+
+
+def test_other_loader_workers_would_read_a_stream_in_another_order(tmp_path, tokenizer, pairs):
+    files = pairs.to_iterable_dataset(num_shards=2)
+    make(tmp_path, tokenizer, files, 3, stop).train()
+    with pytest.raises(RunRefused, match=r"number of loader workers 2 \(it has 1\)"):
+        make(tmp_path, tokenizer, files, dataloader_num_workers=2).train(True)
+    one_file = pairs.to_iterable_dataset()
+    make(tmp_path / "one", tokenizer, one_file, 3, stop).train()
+    make(tmp_path / "one", tokenizer, one_file, dataloader_num_workers=1).train(True)

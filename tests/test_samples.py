@@ -1,5 +1,6 @@
 """A real subset, of exactly the size asked for, chosen by the frozen models, kept in a file that knows its origin."""
 
+import itertools
 import json
 import math
 from fractions import Fraction
@@ -15,7 +16,7 @@ from oracles import score_oracle
 from sekd import SEKDConfig
 from sekd.data.prepare import prepare
 from sekd.fingerprints import data_fingerprint
-from sekd.samples import choose_samples, score_samples, select_samples, take_pool
+from sekd.samples import choose_samples, order_stream, prepare_samples, score_samples, select_samples, take_pool
 from sekd.scores import SCORES
 
 
@@ -280,3 +281,66 @@ def test_a_prompt_alone_is_scored_as_the_student_sees_it(tokenizer, pairs):
         args = config(lmbda=1.0, sample_score="kl", teacher_prompt_prefix=prefix)
         found.append(score_samples(prepare(data, tokenizer, args), make_model("untied"), make_model("untied", 1), args))
     assert torch.equal(*found)
+
+
+def order(rows, tokenizer, **options):
+    args = config(**{"per_device_train_batch_size": 4, "max_steps": 3, **options})
+    return order_stream(prepare_samples(rows, tokenizer, args), args)
+
+
+def read_ids(stream, count):
+    return [sample["sample_id"] for sample in itertools.islice(stream, count)]
+
+
+def test_a_seed_changes_the_order_of_a_stream_but_not_its_samples(tokenizer, pairs):
+    stream = pairs.to_iterable_dataset()
+    orders = [read_ids(order(stream, tokenizer, shuffle_buffer=8, seed=seed), 12) for seed in (1, 2)]
+    assert orders[0] != orders[1] != [*range(12)]
+    assert sorted(orders[0]) == sorted(orders[1]) == [*range(12)], "3 steps of 4 of the 64 samples"
+    chosen = [read_ids(order(stream, tokenizer, shuffle_buffer=8, seed=seed, data_seed=5), 12) for seed in (1, 2)]
+    assert chosen[0] == chosen[1] != orders[0]
+    assert read_ids(order(stream, tokenizer, seed=3), 12) == [*range(12)], "the order of the data"
+
+
+def test_each_process_shuffles_its_own_files_of_a_stream(tokenizer, pairs):
+    """With as many files as processes, Accelerate gives each process some of the files."""
+    files = pairs.to_iterable_dataset(num_shards=2)
+    read = []
+    for seed in (1, 2):
+        stream = order(files, tokenizer, shuffle_buffer=8, seed=seed, max_steps=6)
+        parts = [[s["input_ids"] for s in itertools.islice(stream.shard(2, index), 12)] for index in (0, 1)]
+        read.append(sorted(parts[0]) + sorted(parts[1]))
+    assert read[0] == read[1]
+    rows = [row["input_ids"] for row in prepare(pairs, tokenizer, config())]
+    assert read[0] == sorted(rows[:12]) + sorted(rows[32:44])
+
+
+def test_several_rollouts_of_a_prompt_need_fewer_samples(tokenizer, pairs):
+    options = dict(lmbda=1.0, rollouts_per_prompt=4, shuffle_buffer=8)
+    ids = read_ids(order(pairs.to_iterable_dataset(), tokenizer, **options), 12)
+    assert sorted(ids) == [0] * 4 + [1] * 4 + [2] * 4
+    assert ids[::4] == ids[3::4]
+
+
+def test_max_tokens_is_for_packed_text(tokenizer, pairs, texts):
+    prepare_samples(texts, tokenizer, config(max_tokens=100))
+    with pytest.raises(ValueError, match="max_tokens 100 counts sequences of max_length tokens, and only plain text"):
+        prepare_samples(pairs, tokenizer, config(max_tokens=100))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(shuffle_buffer=4, sample_pool=8), "shuffle_buffer 4 is for streams that are read sample by sample"),
+        (dict(shuffle_buffer=4, dataloader_num_workers=2), "shuffle_buffer 4 with dataloader_num_workers 2: which"),
+        (dict(dataset_num_proc=2), "dataset_num_proc 2 is for data in memory"),
+    ],
+)
+def test_keys_that_cannot_work_with_a_stream_are_refused(tmp_path, tokenizer, pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, pairs.to_iterable_dataset(), **options)
+
+
+def test_a_buffer_shuffles_no_data_in_memory(tmp_path, tokenizer, pairs):
+    with pytest.raises(ValueError, match="shuffle_buffer 4 is for streams that are read sample by sample"):
+        make_trainer(tmp_path, tokenizer, pairs, shuffle_buffer=4)

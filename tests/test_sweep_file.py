@@ -55,6 +55,17 @@ def test_runs_are_seeds_by_methods_by_points(sweep_file):
     assert sweep.baseline == "Full KD"
 
 
+def test_steps_and_tokens_replace_each_other(sweep_file):
+    methods = {"Tokens": {"max_tokens": 9}, "Steps": {}}
+    tokens, steps, *_ = read_sweep(sweep_file(recipe="fineweb_edu_sekd", methods=methods)).runs
+    assert tokens.keys["max_tokens"] == 9
+    assert "max_steps" not in tokens.keys
+    assert steps.keys["max_steps"] == 2
+    assert "max_tokens" not in steps.keys
+    with pytest.raises(ValueError, match="--max_steps has no effect, since method 'Tokens'"):
+        read_sweep(sweep_file(recipe="fineweb_edu_sekd", methods=methods), ["--max_steps", "5"])
+
+
 def test_a_method_may_have_another_recipe(sweep_file):
     methods = {"Full KD": {}, "3X": {"recipe": "gsm8k_off_policy_sekd_3x"}}
     sweep = read_sweep(sweep_file(methods=methods))

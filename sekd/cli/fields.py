@@ -33,6 +33,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "dataset_train_split",
         "dataset_test_split",
         "dataset_streaming",
+        "shuffle_buffer",
+        "dataset_num_proc",
         "prompt_column",
         "completion_column",
         "messages_column",
@@ -89,6 +91,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "sampling": ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_strings"),
     "training": (
         "max_steps",
+        "max_tokens",
         "num_train_epochs",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

@@ -11,6 +11,7 @@ before the same completion. Then only completions are supervised, since both mod
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,42 @@ from transformers import PreTrainedTokenizerBase
 from sekd.config import SEKDConfig
 from sekd.data.kinds import ROLLOUT_COLUMNS
 
-Encoder = Callable[[Mapping[str, Any], PreTrainedTokenizerBase, SEKDConfig], dict[str, Any]]
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """The fields of SEKDConfig that the encoding reads. Tokens are cached by them, and by no other field."""
+
+    prompt_column: str
+    completion_column: str
+    messages_column: str
+    text_column: str
+    prompt_template: str
+    chat_template_kwargs: Mapping[str, Any] | None
+    system_prompt: str | None
+    teacher_system_prompt: str | None
+    teacher_prompt_prefix: str | None
+    teacher_context: list[str]
+    text_prompt_length: int | None
+    supervise_prompt: bool
+    packing: bool
+    teacher_cache: str | None
+    """Of rollouts alone; other rows do not read it."""
+    longest_document: int | None
+    """The tokens of a document with a prompt that are kept; None keeps all."""
+
+    @classmethod
+    def from_config(cls, args: SEKDConfig, kind: str) -> "EncodeOptions":
+        """The options for rows of a kind."""
+        # On-policy, only sample_score reads the rest of a document, which may be as long as a book.
+        keeps_all = kind != "text_prompt" or not args.all_on_policy
+        special: dict[str, Any] = {
+            "teacher_cache": args.teacher_cache if kind == "rollout" else None,
+            "longest_document": None if keeps_all else args.max_length,
+        }
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if f.name not in special}, **special)
+
+
+Encoder = Callable[[Mapping[str, Any], PreTrainedTokenizerBase, EncodeOptions], dict[str, Any]]
 ROLES = {"human": "user", "gpt": "assistant"}
 """The role of a chat template for each role of ShareGPT."""
 
@@ -37,7 +73,7 @@ def set_eos(tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> None:
 
 
 def describe_turn_end(
-    first: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig
+    first: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, args: EncodeOptions
 ) -> str | None:
     """A warning if the chat template ends answers with another token than EOS, so that no target is EOS; or None.
 
@@ -71,7 +107,7 @@ def describe_turn_end(
     )
 
 
-def has_empty_answer(row: Mapping[str, Any], kind: str, args: SEKDConfig) -> bool:
+def has_empty_answer(row: Mapping[str, Any], kind: str, args: EncodeOptions) -> bool:
     """Whether the completion (or the last answer of the conversation) has no text, so that only its end is learned."""
     if kind == "messages":
         turns = [m for m in _get_messages(row, args.messages_column) if m["role"] == "assistant"][-1:]
@@ -84,7 +120,7 @@ def has_empty_answer(row: Mapping[str, Any], kind: str, args: SEKDConfig) -> boo
     return not any(content.strip() if isinstance(content, str) else content for content in contents)
 
 
-def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions) -> dict[str, Any]:
     text = args.prompt_template.replace("{prompt}", _get_text(row, args.prompt_column))
     completion, teacher = [], None
     if args.completion_column in row:
@@ -96,12 +132,12 @@ def _encode_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, arg
     return _make_sample(prompt, completion, args.supervise_prompt, teacher)
 
 
-def _encode_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions) -> dict[str, Any]:
     prompt, answer = _read_chat(row, args)
     return _encode_turn(prompt, answer, row, tokenizer, args)
 
 
-def _read_chat(row: Mapping[str, Any], args: SEKDConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def _read_chat(row: Mapping[str, Any], args: EncodeOptions) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """The messages of the prompt and of the answer, if there is an answer."""
     prompt, answer = row[args.prompt_column], row.get(args.completion_column)
     if isinstance(prompt, str):
@@ -113,7 +149,7 @@ def _read_chat(row: Mapping[str, Any], args: SEKDConfig) -> tuple[list[dict[str,
     return _add_system_turn(prompt, args), answer
 
 
-def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions) -> dict[str, Any]:
     """Everything before the last answer is the prompt. Earlier answers are targets too, unless the template changes
     them when the conversation continues (Qwen3 drops their thinking): a student does not generate the changed text."""
     messages = _add_system_turn(_get_messages(row, args.messages_column), args)
@@ -131,21 +167,23 @@ def _encode_messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase,
     return sample
 
 
-def _encode_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions) -> dict[str, Any]:
     ids = [*_tokenize(_get_text(row, args.text_column), tokenizer)[0], tokenizer.eos_token_id]
     sample = {"input_ids": ids, "supervised": [1] * len(ids)}
     return sample if args.packing else {**sample, "prompt_length": 0}
 
 
-def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_text_prompt(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions
+) -> dict[str, Any]:
     """The first tokens of a document are the prompt, and the rest is the completion, which may be empty."""
     ids, added = _tokenize(_get_text(row, args.text_column), tokenizer)
     length, teacher = args.text_prompt_length, None
     prompt, completion = ids[:length], ids[length:]
     if completion:
         completion = [*completion, tokenizer.eos_token_id]
-    if args.all_on_policy:  # only sample_score reads the completion, and a document may be as long as a book
-        completion = completion[: args.max_length - len(prompt)]
+    if args.longest_document is not None:
+        completion = completion[: args.longest_document - len(prompt)]
     if args.teacher_prompt_prefix is not None:
         # Joined as tokens: the prompt may end within a word. Special tokens go, since the text begins with the prefix.
         words = [i for i, special in zip(prompt, added, strict=False) if not special]
@@ -153,7 +191,7 @@ def _encode_text_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
     return _make_sample(prompt, completion, args.supervise_prompt, teacher)
 
 
-def _encode_rollout(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig) -> dict[str, Any]:
+def _encode_rollout(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions) -> dict[str, Any]:
     """Use a rollout's tokens unchanged. Only generated tokens are supervised; a truncated completion gets no EOS."""
     prompt, completion = (_get_token_ids(row, column) for column in ROLLOUT_COLUMNS)
     for name, ids in (("prompt", prompt), ("completion", completion)):
@@ -244,7 +282,7 @@ def _get_token_ids(row: Mapping[str, Any], column: str) -> list[int]:
     return ids
 
 
-def _format_prefix(row: Mapping[str, Any], args: SEKDConfig) -> str:
+def _format_prefix(row: Mapping[str, Any], args: EncodeOptions) -> str:
     """``teacher_prompt_prefix`` with the row's values in its braces, in one pass: a value may itself contain braces."""
     prefix = str(args.teacher_prompt_prefix)
 
@@ -267,14 +305,14 @@ def _format_prefix(row: Mapping[str, Any], args: SEKDConfig) -> str:
     return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", get_value, prefix)
 
 
-def _add_system_turn(messages: list[dict[str, str]], args: SEKDConfig) -> list[dict[str, str]]:
+def _add_system_turn(messages: list[dict[str, str]], args: EncodeOptions) -> list[dict[str, str]]:
     if args.system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": args.system_prompt}, *messages]
 
 
 def _add_teacher_context(
-    messages: list[dict[str, str]], row: Mapping[str, Any], args: SEKDConfig
+    messages: list[dict[str, str]], row: Mapping[str, Any], args: EncodeOptions
 ) -> list[dict[str, str]]:
     """The teacher's prompt: with its own system turn, and with the prefix in the last user turn."""
     if args.teacher_system_prompt is not None:
@@ -297,7 +335,7 @@ def _encode_turn(
     answer: list[dict[str, str]] | None,
     row: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    args: SEKDConfig,
+    args: EncodeOptions,
 ) -> dict[str, Any]:
     prompt_ids, completion, teacher = _render(prompt, tokenizer, args, add_generation_prompt=True), [], None
     if args.teacher_context:
@@ -314,7 +352,7 @@ def _encode_turn(
 
 
 def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, **options: bool
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, args: EncodeOptions, **options: bool
 ) -> list[int]:
     variables: Any = args.chat_template_kwargs or {}  # TrainingArguments parses its text into a dict
     return tokenizer.apply_chat_template(messages, return_dict=False, **options, **variables)

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sekd.config import SEKDConfig
-from sekd.data import encode
-from sekd.data.encode import ENCODERS, describe_turn_end, has_empty_answer, set_eos
+from sekd.data import encode, packing
+from sekd.data.encode import ENCODERS, EncodeOptions, describe_turn_end, has_empty_answer, set_eos
 from sekd.data.kinds import check_kind, detect_kind
+from sekd.data.packing import pack_documents
 
 logger = logging.get_logger(__name__)
 
@@ -40,21 +41,18 @@ def prepare(
     set_eos(tokenizer, args)
     kind = detect_kind(first, args)
     check_kind(kind, tokenizer, args)
-    if warning := describe_turn_end(first, kind, tokenizer, args):
+    options = EncodeOptions.from_config(args, kind)
+    if warning := describe_turn_end(first, kind, tokenizer, options):
         logger.warning_once(warning)
     in_memory = isinstance(dataset, Dataset)
-    progress: dict[str, Any] = {"desc": "Tokenizing"} if in_memory else {}
-    arguments = {"kind": kind, "tokenizer": tokenizer, "args": args, "code": CODE}
+    progress: dict[str, Any] = {"desc": "Tokenizing", "num_proc": args.dataset_num_proc} if in_memory else {}
+    arguments = {"kind": kind, "tokenizer": tokenizer, "options": options, "code": CODE}
     dataset = dataset.map(_encode_row, fn_kwargs=arguments, remove_columns=list(first), **progress)
     dataset = _check_answers(dataset, args)
     if kind == "text_prompt":
         dataset = _drop_short_documents(dataset, args)
     if kind == "text" and args.packing:
-        from trl.data_utils import pack_dataset
-
-        if in_memory:
-            progress = {"desc": "Packing"}
-        dataset = pack_dataset(dataset, args.max_length, "bfd_split", progress)
+        dataset = pack_documents(dataset, args.max_length, {"desc": "Packing"} if in_memory else {})
         description = "packed sequences that have no token to learn from"
         dataset = _filter_rows(dataset, ["seq_lengths"], _has_long_document, description)
     else:
@@ -126,9 +124,10 @@ def _apply_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Datas
         overlong = [length for length in dataset["prompt_length"] if length > limit]
         if overlong:
             prompts = f"{len(overlong)} of {len(dataset)} prompts are"
-            raise ValueError(_describe_overlong(prompts, max(overlong), args))
+            raise ValueError(_describe_overlong(prompts, max(overlong), limit))
     description = f"prompts over max_prompt_length {limit}"
-    dataset = _filter_rows(dataset, ["prompt_length"], partial(_fits_limit, args=args), description)
+    refuses = args.overlong_prompts == "error"
+    dataset = _filter_rows(dataset, ["prompt_length"], partial(_fits_limit, limit=limit, refuses=refuses), description)
     if args.any_on_policy:
         dataset = _filter_rows(dataset, ["prompt_length"], bool, "prompts without a token")
     if args.all_on_policy:  # each completion will be generated
@@ -143,25 +142,27 @@ def _apply_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Datas
     return _filter_rows(dataset, ["supervised"], _has_target, "samples that have no token to learn from")
 
 
-# Module-level functions, not closures: `datasets` builds its cache key from a function's name and arguments only.
+# Module-level functions, not closures: `datasets` builds its cache key from a function's name and arguments only. So
+# they take what they read, and not the whole configuration: another learning rate needs no other tokens.
 # Passing CODE (a hash of this source) makes `datasets` encode again when the code changes.
-CODE = hashlib.sha256(Path(str(encode.__file__)).read_bytes() + Path(__file__).read_bytes()).hexdigest()
+SOURCES = (encode.__file__, packing.__file__, __file__)
+CODE = hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in SOURCES)).hexdigest()
 
 
 def _encode_row(
-    row: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, args: SEKDConfig, code: str
+    row: Mapping[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions, code: str
 ) -> dict[str, Any]:
-    return {**ENCODERS[kind](row, tokenizer, args), "is_empty": has_empty_answer(row, kind, args)}
+    return {**ENCODERS[kind](row, tokenizer, options), "is_empty": has_empty_answer(row, kind, options)}
 
 
 def _has_completion(input_ids: list[int], prompt_length: int) -> bool:
     return len(input_ids) > prompt_length
 
 
-def _fits_limit(prompt_length: int, args: SEKDConfig) -> bool:
-    if prompt_length > args.max_prompt_length and args.overlong_prompts == "error":
-        raise ValueError(_describe_overlong("a prompt of the stream is", prompt_length, args))
-    return prompt_length <= args.max_prompt_length
+def _fits_limit(prompt_length: int, limit: int, refuses: bool) -> bool:
+    if prompt_length > limit and refuses:
+        raise ValueError(_describe_overlong("a prompt of the stream is", prompt_length, limit))
+    return prompt_length <= limit
 
 
 def _cut_row(row: Mapping[str, Any], length: int) -> dict[str, Any]:
@@ -205,8 +206,8 @@ def _filter_rows(
     return dataset.filter(is_kept_counted, input_columns=columns)
 
 
-def _describe_overlong(prompts: str, longest: int, args: SEKDConfig) -> str:
+def _describe_overlong(prompts: str, longest: int, limit: int) -> str:
     return (
-        f"{prompts} longer than max_prompt_length {args.max_prompt_length}; raise it to {longest}, "
+        f"{prompts} longer than max_prompt_length {limit}; raise it to {longest}, "
         "or drop them with overlong_prompts: drop"
     )

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
-from datasets import IterableDataset
 from torch.utils.data import Sampler
 
 
@@ -26,8 +25,3 @@ class RepeatSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.get_epoch()}").getrandbits(63))
         order = torch.randperm(self.length, generator=generator) if self.shuffle else torch.arange(self.length)
         yield from order.repeat_interleave(self.times).tolist()
-
-
-def repeat_rows(stream: IterableDataset, times: int) -> IterableDataset:
-    """Each row ``times`` times in a row, for a stream, which has no sampler."""
-    return stream.map(lambda rows: {name: [v for v in rows[name] for _ in range(times)] for name in rows}, batched=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sekd.notation import read_mapping
-from sekd.parse import find_recipe, read_flags, read_recipe, recipe_folder
+from sekd.parse import SAME_CHOICE, find_recipe, merge_keys, read_flags, read_recipe, recipe_folder
 
 KEYS = (
     *("recipe", "output_dir", "keys", "methods", "grid", "seeds"),
@@ -182,16 +182,17 @@ def _expand(
                 raise ValueError(
                     f"method {method!r} sets {min(twice)}, and the grid varies it: give the method a grid of its own"
                 )
-            if hidden := flags.keys() & {*own, *grid}:
+            if hidden := flags.keys() & {name for key in (*own, *grid) for name in (key, SAME_CHOICE.get(key))}:
                 raise ValueError(
                     f"--{min(hidden)} has no effect, since method {method!r} or its grid sets it; change the sweep file"
                 )
             for values in itertools.product(*grid.values()):
                 point = dict(zip(grid, values, strict=True))
                 folder = os.path.join(output_dir, _name_folder(method, point, seed))
-                more = {**keys, **flags, **own, **point, "seed": seed, "output_dir": folder}
+                own_keys = {**own, **point, "seed": seed, "output_dir": folder}
                 modules = os.path.dirname(os.path.abspath(recipe))
-                runs.append(SweepRun(method, point, seed, {**read_recipe(recipe), **more}, modules))
+                merged = merge_keys(read_recipe(recipe), keys, flags, own_keys)
+                runs.append(SweepRun(method, point, seed, merged, modules))
     return runs
 
 

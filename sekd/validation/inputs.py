@@ -100,9 +100,25 @@ def check_inputs(
     if quantized and args.any_on_policy and not engine_trait(args, rollout_engine, "shares_model"):
         raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
-    if isinstance(train_dataset, IterableDataset):
+    is_stream = isinstance(train_dataset, IterableDataset)
+    if args.shuffle_buffer and (not is_stream or args.sample_pool is not None):
+        raise ValueError(
+            f"shuffle_buffer {args.shuffle_buffer} is for streams that are read sample by sample (dataset_streaming: "
+            "true without sample_pool); leave it out: other data is shuffled as a whole"
+        )
+    if args.shuffle_buffer and args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"shuffle_buffer {args.shuffle_buffer} with dataloader_num_workers {args.dataloader_num_workers}: which "
+            "samples each worker reads would depend on the seed; set dataloader_num_workers to 1"
+        )
+    if args.dataset_num_proc is not None and is_stream:
+        raise ValueError(
+            f"dataset_num_proc {args.dataset_num_proc} is for data in memory: a stream is tokenized while it is read; "
+            "leave it out, or set dataloader_num_workers to the number of the stream's files"
+        )
+    if is_stream:
         if args.max_steps <= 0:
-            raise ValueError("a stream has no length: set max_steps to the number of optimizer steps")
+            raise ValueError("a stream has no length: set max_steps to the number of optimizer steps, or max_tokens")
         args.check_stream()
         if args.teacher_cache is not None and args.sample_pool is None:
             raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")

@@ -23,7 +23,8 @@ AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("max_eval_samples", "dataloader_prefetch_factor", "ddp_timeout"), 1),
     **dict.fromkeys(("eval_limit", "early_stopping_patience"), 1),
-    "early_stopping_threshold": 0,
+    **dict.fromkeys(("dataset_num_proc", "max_tokens"), 1),
+    **dict.fromkeys(("early_stopping_threshold", "shuffle_buffer"), 0),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), 0),
     **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed"), 0),
 }
@@ -60,6 +61,34 @@ def choose_better_direction(args: "SEKDConfig") -> bool | None:
     return kind is None or bool(kind.higher_is_better)
 
 
+def check_budget(args: "SEKDConfig", packed: bool) -> None:
+    """Check that ``max_tokens``, if it is set, counts tokens of sequences of ``max_length``.
+
+    Raises:
+        ValueError: the samples are not packed, so their lengths differ.
+    """
+    if args.max_tokens is not None and not packed:
+        raise ValueError(
+            f"max_tokens {args.max_tokens} counts sequences of max_length tokens, and only plain text that is packed "
+            "has them (packing: true, lmbda: 0, no text_prompt_length); set max_steps instead"
+        )
+
+
+def count_steps(args: "SEKDConfig", tokens: int) -> int:
+    """The optimizer steps that read at least this number of tokens, in full sequences of ``max_length``.
+
+    Raises:
+        ValueError: ``max_steps`` says otherwise.
+    """
+    steps = -(-tokens // (args.max_length * args.sequences_per_step))
+    if args.max_steps not in (-1, steps):  # recipe.yaml of a run has both
+        raise ValueError(
+            f"max_steps {args.max_steps} and max_tokens {tokens}, which means {steps} steps of "
+            f"{args.sequences_per_step} x {args.max_length} tokens: leave one of them out"
+        )
+    return steps
+
+
 def check_training(args: "SEKDConfig") -> None:
     """Check steps, batches, trackers, folders and packages."""
     for name, low in AT_LEAST.items():
@@ -78,6 +107,7 @@ def check_training(args: "SEKDConfig") -> None:
             raise ValueError(f"{name} {value} must be above 0")
     if args.max_steps < 1 and args.max_steps != -1:
         raise ValueError(f"max_steps {args.max_steps} trains nothing; set it to at least 1, or leave it out")
+    check_budget(args, args.packing and not args.any_on_policy and args.text_prompt_length is None)
     if args.num_train_epochs <= 0:
         raise ValueError(f"num_train_epochs {args.num_train_epochs} trains nothing; set it above 0, or leave it out")
     for name, reason in NO_EFFECT.items():
