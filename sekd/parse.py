@@ -30,7 +30,7 @@ CACHE = Purpose(
 
 ROLLOUTS = Purpose(
     {"lmbda": 1.0, "score_source": "exact"},
-    left_out=("rollouts", "teacher_cache", "class_selection", "class_samples", "max_length"),
+    left_out=("rollouts", "teacher_cache", "class_selection", "class_samples", "max_length", "max_tokens"),
 )
 """A file of rollouts: completions by the student of the data's prompts."""
 
