@@ -8,7 +8,7 @@ writes its outputs once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sekd.model_shape import Layer, Matrix, ModelShape
 
@@ -43,8 +43,6 @@ class BatchShape:
         positions: valid positions, of all sequences.
         chosen: distilled positions, of all sequences.
         teacher_tokens: T of the teacher's own context; None if it is the student's.
-        teacher_positions: how many positions of the teacher's head a step needs, besides those of scores: None for
-            ``chosen``. 0 with a cache.
         scores_student: the student's head runs over all valid positions.
         scores_teacher: the teacher's head does, too.
         looks_back: the policy computes the divergence of the chosen positions again, after the step.
@@ -73,6 +71,10 @@ class BatchShape:
     skips_masked: bool = True
     chunk_rows: int = 256
     compute_bytes: float = 4.0
+
+    def with_positions(self, positions: float, chosen: float) -> "BatchShape":
+        """The same micro-batch with these numbers of valid and of distilled positions."""
+        return replace(self, positions=positions, chosen=chosen)
 
 
 def batch_cost(student: ModelShape, teacher: ModelShape | None, batch: BatchShape) -> dict[str, Cost]:
@@ -107,7 +109,7 @@ def batch_cost(student: ModelShape, teacher: ModelShape | None, batch: BatchShap
 
 def generation_cost(
     model: ModelShape,
-    sequences: int,
+    sequences: float,
     prompt: float,
     completion: float,
     compute_bytes: float = 4.0,

@@ -24,7 +24,7 @@ AT_LEAST = {
     **dict.fromkeys(("eval_limit", "early_stopping_patience"), 1),
     "early_stopping_threshold": 0,
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), 0),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed", "profile"), 0),
 }
 """The lowest value of numbers that transformers checks late or not at all."""
 
