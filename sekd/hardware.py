@@ -2,7 +2,9 @@
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -31,22 +33,31 @@ class Rates:
 
 @functools.cache
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What a device does in a large matrix product and in a copy, the best of three.
+    """What a device does in a large matrix product and in a large copy, in a fraction of a second.
 
-    On a CPU it takes a fifth of a second, and uses the threads that torch has.
+    A product is as large as the device does in a few milliseconds, since longer ones never have a busy machine for
+    themselves.
     """
-    size, copied = (8192, 2**28) if device.type == "cuda" else (1024, 2**23)
-    factor, numbers = torch.ones(size, size, dtype=dtype, device=device), torch.ones(copied, device=device)
-    product, copy = torch.empty_like(factor), torch.empty_like(numbers)
-    best = [float("inf")] * 2
-    for _ in range(4):  # the first one warms up
-        for place, work in enumerate((lambda: torch.mm(factor, factor, out=product), lambda: copy.copy_(numbers))):
-            _wait(device)
-            started = time.perf_counter()
-            work()
-            _wait(device)
-            best[place] = min(best[place], time.perf_counter() - started)
-    return Rates(2 * size**3 / best[0], 2 * numbers.nbytes / best[1])
+    seconds, size = 0.0, 256
+    while seconds < 2e-3 and size < 16384:
+        size *= 2
+        factor = torch.ones(size, size, dtype=dtype, device=device)
+        seconds = _time_best(partial(torch.mm, factor, factor, out=torch.empty_like(factor)), 20, device)
+    numbers = torch.ones(2**28 if device.type == "cuda" else 2**23, device=device)  # more than caches hold
+    copying = _time_best(partial(torch.empty_like(numbers).copy_, numbers), 5, device)
+    return Rates(2 * size**3 / seconds, 2 * numbers.nbytes / copying)
+
+
+def _time_best(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """Seconds, the least of several times. The first one warms up."""
+    best = float("inf")
+    for _ in range(times):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def _wait(device: torch.device) -> None:
