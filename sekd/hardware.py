@@ -39,11 +39,11 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     themselves.
     """
     seconds, size = 0.0, 256
-    while seconds < 2e-3 and size < 16384:
+    while seconds < 2e-3 and size < 8192:
         size *= 2
         factor = torch.ones(size, size, dtype=dtype, device=device)
         seconds = _time_best(partial(torch.mm, factor, factor, out=torch.empty_like(factor)), 20, device)
-    numbers = torch.ones(2**28 if device.type == "cuda" else 2**23, device=device)  # more than caches hold
+    numbers = torch.ones(2**26 if device.type == "cuda" else 2**23, device=device)  # more than caches hold
     copying = _time_best(partial(torch.empty_like(numbers).copy_, numbers), 5, device)
     return Rates(2 * size**3 / seconds, 2 * numbers.nbytes / copying)
 
