@@ -1,6 +1,6 @@
 """What a step costs, from the sizes of the models alone: FLOPs and bytes of each of its parts.
 
-**FLOPs** are those of matrix products, two for a multiplication and an addition, as
+**FLOPs** count matrix products, two for a multiplication and an addition, as
 ``torch.utils.flop_counter.FlopCounterMode`` counts them. Work on single numbers (norms, softmax, the optimizer) counts
 in bytes alone.
 **Bytes** are what must move between memory and processor at least: each product reads its inputs and its matrix and

@@ -110,7 +110,7 @@ class MeasuredTrainer(ResumableTrainer):
     # Checkpoints
 
     def begin(self, checkpoint: str | None) -> None:
-        """Begin without sums; :meth:`restore_log` has those of a checkpoint."""
+        """Begin without sums; :meth:`restore_log` then takes the sums of a checkpoint."""
         self.stopwatch.take()
         self.floor.take()
         self._sums.clear()

@@ -15,7 +15,7 @@ class Family:
 
     Attributes:
         mlp: the names of the MLP's matrices; the last one leads back to the hidden size.
-        names: other names of the attention's matrices than those of Llama.
+        names: the names of the attention's matrices; the last one leads back to the hidden size.
         parallel: the MLP reads what the attention reads, and not its result.
         norm_after_mlp: a norm follows the MLP's last matrix.
     """
