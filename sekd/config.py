@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
@@ -18,6 +19,8 @@ from sekd.validation import check_config
 from sekd.validation.selection import check_names
 from sekd.validation.training import choose_better_direction
 from sekd.validation.values import check_types
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -134,7 +137,10 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
 
     rollouts: str | None = field(
         default=None,
-        metadata=help_("Train off-policy on this file of rollouts (made by save_rollouts) instead of dataset_name."),
+        metadata=help_(
+            "Train off-policy on this file of rollouts, of `sekd rollouts` or save_rollouts, instead of dataset_name. "
+            "sample_fraction does not choose from it again."
+        ),
     )
     eval_dataset_name: str | None = field(
         default=None,
@@ -257,6 +263,13 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     head_chunk_rows: int = field(
         default=256, metadata=help_("Positions that an LM head computes at once; fewer need less memory.")
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=help_(
+            "Hold the activations of the student's backbone in the CPU's memory until the backward pass: less GPU "
+            "memory, slower steps."
+        ),
+    )
 
     # Other defaults than those of TrainingArguments
     learning_rate: float = field(default=1e-5, metadata=help_("Initial learning rate."))
@@ -288,6 +301,12 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         if self.rollouts is not None:
             # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
+            if self.sample_fraction < 1:
+                logger.warning(
+                    f"sample_fraction {self.sample_fraction} chooses before rollouts are generated; all of "
+                    f"{self.rollouts!r} are trained on"
+                )
+                self.sample_fraction = 1.0
         if self.max_prompt_length is None:
             self.max_prompt_length = 512 if self.all_on_policy else max(1, min(512, self.max_length // 2))
         check_config(self)

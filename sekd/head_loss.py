@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sekd.heads import Head, LinearWeights, autocast_without_cache, in_chunks
+from sekd.heads import CPU_ROWS, Head, LinearWeights, autocast_without_cache, in_chunks
 from sekd.types import PerPosition
 
 CPU_LOSS_ROWS = 128
@@ -47,10 +47,16 @@ def loss_in_chunks(
         split = [part.split(chunk_rows) for part in (hidden.detach(), *parts)]
         for rows, *chunk in zip(*split, strict=True):
             projected = gradients.project(rows)
-            loss, *others = function(head.finish(projected), *chunk)
-            gradients.add(torch.autograd.grad(loss, projected)[0])
-            losses.append(loss.detach())
-            columns.append([column.detach() for column in others])
+            gradient = torch.empty_like(projected)
+            chunk = [part if isinstance(part, Tensor) else part.compute() for part in chunk]
+            at_once = CPU_ROWS if device == "cpu" else chunk_rows
+            for logits, of_logits, *few in zip(*(p.split(at_once) for p in (projected, gradient, *chunk)), strict=True):
+                leaf = logits.requires_grad_()
+                loss, *others = function(head.finish(leaf), *few)
+                of_logits.copy_(torch.autograd.grad(loss, leaf)[0])
+                losses.append(loss.detach())
+                columns.append([column.detach() for column in others])
+            gradients.add(gradient)
     total = _WithGradients.apply(torch.stack(losses).sum(), gradients.collect(), *gradients.inputs)
     return total, *(torch.cat(column) for column in zip(*columns, strict=True))
 
@@ -76,7 +82,7 @@ class _LinearGradients:
             low, bias = self.linear.low[: self.vocab], self.linear.bias
             self.rows = rows.to(low.dtype)
             bias = None if bias is None else bias[: self.vocab].to(low.dtype)
-            return torch.nn.functional.linear(self.rows, low, bias).requires_grad_()
+            return torch.nn.functional.linear(self.rows, low, bias)
 
     @torch.no_grad()
     def add(self, gradient: Float[Tensor, "n V"]) -> None:
@@ -110,7 +116,7 @@ class _ModuleGradients:
     def project(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         self.rows = rows.requires_grad_()
         self.projected = self.head.project(self.rows)
-        return self.projected.detach().requires_grad_()
+        return self.projected.detach()
 
     def add(self, gradient: Float[Tensor, "n V"]) -> None:
         of_rows, *of_weights = torch.autograd.grad(

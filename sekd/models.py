@@ -45,14 +45,20 @@ def load_teacher(
     dtype, revision = args.teacher_dtype or choose_dtype(args.use_cpu), args.teacher_model_revision
     options: dict[str, Any] = {}
     if args.teacher_load_in_4bit or args.teacher_load_in_8bit:
-        options["device_map"] = {"": device or find_teacher_device(args)}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.teacher_load_in_4bit,
-            load_in_8bit=args.teacher_load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=choose_dtype(args.use_cpu) if dtype == "auto" else dtype,
-        )
+        computes = choose_dtype(args.use_cpu) if dtype == "auto" else dtype
+        options = quantize(args.teacher_load_in_4bit, computes, device or find_teacher_device(args))
     return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention, **options)
+
+
+def quantize(in_4bit: bool, computes: str | torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What makes ``from_pretrained`` hold a teacher on ``device`` in 4 bits (NF4) or else 8 bits, except its head."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=in_4bit,
+        load_in_8bit=not in_4bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=computes,
+    )
+    return {"device_map": {"": device}, "quantization_config": config}
 
 
 def find_teacher_device(args: SEKDConfig) -> torch.device:

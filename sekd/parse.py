@@ -3,20 +3,42 @@
 import difflib
 import os
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sekd.notation import read_mapping
 
-CACHE_KEYS = {"lmbda": 0.0, "divergence": "forward_kl", "score_source": "exact", "rollouts_per_prompt": 1}
-"""What a cache fixes: it holds targets of the data, for forward KL."""
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a command makes of a recipe, if it does not train: ``keys`` replace the recipe's, and ``left_out`` go.
+
+    With ``reason`` the log says which of the replaced values have no effect, and why.
+    """
+
+    keys: Mapping[str, Any]
+    left_out: Collection[str] = ()
+    reason: str | None = None
 
 
-def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool = False) -> tuple[Any, Any, Any]:
+CACHE = Purpose(
+    {"lmbda": 0.0, "divergence": "forward_kl", "score_source": "exact", "rollouts_per_prompt": 1},
+    reason="a cache is for forward KL at positions of the data",
+)
+"""A cache of the teacher: it holds targets of the data."""
+
+ROLLOUTS = Purpose(
+    {"lmbda": 1.0, "score_source": "exact"},
+    left_out=("rollouts", "teacher_cache", "class_selection", "class_samples", "max_length"),
+)
+"""A file of rollouts: completions by the student of the data's prompts."""
+
+
+def parse_recipe(recipe: str, overrides: Sequence[str] = (), purpose: Purpose | None = None) -> tuple[Any, Any, Any]:
     """Read a recipe and command-line overrides as ScriptArguments, SEKDConfig and ModelConfig.
 
-    With ``builds_cache`` the values of ``CACHE_KEYS`` replace the recipe's. The log says which.
+    A ``purpose`` changes the recipe's values.
 
     Raises:
         ValueError: a missing file, a file that is not a mapping, an unknown key (the error names the nearest one), or
@@ -44,12 +66,12 @@ def parse_recipe(recipe: str, overrides: Sequence[str] = (), builds_cache: bool 
         _check_known([key], owners, "the command line")
         values[key] = texts if len(texts) > 1 and is_list(owners[key], key) else _join(key, texts)
     values = {key: read_field(owners[key], key, value) for key, value in values.items()}
-    if builds_cache:
-        unused = [f"{key} {values[key]}" for key, value in CACHE_KEYS.items() if values.get(key, value) != value]
-        if unused:
-            line = "a cache is for forward KL at positions of the data; for it the recipe's {} have no effect"
-            logging.get_logger(__name__).warning(line.format(", ".join(unused)))
-        values |= CACHE_KEYS
+    if purpose is not None:
+        unused = [f"{key} {values[key]}" for key, value in purpose.keys.items() if values.get(key, value) != value]
+        if unused and purpose.reason:
+            line = f"{purpose.reason}; for it the recipe's {', '.join(unused)} have no effect"
+            logging.get_logger(__name__).warning(line)
+        values = {key: value for key, value in values.items() if key not in purpose.left_out} | {**purpose.keys}
     if "import_modules" in values:
         folders = [os.path.dirname(os.path.abspath(file)) for file in files]
         _let_import_from(*reversed(folders), os.getcwd())
@@ -69,6 +91,20 @@ def read_recipe(path: str) -> dict[str, Any]:
         ValueError: as :func:`read_files`.
     """
     return {key: value for keys in read_files(path).values() for key, value in keys.items()}
+
+
+def read_text(recipe: str, overrides: Sequence[str], key: str) -> str | None:
+    """The text of a key on the command line, else in the recipe; None if neither has it.
+
+    Raises:
+        ValueError: as :func:`find_recipe`, :func:`read_files` and :func:`read_flags`; or the value is no text.
+    """
+    flags, value = read_flags(overrides), read_recipe(find_recipe(recipe)).get(key)
+    if key in flags:
+        value = _join(key, flags[key])
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key} {value!r} must be a text")
+    return value
 
 
 def read_files(path: str) -> dict[str, dict[str, Any]]:

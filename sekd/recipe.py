@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sekd.parse import parse_recipe
+from sekd.parse import Purpose, parse_recipe
 from sekd.pretrained import STUDENT, TEACHER, check_model_name, load_config, load_tokenizer
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sekd.cache.store import Store
     from sekd.config import SEKDConfig
+    from sekd.on_policy.generate import RolloutCounts
     from sekd.trainer import SEKDTrainer
 
 
@@ -33,15 +34,15 @@ class Run:
     model: Any
 
     @classmethod
-    def parse(cls, recipe: str, overrides: Sequence[str] = (), builds_cache: bool = False) -> "Run":
+    def parse(cls, recipe: str, overrides: Sequence[str] = (), purpose: Purpose | None = None) -> "Run":
         """The run that a recipe (a file, or the name of a shipped recipe) and the command line describe.
 
-        With ``builds_cache`` it is the run that builds its cache: what a cache fixes replaces the recipe's values.
+        With a ``purpose`` it does not train, and the purpose changes the recipe's values.
 
         Raises:
             ValueError: as :func:`parse_recipe`; or the recipe names no student, or no training data.
         """
-        run = cls(*parse_recipe(recipe, overrides, builds_cache))
+        run = cls(*parse_recipe(recipe, overrides, purpose))
         from sekd.validation.training import check_adapter
 
         if run.model.model_name_or_path is None:
@@ -76,17 +77,20 @@ class Run:
         """The training rows: those of ``dataset_name``, or the rollouts in the file ``rollouts`` instead."""
         from sekd.data.kinds import ROLLOUT_COLUMNS
         from sekd.data.load import load_rows
+        from sekd.on_policy.generate import is_unfinished
 
         script, rollouts = self.script, self.args.rollouts
         if rollouts is None:
             config, split = script.dataset_config, script.dataset_train_split
             return load_rows(script.dataset_name, config, split, script.dataset_streaming)
         path = os.path.abspath(os.path.expanduser(rollouts))  # a path, though it may look like a hub id
+        if is_unfinished(path):
+            raise ValueError(f"rollouts {rollouts!r} is not finished: start the same `sekd rollouts` again")
         rows = load_rows(path, field="rollouts")
         if missing := [column for column in ROLLOUT_COLUMNS if column not in rows.column_names]:
             raise ValueError(
-                f"rollouts {rollouts!r} lacks the columns {' and '.join(missing)}: generate it with save_rollouts, or "
-                "name other data in dataset_name"
+                f"rollouts {rollouts!r} lacks the columns {' and '.join(missing)}: generate it with `sekd "
+                "rollouts` or save_rollouts, or name other data in dataset_name"
             )
         return rows
 
@@ -145,6 +149,34 @@ class Run:
         self._check_sample_score()
         return self._choose(*self._prepare())
 
+    def generate_rollouts(self, path: str, round_size: int | None = None) -> "RolloutCounts":
+        """Generate rollouts of the initial student into a file, or resume. The samples are chosen first.
+
+        ``round_size`` is the number of rollouts that a stopped command generates again at most.
+
+        Raises:
+            ValueError: an invalid recipe, invalid data, several processes, or a file with other rollouts.
+            RolloutError, RolloutConfigError: the engine fails.
+        """
+        from sekd.on_policy.generate import ROUND_SIZE, check_file, generate_rollouts
+        from sekd.student import check_context, load_student
+
+        args, round_size = self.args, ROUND_SIZE if round_size is None else round_size
+        check_file(path, round_size)
+        if args.world_size > 1:
+            raise ValueError(
+                f"`sekd rollouts` in {args.world_size} processes would generate the same rollouts in each: start one "
+                "process; with rollout_engine vllm_server, several servers share the prompts"
+            )
+        name, init = self.model.model_name_or_path, self._model_init_kwargs()
+        self._peft_config()
+        check_context(args, name, init, None)
+        tokenizer, dataset = self._prepare()
+        if args.sample_fraction < 1:
+            dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])
+        student = load_student(name, args, **init).to(args.device)
+        return generate_rollouts(path, dataset, student, tokenizer, args, self._count_classes(), round_size)
+
     def build_cache(self, engine: str = "local", workers: int | None = None) -> "Store":
         """Build the cache of the kept samples in ``teacher_cache`` (``--output``), or resume an unfinished build.
 
@@ -191,16 +223,21 @@ class Run:
 
         Also the positions (``sample_pool`` samples of full length) and the common vocabulary, unless ``known``.
         """
-        args, model = self.args, self.model
+        args = self.args
         plan: dict[str, Any] = {"draws": args.class_samples, "fraction": args.sample_fraction}
         if "positions" not in known and args.sample_pool is not None:
             plan["positions"] = args.sample_pool * args.max_length
         if "vocab" not in known:
-            configs = [load_config(STUDENT, model.model_name_or_path, model.model_revision)]
-            if args.teacher_model_name_or_path is not None:
-                configs.append(load_config(TEACHER, args.teacher_model_name_or_path, args.teacher_model_revision))
-            plan["vocab"] = min(config.get_text_config().vocab_size for config in configs)
+            plan["vocab"] = self._count_classes()
         return plan
+
+    def _count_classes(self) -> int:
+        """The classes that student and teacher have in common, from their configurations."""
+        args, model = self.args, self.model
+        configs = [load_config(STUDENT, model.model_name_or_path, model.model_revision)]
+        if args.teacher_model_name_or_path is not None:
+            configs.append(load_config(TEACHER, args.teacher_model_name_or_path, args.teacher_model_revision))
+        return min(config.get_text_config().vocab_size for config in configs)
 
     def _prepare(self) -> "tuple[PreTrainedTokenizerBase, Dataset]":
         """The student's tokenizer and the samples to choose from."""

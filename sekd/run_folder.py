@@ -65,7 +65,7 @@ MAY_CHANGE = {
     *("debug", "skip_memory_metrics", "torch_empty_cache_steps", "push_to_hub", "do_train", "do_eval"),
     *("do_predict", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "teacher_cache"),
     *("model_name_or_path", "model_revision", "teacher_model_name_or_path", "teacher_model_revision"),
-    *("teacher_device", "teacher_fsdp"),
+    *("teacher_device", "teacher_fsdp", "activation_offloading"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
     *("include_num_input_tokens_seen", "gradient_checkpointing_kwargs"),
@@ -280,5 +280,12 @@ def _contrast(name: str, before: Any, now: Any) -> str:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = repr(_restore_numbers(value))
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _restore_numbers(value: Any) -> Any:
+    """The steps of a schedule as numbers again. JSON has only texts for keys."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if key.isdecimal() else key: _restore_numbers(number) for key, number in value.items()}

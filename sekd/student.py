@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from sekd.config import SEKDConfig
 from sekd.models import load_model
+from sekd.offloading import offload_activations
 from sekd.pretrained import STUDENT, find_adapter, load_config
 from sekd.validation.rollouts import engine_trait
 
@@ -129,6 +130,8 @@ def prepare_student(
         if base is not None and os.path.isdir(base):
             config.base_model_name_or_path = os.path.abspath(base)  # checkpoints name it, wherever they are read
     check_trainable(model, optimizer)
+    if args.activation_offloading:
+        offload_activations(model)
     return model
 
 

@@ -91,6 +91,10 @@ class PerPosition:
         fields = {name: _split(value, size, number) for name, value in vars(self).items()}
         return [type(self)(**{name: parts[i] for name, parts in fields.items()}) for i in range(number)]
 
+    def compute(self: Record) -> Record:
+        """The same record, with what it computes of its positions when it is asked, computed."""
+        return self
+
     def _map(self: Record, function: Callable[[Tensor], Tensor]) -> Record:
         changed = {}
         for name, value in vars(self).items():
@@ -135,6 +139,9 @@ class DenseTargets(PerPosition):
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "N V"]:
         """log p of every class, at ``temperature``."""
         return at_temperature(self.logits(self.state).log_softmax(-1), temperature)
+
+    def compute(self) -> "DenseTargets":
+        return DenseTargets({"logits": self.logits(self.state)}, lambda state: state["logits"])
 
     def compare(
         self, divergence: Any, student_logp: Float[Tensor, "N V"], targets: Tensor, temperature: float, *factors: Tensor

@@ -11,10 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from helpers import (
     ONE_SGD_STEP,
+    add_lora,
     keep_engine,
     make_model,
     make_pairs,
@@ -31,6 +32,13 @@ from sekd.on_policy.weights import full_weights
 from sekd.policies import PositionPolicy
 
 LONG_RUNS = {"20 steps, ddp": {}, "20 steps, fsdp2": {"fsdp2_efficient_loading": False}}
+RESUMED = {
+    "shards": {"position_policy": "gls"},
+    "shards, tied, on-policy": {"kind": "tied", "lmbda": 1.0, "rollout_batches": 4, "max_prompt_length": 16},
+    "shards of an adapter": {"adapter": True},
+    "whole weights": {"state_dict_type": "FULL_STATE_DICT"},
+}
+"""Runs in FSDP2 that resume. Where ``state_dict_type`` is not said, it is accelerate's default, SHARDED_STATE_DICT."""
 TWO_STEPS = ONE_SGD_STEP | dict(max_steps=2, learning_rate=0.1)
 
 
@@ -40,6 +48,8 @@ def trained(folder: str, choices: str) -> None:
     for name, options in LONG_RUNS.items():
         twenty_steps(f"{folder}/{name}", per_device_train_batch_size=4, **options)
     resume_in_second_epoch(folder)
+    for name, options in RESUMED.items():
+        resume_fsdp2(f"{folder}/{name}", **options)
     refuse_other_weights(folder)
     dist.barrier()
     dist.destroy_process_group()
@@ -54,13 +64,18 @@ def record_reads(teacher) -> list[bytes]:
     return keys
 
 
-def use_fsdp2(trainer, efficient_loading: bool) -> None:
+def use_fsdp2(trainer, efficient_loading: bool, **options) -> None:
     """Let accelerate wrap the student in FSDP2, as it does on GPUs. On a CPU it would choose DDP."""
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=efficient_loading
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=efficient_loading,
+        **options,
     )
     trainer.accelerator.state.fsdp_plugin = plugin
+    # accelerate sets both: each new AcceleratorState copies the second. The next configuration resets them.
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
 
 
@@ -132,6 +147,23 @@ def resume_in_second_epoch(folder: str) -> None:
     for name, checkpoint in (("undisturbed", None), ("resumed", f"{folder}/undisturbed/checkpoint-6")):
         trainer = make_trainer(f"{folder}/{name}", make_tokenizer(), make_pairs().select(range(8)), **options | saving)
         trainer.train(checkpoint)
+
+
+def resume_fsdp2(folder: str, kind: str = "untied", adapter: bool = False, **options) -> None:
+    """Four steps of AdamW in FSDP2: an undisturbed run, and the same run resumed after step 2."""
+    plugin = {name: options.pop(name) for name in ("state_dict_type",) if name in options}
+    options |= dict(max_steps=4, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    for name, checkpoint in (("undisturbed", None), ("resumed", f"{folder}/undisturbed/checkpoint-2")):
+        AcceleratorState._reset_state()
+        student = add_lora(make_model(kind)) if adapter else make_model(kind)
+        trainer = make_trainer(f"{folder}/{name}", make_tokenizer(), make_pairs(), student, **options)
+        use_fsdp2(trainer, False, **plugin)
+        trainer.train(checkpoint)
+        trainer.save_model()
+        weights = {n: tensor.clone() for n, tensor in full_weights(trainer.model)}
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        if trainer.is_world_process_zero():
+            torch.save({"losses": losses, "weights": weights}, f"{folder}/{name}.pt")
 
 
 def refuse_other_weights(folder: str) -> None:

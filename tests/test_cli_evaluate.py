@@ -77,6 +77,14 @@ def test_the_distance_from_a_teacher(tmp_path, model, data, capsys):
     assert "the suite distillation needs --teacher MODEL" in capsys.readouterr().err
 
 
+def test_the_distance_from_a_quantized_teacher(tmp_path, model, capsys):
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "texts.jsonl").write_text('{"text": "w1 w2 w3 w4"}\n')
+    command = ["evaluate", model, "--suite", "distillation", "--teacher", model, "--text", "texts.jsonl"]
+    assert main([*command, "--dtype", "float32", "--teacher-load-in-8bit"]) == 0
+    assert "teacher in 8 bits" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -91,6 +99,7 @@ def test_the_distance_from_a_teacher(tmp_path, model, data, capsys):
         (["--tasks", "piqa", "--repeats", "2"], "piqa: repeats 2 is for generated outputs"),
         (["--tasks", "gsm8k", "--repeats", "2", "--temperature", "0"], "repeats 2 at temperature 0"),
         (["--tasks", "piqa", "--teacher", "x"], "--teacher is for the suite distillation: add --suite distillation"),
+        (["--tasks", "piqa", "--teacher-load-in-4bit"], "--teacher-load-in-4bit is for the suite distillation"),
         (["--tasks", "piqa", "--prompt-template", "x {prompt}"], "--prompt-template is for the suite distillation"),
         (["--tasks", "piqa", "--max-length", "9"], "--max-length is for the suite distillation"),
         (["--suite", "distillation", "--teacher", "x"], "--data-dir is for benchmarks: add --tasks or another suite"),

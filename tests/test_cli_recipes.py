@@ -36,6 +36,91 @@ def test_a_shown_recipe_is_whole(name, capsys, tmp_path, monkeypatch):
     assert "base" not in load_yaml(text)
 
 
+BASE = """\
+# What the base is for.
+output_dir: runs/base
+
+# how much of it
+position_fraction: 0.5 # half
+# two lines
+# about the score
+position_score:
+  # inside
+  kl: 1.0 # a weight
+
+  student_ce: 2.0
+prompt_template: |
+  # not a comment
+  {prompt}
+
+seed: 1 # of the base
+# the end
+"""
+OWN = """\
+# What the recipe is for.
+# It is another one.
+base: base.yaml
+output_dir: runs/own
+
+# a new key
+max_steps: 5 # few
+# better
+position_fraction:
+  # steps
+  0: 1.0
+  4: 0.2 # from here on
+seed: 2"""
+MERGED = """\
+# What the recipe is for.
+# It is another one.
+output_dir: runs/own
+
+# better
+position_fraction:
+  # steps
+  0: 1.0
+  4: 0.2 # from here on
+# two lines
+# about the score
+position_score:
+  # inside
+  kl: 1.0 # a weight
+
+  student_ce: 2.0
+prompt_template: |
+  # not a comment
+  {prompt}
+
+seed: 2
+
+# a new key
+max_steps: 5 # few
+"""
+
+
+def show(folder, base, own, capsys):
+    (folder / "base.yaml").write_text(base)
+    (folder / "own.yaml").write_text(own)
+    assert main(["recipes", "show", str(folder / "own.yaml")]) == 0
+    text = capsys.readouterr().out
+    assert load_yaml(text) == read_recipe(str(folder / "own.yaml"))
+    return text
+
+
+def test_comments_of_a_recipe_and_of_its_base_stay_with_their_keys(tmp_path, capsys):
+    assert show(tmp_path, BASE, OWN, capsys) == MERGED
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["{seed: 1, eos: x}", "seed: &n 1\nmax_steps: *n", "--- # first\nseed: 1", "seed: 1\nseed: 3", "'se\\x65d': 1"],
+    ids=["on one line", "an alias", "a marker", "twice", "an escape"],
+)
+def test_any_yaml_is_shown_with_its_values(tmp_path, capsys, base):
+    """Some of it without comments."""
+    show(tmp_path, base, "base: base.yaml\nseed: 2\nlogging_steps: 7\n", capsys)
+
+
 def test_a_shown_recipe_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["recipes", "show", "gsm8k_on_policy_lora"]) == 0

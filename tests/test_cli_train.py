@@ -62,7 +62,8 @@ def test_rollouts_are_replayed_in_the_place_of_the_data(recipe, rollouts, tmp_pa
     assert main(["train", recipe, *flags, "--rollouts", rollouts]) == 0
     written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (written["lmbda"], written["divergence"], written["rollouts"]) == (0, "reverse_kl", rollouts)
-    assert main(["samples", recipe, *flags, "--rollouts", rollouts, "--sample_fraction", "0.5"]) == 0
+    as_data = ["--dataset_name", rollouts, "--sample_fraction", "0.5"]
+    assert main(["samples", recipe, *as_data]) == 0
     assert len(json.loads((tmp_path / "run" / "samples.json").read_text())["kept"]) == 4
 
 
@@ -88,7 +89,7 @@ def test_files_that_are_no_rollouts(recipe, tmp_path, capsys, monkeypatch):
         ("empty.jsonl", "empty.jsonl is empty"),
         (
             "pairs.jsonl",
-            "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: generate it with save_",
+            "rollouts 'pairs.jsonl' lacks the columns prompt_ids and completion_ids: generate it with `sekd rollouts`",
         ),
         ("", "rollouts is empty; name a path, or leave it out"),
     ):
@@ -104,6 +105,29 @@ def test_resume_from_the_last_checkpoint(recipe, tmp_path):
     whole_run = ["--lr_scheduler_type", "constant", "--output_dir", str(tmp_path / "whole")]
     assert main(["train", recipe, *whole_run]) == 0
     assert torch.equal(resumed, AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight)
+
+
+def test_the_written_recipe_holds_a_schedule_and_resumes_with_it(recipe, tmp_path, capsys):
+    steps = {0: 1.0, 4: 0.2}
+    options = ["--max_steps", "6", "--logging_steps", "1", "--save_steps", "3"]
+    assert main(["train", recipe, "--position_fraction", "{0: 1.0, 4: 0.2}", *options]) == 0
+    written = tmp_path / "run" / "recipe.yaml"
+    assert yaml.safe_load(written.read_text())["position_fraction"] == steps
+
+    def read(folder):
+        logs = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").open()]
+        return [{k: log[k] for k in ("step", "loss", "position_fraction")} for log in logs if "loss" in log]
+
+    resume = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3"), "--output_dir"]
+    assert main(["train", str(written), *resume, str(tmp_path / "resumed")]) == 0
+    assert read("resumed") == read("run")
+    assert [log["position_fraction"] for log in read("run")] == [1.0] * 4 + [0.2] * 2
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "resumed"))
+    assert torch.equal(whole.lm_head.weight, resumed.lm_head.weight)
+    capsys.readouterr()
+    other = ["--position_fraction", "{0: 1.0, 5: 0.2}", *resume, str(tmp_path / "other")]
+    assert main(["train", str(written), *other]) == 2
+    assert "differs in position_fraction {0: 1.0, 5: 0.2} (it has {0: 1.0, 4: 0.2});" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

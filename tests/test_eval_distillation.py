@@ -12,18 +12,19 @@ from datasets import Dataset
 from evaluation_helpers import measure
 from helpers import EOS, VOCAB, add_lora, make_model, make_tokenizer, make_trainer, make_vllm_model, messages, save_pair
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rollouts import Rollout
 from sekd.data.batch import Sample
 from sekd.eval import distillation
 from sekd.eval.distillation import measure_distillation
 from sekd.eval.distillation_data import DistillationOptions, prepare_distillation
-from sekd.eval.divergence import get_answers, make_result, measure_completions
+from sekd.eval.divergence import get_answers, make_result, measure_completions, measure_texts
 from sekd.eval.held_out import Pair
 from sekd.teachers import LiveTeacher
 
 QUIET = dict(engine="hf", dtype="float32")
+LOAD = {bits: f"teacher_load_in_{bits}bit" for bits in (4, 8)}
 
 
 @pytest.fixture
@@ -227,6 +228,38 @@ def test_an_adapter_is_measured_with_its_base(folder, tokenizer):
     assert as_teacher.scores["forward_kl"].value == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_teacher_gives_the_numbers_of_one_quantized_by_hand(folder, bits):
+    pytest.importorskip("bitsandbytes")
+    student = make_vllm_model()
+    student.save_pretrained(folder / "student")
+    make_vllm_model(1, intermediate=128).save_pretrained(folder / "teacher")
+    files = dict(text=str(folder / "texts.jsonl"), prompts=str(folder / "pairs.jsonl"))
+    options = files | dict(limit=4, max_new_tokens=4, temperature=0, **QUIET)
+    whole, quantized = (
+        [*measure_distillation(prepare(names(folder), **options, **more))] for more in ({}, {LOAD[bits]: True})
+    )
+    by_hand = AutoModelForCausalLM.from_pretrained(
+        names(folder)[1],
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            **{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+    ).eval()
+    prepared = prepare(names(folder), **options)
+    pair = Pair(student, LiveTeacher(by_hand, VOCAB), VOCAB, torch.device("cpu"), batch_size=8)
+    items = measure_texts(pair, prepared.texts, prepared.tokenizer)
+    assert [item.metrics for item in quantized[0].items] == [item.metrics for item in items]
+    for before, after in zip(whole, quantized, strict=True):
+        assert [item.outputs for item in after.items] == [item.outputs for item in before.items], "the student is whole"
+        assert [item.metrics["student_entropy"] for item in after.items] == [
+            item.metrics["student_entropy"] for item in before.items
+        ]
+        assert after.scores["forward_kl"].value != before.scores["forward_kl"].value
+        assert after.settings == before.settings | {"teacher_bits": bits}
+
+
 def test_only_the_classes_of_both_models_count(folder):
     """The student is padded to 512 classes: its distribution is that over the teacher's 128, and it draws no other."""
     make_vllm_model(3, vocab=512).save_pretrained(folder / "student")
@@ -299,6 +332,7 @@ WRONG = {
     "nothing": ({}, "needs --text FILE, --prompts FILE, or both"),
     "limit": ({"text": TEXTS, "limit": 0}, "limit 0 must be at least 1"),
     "greedy repeats": ({"prompts": PAIRS, "repeats": 2, "temperature": 0}, "repeats 2 at temperature 0"),
+    "two kinds of weights": ({"text": TEXTS, LOAD[4]: True, LOAD[8]: True}, "a teacher has one kind of weights"),
     "servers": ({"prompts": PAIRS, "engine": "vllm_server"}, "choose one of vllm, hf"),
     "no file": ({"text": "{folder}/none.jsonl"}, "text '.*none.jsonl': no such file"),
     "empty file": ({"prompts": "{folder}/empty.jsonl"}, "empty.jsonl is empty"),

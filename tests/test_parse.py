@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments
 
 from sekd import SEKDConfig
 from sekd.callbacks import as_recipe
-from sekd.parse import find_recipe, list_recipes, parse_recipe, read_recipe
+from sekd.parse import CACHE, find_recipe, list_recipes, parse_recipe, read_recipe
 from sekd.recipe import Run
 from sekd.validation.values import read_field
 
@@ -244,11 +244,11 @@ def test_a_cache_has_a_divergence_of_its_own(recipe, monkeypatch):
     flags = ["--lmbda", "1", "--divergence", "reverse_kl", "--teacher_cache", "c"]
     with pytest.raises(ValueError, match=r"lmbda 1.0 with teacher_cache|estimates forward KL only"):
         parse_recipe(recipe, flags)
-    _, args, _ = parse_recipe(recipe, flags, builds_cache=True)
+    _, args, _ = parse_recipe(recipe, flags, CACHE)
     assert (args.lmbda, args.divergence, args.class_selection) == (0, "forward_kl", "rs_kd")
     (line,) = warnings
     assert line.endswith("for it the recipe's lmbda 1.0, divergence reverse_kl have no effect")
-    parse_recipe(recipe, ["--teacher_cache", "c"], builds_cache=True)
+    parse_recipe(recipe, ["--teacher_cache", "c"], CACHE)
     assert len(warnings) == 1
 
 

@@ -11,8 +11,6 @@ from sekd.cli import main
 from sekd.parse import find_recipe, list_recipes, parse_recipe, read_recipe, recipe_folder
 
 RECIPES = [*list_recipes()]
-WHOLE = [name for name in RECIPES if not {"rollouts", "teacher_cache"} & {*read_recipe(find_recipe(name))}]
-"""Recipes that need the output of no other command."""
 FAST = ["fineweb_edu_sekd", "gsm8k_off_policy_sekd_3x", "gsm8k_on_policy_qlora", "gsm8k_self_distillation"]
 """A stream that is packed; samples and classes; an adapter on 4-bit weights; a teacher that reads more."""
 SWEEPS = [
@@ -81,7 +79,7 @@ def test_recipes_start(name, tmp_path, tokenizer, pairs, texts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_starts(name, tmp_path, tokenizer, pairs, texts):
     """Its own choices: vLLM, Adam8bit, adapters and streaming are the recipe's.
 
@@ -93,7 +91,7 @@ def test_every_recipe_starts(name, tmp_path, tokenizer, pairs, texts):
 
 
 def train(name, folder, tokenizer, pairs, texts, **changes):
-    """Two steps of a recipe on models and data of this test."""
+    """Two steps of a recipe on models and data of this test, after the commands whose output it names."""
     keys = read_recipe(find_recipe(name))
     for model, seed in (("student", 0), ("teacher", 1)):
         made = make_vllm_model(seed, intermediate=128) if keys["lmbda"] > 0 else make_model("tied", seed)
@@ -118,7 +116,11 @@ def train(name, folder, tokenizer, pairs, texts, **changes):
     }
     if "text_prompt_length" in keys:
         flags["text_prompt_length"] = 16
+    if "rollouts" in keys:
+        flags |= {"rollouts": folder / "rollouts.jsonl", "teacher_cache": folder / "cache"}
     words = [part for key, value in (flags | changes).items() for part in (f"--{key}", str(value))]
+    for command in (["rollouts"], ["cache", "build"]) if "rollouts" in keys else ():
+        assert main([*command, name, *words]) == 0
     assert main(["train", name, *words]) == 0
     is_adapter = keys.get("use_peft") and not keys.get("merge_adapter")
     assert (folder / "run" / "model.safetensors").exists() != bool(is_adapter)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed_worker import LONG_RUNS, TWO_STEPS, twenty_steps
+from distributed_worker import LONG_RUNS, RESUMED, TWO_STEPS, twenty_steps
 from helpers import VOCAB, make_model, make_trainer, run_command, run_two_processes, save_pair
 
 from sekd import SEKDConfig
@@ -72,6 +72,24 @@ def test_a_run_resumed_in_its_second_epoch_has_the_same_rollouts(found_by_two):
         undisturbed, resumed = ((folder / run / name).read_text().splitlines() for run in ("undisturbed", "resumed"))
         assert len(undisturbed) == 8 * 2
         assert resumed == undisturbed[6 * 2 :]
+
+
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_run_resumed_in_fsdp2_equals_an_undisturbed_one(found_by_two, run):
+    folder = found_by_two["folder"] / run
+    undisturbed, resumed = (torch.load(folder / f"{name}.pt") for name in ("undisturbed", "resumed"))
+    assert resumed["losses"] == undisturbed["losses"]
+    assert len(resumed["losses"]) == 4
+    for name, weight in undisturbed["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+    parts = sorted(path.name for path in (folder / "undisturbed/checkpoint-2").glob("*/*.distcp"))
+    of_each = ["__0_0.distcp"] * 2 + ["__1_0.distcp"] * 2
+    assert parts == (of_each if "shards" in run else []), "of the weights and of the optimizer"
+    students = [
+        [path.read_bytes() for path in sorted((folder / name).glob("*.safetensors"))]
+        for name in ("undisturbed", "resumed")
+    ]
+    assert students[0] == students[1] != []
 
 
 def test_every_process_refuses_other_weights(found_by_two):

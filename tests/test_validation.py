@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from helpers import config, make_model, make_trainer
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 
 from rollouts import HFEngine
@@ -140,7 +142,7 @@ from sekd.validation.training import check_adapter
         (dict(early_stopping_patience=0), r"early_stopping_patience 0 must be at least 1"),
         (dict(early_stopping_patience=2, eval_strategy="epoch"), r"early_stopping_patience 2 needs metric_for_best_m"),
         (dict(torch_compile=True), r"torch_compile is not supported"),
-        (dict(use_liger_kernel=True), r"use_liger_kernel true needs liger-kernel: run `pip install liger-kernel`"),
+        (dict(use_liger_kernel=True), r"use_liger_kernel true is not supported: sekd calls the student in parts"),
         (dict(auto_find_batch_size=True), r"auto_find_batch_size: true is not supported.*halve per_device_train"),
         (dict(prompt_template="Q:"), r"prompt_template 'Q:' lacks \{prompt\}"),
     ],
@@ -443,3 +445,18 @@ def test_one_process_may_not_wait_longer_than_the_others_wait_for_it(monkeypatch
     with pytest.raises(ValueError, match=r"rollout_timeout 1800 is not below ddp_timeout 1800: while one"):
         check_inputs(config(**values), pairs, {}, None, False, None)
     check_inputs(config(**values, ddp_timeout=2000), pairs, {}, None, False, None)
+
+
+@pytest.mark.parametrize("name", [o.value for o in OptimizerNames if o in _BITSANDBYTES_OPTIMIZERS])
+def test_an_optimizer_of_bitsandbytes_is_refused_with_fsdp(monkeypatch, pairs, name):
+    pytest.importorskip("bitsandbytes")
+    check_inputs(config(optim=name), pairs, {}, None, False, None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=f"optim {name} with FSDP: bitsandbytes cannot update weights in shards; set"):
+        check_inputs(config(optim=name), pairs, {}, None, False, None)
+
+
+def test_an_optimizer_that_takes_shards_is_not_refused_with_fsdp(monkeypatch, pairs):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name in ("adamw_torch_fused", "adafactor", "adamw_torch_8bit"):
+        check_inputs(config(optim=name), pairs, {}, None, False, None)

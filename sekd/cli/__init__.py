@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("sekd.cli.demo", "run the main job on a tiny pair, from nothing, in 5 minutes"),
     "train": ("sekd.cli.train", "distil as a recipe says"),
     "samples": ("sekd.cli.samples", "choose the samples to train on"),
+    "rollouts": ("sekd.cli.rollouts", "generate rollouts of the initial student into a file"),
     "cache": ("sekd.cli.cache", "build, check and share an offline cache of a teacher"),
     "evaluate": ("sekd.cli.evaluate", "evaluate models on benchmarks, and compare them"),
     "sweep": ("sekd.cli.sweep", "run methods x grid x seeds, evaluate them, and compare"),

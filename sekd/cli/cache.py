@@ -67,13 +67,14 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def run_build(options: argparse.Namespace) -> int:
+    from sekd.parse import CACHE
     from sekd.recipe import Run
 
     overrides = options.overrides
     if options.output is not None:
         overrides = [*overrides, "--teacher_cache", options.output]
     with reading_input():
-        run = Run.parse(options.recipe, overrides, builds_cache=True)
+        run = Run.parse(options.recipe, overrides, CACHE)
         from sekd.cache.info import show_cache
 
         show_cache(run.build_cache(options.engine, options.num_workers))

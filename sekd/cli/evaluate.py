@@ -36,6 +36,7 @@ SAME_NAMES = (
     *("text", "text_split", "prompts", "prompts_split", "answer_column", "prompt_column", "completion_column"),
     *("messages_column", "text_column", "prompt_template", "system_prompt", "text_prompt_length", "max_length"),
     *("limit", "seed", "repeats", "temperature", "top_p", "max_new_tokens", "dtype", "batch_size"),
+    *("teacher_load_in_4bit", "teacher_load_in_8bit"),
 )
 """Options of the command that are fields of ``DistillationOptions``."""
 COMPLETION_NAMES = ("max_new_tokens", "repeats", "temperature", "top_p", "seed", "backend")
@@ -68,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="length of an answer (the task's own, or 256)")
     add = parser.add_argument_group("suite distillation").add_argument
     add("--teacher", metavar="MODEL", help="a folder or hub id with the models' tokenizer")
+    for bits, kind in ((4, "NF4"), (8, "LLM.int8")):
+        text = f"hold the teacher in {bits} bits ({kind}), except its head; needs bitsandbytes"
+        add(f"--teacher-load-in-{bits}bit", action="store_true", default=None, help=text)
     add("--text", metavar="FILE", help="texts, prompts with completions, or conversations: a file or hub dataset")
     add("--text-split", metavar="SPLIT", help="such as test or train[:100] (train)")
     add("--prompts", metavar="FILE", help="prompts that each model completes: a file or hub dataset")

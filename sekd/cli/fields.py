@@ -105,6 +105,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "bf16",
         "fp16",
         "gradient_checkpointing",
+        "activation_offloading",
         "head_chunk_rows",
         "train_sampling_strategy",
         "dataloader_num_workers",

@@ -4,10 +4,12 @@ import argparse
 import itertools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from sekd.cli.common import reading_input
+from sekd.notation import load_yaml
 from sekd.parse import find_recipe, list_recipes, read_files, read_recipe
 
 DESCRIPTION = """\
@@ -48,16 +50,62 @@ def list_summaries(paths: Mapping[str, str]) -> None:
 def merge_text(path: str) -> str:
     """The file's own text, if the recipe has no base. Otherwise its first comment, and its keys merged with the base's.
 
+    The lines of each key stay as they are in the file whose value counts: with comments, and those directly above.
+
     Raises:
         ValueError: as :func:`sekd.parse.read_files`.
     """
-    files = read_files(path)
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    if len(files) == 1:
-        return text
-    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
-    return comment + yaml.safe_dump(read_recipe(path), sort_keys=False, allow_unicode=True)
+    texts = []
+    for file in read_files(path):
+        with open(file, encoding="utf-8") as opened:
+            texts.append(opened.read())
+    if len(texts) == 1:
+        return texts[0]
+    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), texts[1].splitlines(keepends=True)))
+    keys = read_recipe(path)
+    merged = comment + _merge_lines(_split_keys(texts[0]), _split_keys(texts[1]), keys)
+    if _means(merged, keys):
+        return merged
+    # A key's lines alone may mean something else: they may refer to an anchor, or the keys may be on one line.
+    return comment + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+
+
+def _means(text: str, keys: Mapping[str, Any]) -> bool:
+    try:
+        return load_yaml(text) == keys
+    except ValueError:
+        return False
+
+
+def _merge_lines(base: Mapping[str, list[str]], own: Mapping[str, list[str]], keys: Mapping[str, Any]) -> str:
+    """The lines of ``keys``, from a recipe's ``own`` file or else from its base's. A blank line parts the new ones."""
+    lines: list[str] = []
+    is_new = False
+    for key in keys:
+        part = own.get(key, base.get(key, []))
+        begins_new = key not in base and not is_new
+        is_new |= key not in base
+        if lines and (begins_new or base.get(key, part)[:1] == ["\n"]):
+            lines.append("\n")
+        lines += part[1:] if part[:1] == ["\n"] else part
+    return "".join(lines)
+
+
+def _split_keys(text: str) -> dict[str, list[str]]:
+    """The lines of each key of a YAML mapping. They begin with the blank line and the comments above it, if any."""
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    lines = [line if line.endswith("\n") else line + "\n" for line in text.splitlines(keepends=True)]
+    keys, starts = [key.value for key, _ in node.value], [key.start_mark.line for key, _ in node.value]
+    parts: dict[str, list[str]] = {}
+    first = len([*itertools.takewhile(lambda line: line.startswith("#"), lines)])  # after the comment of the file
+    for key, start, last in zip(keys, starts, [*starts[1:], len(lines)], strict=True):
+        while last > start + 1 and re.match(r"#|\s*$", lines[last - 1]):
+            last -= 1
+        above = "".join(lines[min(first, start) : start]).strip()
+        is_apart = start > first and not lines[first].strip()
+        parts[key] = ["\n"] * is_apart + [above + "\n"] * bool(above) + lines[start:last]
+        first = last
+    return parts
 
 
 def read_comment(path: str) -> list[str]:

@@ -28,7 +28,7 @@ from sekd.eval.divergence import ROLLOUTS, TEXT, make_result, measure_completion
 from sekd.eval.held_out import Pair
 from sekd.eval.progress import show_bar
 from sekd.eval.records import TaskResult
-from sekd.models import check_head, count_classes, freeze
+from sekd.models import check_head, count_classes, freeze, quantize
 from sekd.on_policy.engines import make_engine, send_weights
 from sekd.on_policy.weight_check import WeightCheck
 from sekd.pretrained import load_config
@@ -66,7 +66,9 @@ def _measure(prepared: Distillation, chosen: list[str]) -> Iterator[TaskResult]:
     started = time.monotonic()
     rollouts = _generate(prepared, student, vocab, device) if ROLLOUTS in chosen else []
     generating = time.monotonic() - started
-    teacher = _load(options.teacher, TEACHER, options)
+    bits = options.teacher_bits
+    quantization = None if bits is None else quantize(bits == 4, options.chosen_dtype, device)
+    teacher = _load(options.teacher, TEACHER, options, quantization)
     with _explaining_memory(options):
         for model in (student, teacher):
             check_head(model.to(device), packed=False)
@@ -83,11 +85,11 @@ def _measure(prepared: Distillation, chosen: list[str]) -> Iterator[TaskResult]:
         yield make_result(task, items, prepared.settings[task], seconds)
 
 
-def _load(name: str, field: str, options: DistillationOptions) -> Any:
+def _load(name: str, field: str, options: DistillationOptions, arguments: dict[str, Any] | None = None) -> Any:
     """A whole model, or an adapter with its base, to be read only."""
     try:
         with without_bars():
-            return freeze(load_weights(name, options.chosen_dtype))
+            return freeze(load_weights(name, options.chosen_dtype, arguments))
     except LOADING_ERRORS as error:
         problem = "does not fit into memory" if is_out_of_memory(error) else "cannot be loaded"
         raise ValueError(f"{field} {name!r} {problem}: {shorten_error(error)}") from error

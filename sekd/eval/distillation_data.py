@@ -20,6 +20,7 @@ from sekd.eval.result_files import fingerprint_model
 from sekd.eval.task_data import hash_rows
 from sekd.pretrained import check_model_name, load_config
 from sekd.student import count_positions
+from sekd.validation.teachers import check_bits
 from sekd.validation.values import is_installed
 
 VERSION = 2
@@ -56,6 +57,7 @@ class DistillationOptions:
         max_new_tokens: length of a completion.
         engine: generates the completions (``vllm`` or ``hf``); None for vLLM where it is installed.
         dtype: of both models; None for the faster of bfloat16 and float32 on this machine.
+        teacher_load_in_4bit, teacher_load_in_8bit: hold the teacher in so many bits, as in training.
         batch_size: sequences that both models read at once.
 
     The other fields are keys of a recipe: ``prompt_column`` and so on.
@@ -87,6 +89,8 @@ class DistillationOptions:
     max_new_tokens: int = 256
     engine: str | None = None
     dtype: str | None = None
+    teacher_load_in_4bit: bool = False
+    teacher_load_in_8bit: bool = False
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -102,6 +106,7 @@ class DistillationOptions:
             raise ValueError(
                 f"repeats {self.repeats} at temperature 0 repeats one completion; set a temperature above 0"
             )
+        check_bits(self.teacher_load_in_4bit, self.teacher_load_in_8bit)
         engines = [name for name, engine in ENGINES.items() if not engine.uses_servers]
         if self.chosen_engine not in engines:
             raise ValueError(f"engine {self.engine!r} cannot generate here; choose one of {', '.join(engines)}")
@@ -118,6 +123,11 @@ class DistillationOptions:
     def chosen_dtype(self) -> str:
         """The dtype, or the default one."""
         return choose_model_dtype(self.dtype)
+
+    @property
+    def teacher_bits(self) -> int | None:
+        """4 or 8 if the teacher is quantized."""
+        return 4 if self.teacher_load_in_4bit else 8 if self.teacher_load_in_8bit else None
 
     @property
     def samples_as_is(self) -> bool:
@@ -181,7 +191,7 @@ def prepare_distillation(student: str, options: DistillationOptions) -> Distilla
         "teacher": fingerprint_model(options.teacher),
         "limit": options.limit,
         "dtype": options.chosen_dtype,
-        **{name: value for name in ENCODING if (value := getattr(options, name)) is not None},
+        **{name: value for name in (*ENCODING, "teacher_bits") if (value := getattr(options, name)) is not None},
     }
     texts, prompts, answers, settings = list[Sample](), list[Sample](), None, dict[str, dict[str, Any]]()
     if options.text is not None:

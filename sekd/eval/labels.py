@@ -27,6 +27,7 @@ COMMON: dict[str, tuple[tuple[Any, ...], str]] = {
     "seed": ((), "seed {}"),
     "backend": ((), "backend {}"),
     "dtype": ((), "{}"),
+    "teacher_bits": ((), "teacher in {} bits"),
     "arguments": ((), "arguments {}"),
 }
 """The settings that stand below the table where all rows agree: the values that are left out, and how others look."""

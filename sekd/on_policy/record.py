@@ -55,7 +55,18 @@ def start_file(path: str) -> None:
 
 def resume_file(path: str, step: int) -> None:
     """Keep only the rollouts of steps before ``step``, since the others will be generated again."""
-    write_atomically(path, "".join(_lines_before(path, step)))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_whole_lines(path) if line["step"] < step))
+
+
+def read_whole_lines(path: str) -> Iterator[dict[str, Any]]:
+    """The rollouts of a file; none without a file. A killed process may have written a part of a line."""
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        for line in file:
+            with suppress(ValueError):
+                if line.endswith("\n"):
+                    yield json.loads(line)
 
 
 def _to_json(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str:
@@ -73,17 +84,6 @@ def _to_json(step: int, sample: Sample, rollout: Rollout, tokenizer: Any) -> str
     if sample.teacher_prompt_ids is not None:
         line["teacher_prompt_ids"] = sample.teacher_prompt_ids
     return json.dumps(line) + "\n"
-
-
-def _lines_before(path: str, step: int) -> Iterator[str]:
-    """The whole lines of steps before ``step``. A killed run may have written a part of a line."""
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        for line in file:
-            with suppress(ValueError):
-                if line.endswith("\n") and json.loads(line)["step"] < step:
-                    yield line
 
 
 # The rollouts in a checkpoint, by step: generated, and not trained on yet

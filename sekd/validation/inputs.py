@@ -7,6 +7,7 @@ from transformers.utils import logging
 from rollouts import ENGINES
 from sekd.validation.rollouts import engine_trait
 from sekd.validation.teachers import check_place
+from sekd.validation.training import check_memory
 from sekd.validation.values import get_default, is_installed
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def check_inputs(
         if args.teacher_cache is not None and args.sample_pool is None:
             raise ValueError("teacher_cache needs data of known length; set sample_pool, or dataset_streaming: false")
     check_place(args)
+    check_memory(args)
     is_single = rollout_engine is None and engine_trait(args, None, "single_process")
     if args.world_size > 1 and args.any_on_policy and is_single:
         raise ValueError(

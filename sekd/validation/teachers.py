@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 def check_teacher(args: "SEKDConfig") -> None:
     """Check the teacher's device, bits and shards."""
-    bits = [name for name in ("teacher_load_in_4bit", "teacher_load_in_8bit") if getattr(args, name)]
-    if len(bits) == 2:
-        raise ValueError(f"{bits[0]} true with {bits[1]} true: a teacher has one kind of weights; leave one out")
-    if bits and not is_installed("bitsandbytes"):
-        raise ValueError(f"{bits[0]} true needs bitsandbytes: run `pip install bitsandbytes`, or leave it out")
+    bits = check_bits(args.teacher_load_in_4bit, args.teacher_load_in_8bit)
     if args.teacher_device is not None:
         _check_name(args.teacher_device)
     if not args.teacher_fsdp:
@@ -38,6 +34,16 @@ def check_teacher(args: "SEKDConfig") -> None:
             f"teacher_fsdp true with sample_score {args.sample_score!r}: samples are scored before the teacher is "
             "sharded, and each process would hold all of it; set sample_score: student_entropy, or teacher_fsdp: false"
         )
+
+
+def check_bits(in_4bit: bool, in_8bit: bool) -> list[str]:
+    """Check that a teacher has one kind of weights, and return the fields that quantize it."""
+    bits = [name for name, on in (("teacher_load_in_4bit", in_4bit), ("teacher_load_in_8bit", in_8bit)) if on]
+    if len(bits) == 2:
+        raise ValueError(f"{bits[0]} true with {bits[1]} true: a teacher has one kind of weights; leave one out")
+    if bits and not is_installed("bitsandbytes"):
+        raise ValueError(f"{bits[0]} true needs bitsandbytes: run `pip install bitsandbytes`, or leave it out")
+    return bits
 
 
 def _check_name(name: str) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -98,10 +99,13 @@ def check_training(args: "SEKDConfig") -> None:
             "optimizer of the failed attempt; set it to false, halve per_device_train_batch_size and double "
             "gradient_accumulation_steps"
         )
-    if any(name in str(args.optim) for name in ("bnb", "8bit", "4bit")) and not is_installed("bitsandbytes"):
-        raise ValueError(f"optim {args.optim} needs bitsandbytes: run `pip install bitsandbytes`")
-    if args.use_liger_kernel and not is_installed("liger_kernel"):
-        raise ValueError("use_liger_kernel true needs liger-kernel: run `pip install liger-kernel`, or leave it out")
+    if _is_of_bitsandbytes(args.optim) and not is_installed("bitsandbytes"):
+        raise ValueError(f"optim {_spell(args.optim)} needs bitsandbytes: run `pip install bitsandbytes`")
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel true is not supported: sekd calls the student in parts, so Liger's fused loss would not "
+            "run, and its other kernels are untested in sekd; leave it out"
+        )
     if isinstance(args.accelerator_config, dict):
         _check_keys("accelerator_config", args.accelerator_config, AcceleratorConfig.__dataclass_fields__)
     if args.deepspeed and not is_installed("deepspeed"):
@@ -109,6 +113,37 @@ def check_training(args: "SEKDConfig") -> None:
     _check_trackers(args.report_to)
     _check_output_dir(args.output_dir)
     _check_hub(args)
+
+
+def _spell(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _is_of_bitsandbytes(optim: Any) -> bool:
+    name = _spell(optim)
+    return "torch" not in name and any(part in name for part in ("8bit", "bnb", "paged", "lion", "ademamix"))
+
+
+def check_memory(args: "SEKDConfig") -> None:
+    """Check what saves memory: offloaded activations, and optimizers with states of 8 bits in FSDP2."""
+    in_shards = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if in_shards and _is_of_bitsandbytes(args.optim):
+        raise ValueError(
+            f"optim {_spell(args.optim)} with FSDP: bitsandbytes cannot update weights in shards; set optim: "
+            "adamw_torch_fused, whose states are shared between the processes, or use DDP"
+        )
+    if not args.activation_offloading:
+        return
+    if args.use_cpu:
+        raise ValueError(
+            "activation_offloading true has no effect on a CPU, whose memory holds the activations already; leave it "
+            "out"
+        )
+    if in_shards:
+        raise ValueError(
+            "activation_offloading true with FSDP: the gathered weights of each layer would move with its activations; "
+            "set gradient_checkpointing: true, or use DDP"
+        )
 
 
 def _check_evaluation(args: "SEKDConfig") -> None:

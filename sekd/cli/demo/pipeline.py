@@ -39,15 +39,7 @@ def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
     # Files of a few megabytes need no progress bars.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    set_seed(seed)
-    problems = make_problems(TRAIN + HELD_OUT, seed)
-    tokenizer = build_tokenizer(problems)
-    train, held_out = problems[:TRAIN], problems[TRAIN:]
-    os.makedirs(folder, exist_ok=True)
-    data = os.path.join(folder, "train.jsonl")
-    with open(data, "w") as file:
-        file.writelines(json.dumps(problem) + "\n" for problem in train)
-
+    tokenizer, data, held_out = make_task(folder, seed)
     matches, seconds = {}, {}
     for name, size in (("teacher", TEACHER), ("student", STUDENT)):
         phase_started = time.monotonic()
@@ -82,6 +74,19 @@ def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
         seconds[f"student after {label}"] = time.monotonic() - phase_started
     show_matches(matches, seconds, seed, time.monotonic() - started)
     return matches
+
+
+def make_task(
+    folder: str, seed: int, held_out: int = HELD_OUT
+) -> tuple[PreTrainedTokenizerBase, str, list[dict[str, str]]]:
+    """The demo's tokenizer, the path of its training problems, which it writes, and ``held_out`` other problems."""
+    set_seed(seed)
+    problems = make_problems(TRAIN + held_out, seed)
+    os.makedirs(folder, exist_ok=True)
+    data = os.path.join(folder, "train.jsonl")
+    with open(data, "w") as file:
+        file.writelines(json.dumps(problem) + "\n" for problem in problems[:TRAIN])
+    return build_tokenizer(problems), data, problems[TRAIN:]
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, heads: int, seed: int) -> Qwen3ForCausalLM:
