@@ -120,7 +120,7 @@ MODES: dict[str, dict] = {
     "rollouts, several a prompt": {**ON_POLICY, "rollouts_per_prompt": 2, "rollout_batches": 3},
 }
 PROCESSES = {"two processes": 2, "two processes, rollouts": 2}
-TIMINGS = re.compile(r'"(train_runtime|\w+_per_second|rollout_share|rollout_wait|rollout_seconds|seconds)": [^,}]+')
+TIMINGS = re.compile(r'"(train_runtime|\w+_per_second|\w+_share|(\w+_)?seconds)": [^,}]+')
 IGNORED = ("versions.json", "run.json", "checkpoint.json", "training_args.bin", "recipe.yaml")
 
 

@@ -254,6 +254,12 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     )
     log_completions_steps: int = field(default=50, metadata=help_("Print a few rollouts every N steps; 0 is never."))
 
+    profile: int = field(
+        default=0,
+        metadata=help_(
+            "Record N optimizer steps after a short warm-up: a trace in output_dir/profile and, on a GPU, the memory."
+        ),
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata=help_("Delete the checkpoints and the student of an earlier run in output_dir. Default: refuse."),

@@ -26,6 +26,7 @@ from sekd.policies import POLICIES, PositionPolicy, make_policy
 from sekd.policies.ranks import Generators, Valid, check_weights, eligible, uniform
 from sekd.scores import Rows, Scoring
 from sekd.teachers import Teacher
+from sekd.timing import timed
 from sekd.types import Batch, DenseTargets, Positions, SparseTargets, TeacherState, at_temperature
 
 Inspect = Callable[[Head, Positions, Batch, Valid], dict[str, Tensor]]
@@ -106,8 +107,10 @@ def distill(
     (:func:`sekd.models.run_inside`).
     """
     head = get_head(student, method.vocab).in_autocast_dtype()
-    hidden = hidden_states(student, batch)[batch.valid]  # [N D], with graph
-    positions = Positions(hidden, batch.targets[batch.valid], teacher.read(batch))
+    with timed("student"):
+        hidden = hidden_states(student, batch)[batch.valid]  # [N D], with graph
+    with timed("teacher"):
+        positions = Positions(hidden, batch.targets[batch.valid], teacher.read(batch))
     allowed = eligible(batch.valid, method.skip_first, batch.position_ids)
     checks = inspect(head, positions, batch, allowed) if inspect else {}
 
@@ -119,13 +122,15 @@ def distill(
     positions = positions[chosen]
     method.policy.observe(batch, chosen, positions.teacher)
     draw = partial(draw_numbers, weights, method.class_samples, generator)
-    targets = teacher.targets(positions, method.classes, method.temperature, draw, method.chunk_rows)
-    weights = weights[weights > 0]  # [N]
-    loss, divergences, *extra = total_loss(head, positions, targets, weights, method, step, entropies is None)
+    with timed("loss"):
+        targets = teacher.targets(positions, method.classes, method.temperature, draw, method.chunk_rows)
+        weights = weights[weights > 0]  # [N]
+        loss, divergences, *extra = total_loss(head, positions, targets, weights, method, step, entropies is None)
 
     return loss, sum_metrics(batch, chosen, divergences, entropies, extra) | checks
 
 
+@timed("scoring")
 def score_batch(
     head: Head, teacher: Teacher, positions: Positions, batch: Batch, allowed: Valid, method: Method, step: int
 ) -> tuple[Float[Tensor, "B T *C"], Float[Tensor, " N"] | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sekd.classes import CLASS_SELECTIONS
 from sekd.config import SEKDConfig
 from sekd.hardware import widest_float
+from sekd.timing import PARTS
 
 SELECTED = "_selected"
 """How the names of means over the chosen positions end."""
@@ -25,6 +26,7 @@ SHOWN = {
     "cut_fraction": "cut {:.0%}",
     "selection_agreement": "agree {:.0%}",
     "rollout_tokens_per_second": "gen {:,.0f} tok/s",
+    "floor_share": "floor {:.0%}",
     "eval_forward_kl": "held-out KL(p|q) {:.4f}",
     "eval_reverse_kl": "KL(q|p) {:.4f}",
     "eval_student_ce": "CE {:.4f}",
@@ -85,7 +87,6 @@ def compute_means(sums: Mapping[str, float], seconds: float, divergence: str) ->
             "cut_fraction": sums["cut_rollouts"] / trained,
             "empty_completions": sums["empty_rollouts"],
             "rollout_age": sums["stale_steps"] / trained,
-            "rollout_share": sums["rollout_wait"] / seconds,
         }
     if rollouts := sums.get("rollouts"):  # only steps that begin a round have these
         metrics |= {
@@ -95,3 +96,27 @@ def compute_means(sums: Mapping[str, float], seconds: float, divergence: str) ->
     if checked := sums.get("agreement_positions"):
         metrics["selection_agreement"] = sums["agreement"] / checked
     return metrics
+
+
+def compute_speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Where the time of the steps since the last log went, and how fast that was.
+
+    Shares are of ``seconds``. The sum of a part, such as ``teacher_seconds``, is the mean over the processes.
+    """
+    shares = {part: sums.get(f"{part}_seconds", 0.0) / seconds for part in PARTS}
+    metrics = {f"{part}_share": share for part, share in shares.items() if share}
+    if sums.get("trained_rollouts"):
+        metrics["rollout_share"] = shares["generation"] + shares["sync"]
+    if flops := sums.get("flops"):
+        metrics["flops_per_second"] = flops / seconds
+        metrics["floor_share"] = sums["floor_seconds"] / seconds
+    return metrics
+
+
+def sum_up_time(sums: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of each part of a whole run, ``other_seconds``, and how fast it was. ``seconds`` is their sum."""
+    seconds = sums["seconds"]
+    parts = {name: sums[name] for name in (f"{part}_seconds" for part in PARTS) if sums.get(name)}
+    speed = compute_speed(sums, seconds)
+    summary = {**parts, "other_seconds": max(seconds - sum(parts.values()), 0.0)}
+    return summary | {name: speed[name] for name in ("flops_per_second", "floor_share") if name in speed}

@@ -36,7 +36,7 @@ CARD = "README.md"
 MARK = "<!-- sekd writes this file at each save. Delete this line to keep your changes. -->"
 TAGS = "sekd", "knowledge-distillation"
 ACRONYMS = re.compile(r"\b(kl|kd|ce|at|jsd)\b")
-LEFT_OUT = re.compile(r"runtime|seconds|per_second|flos|rollout_(share|wait)|^(epoch|step)$")
+LEFT_OUT = re.compile(r"runtime|seconds|per_second|flos|_share$|^(epoch|step)$")
 """Logged numbers that are not in the tables: they differ between equal runs, or stand elsewhere in the card."""
 
 PAPER = """\

@@ -61,7 +61,7 @@ MAY_CHANGE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_on_signal", "merge_adapter"),
     *("samples_file", "head_chunk_rows", "import_modules", "rollouts", "rollout_server_urls"),
     *("rollout_timeout", "rollout_transfer", "per_device_eval_batch_size", "max_eval_samples"),
-    *("project", "run_name", "report_to", "use_cpu", "disable_tqdm", "local_rank"),
+    *("project", "run_name", "report_to", "profile", "use_cpu", "disable_tqdm", "local_rank"),
     *("debug", "skip_memory_metrics", "torch_empty_cache_steps", "push_to_hub", "do_train", "do_eval"),
     *("do_predict", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "teacher_cache"),
     *("model_name_or_path", "model_revision", "teacher_model_name_or_path", "teacher_model_revision"),

@@ -1,7 +1,5 @@
 """SEKDTrainer: a Trainer around :func:`sekd.distill.distill`. No loss arithmetic lives here."""
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,9 @@ from sekd.eval.during import Evaluation
 from sekd.eval.early_stopping import make_early_stopping, resume_early_stopping
 from sekd.eval.held_out import Pair
 from sekd.fingerprints import check_same_weights
-from sekd.metrics import add_sums, compute_means, name_divergence, sum_all
+from sekd.floor import Floor
+from sekd.measured import MeasuredTrainer
+from sekd.metrics import add_sums
 from sekd.model_card import CardSource
 from sekd.models import check_head, check_head_columns, log_dtypes, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler
@@ -39,13 +39,14 @@ from sekd.on_policy.weights import check_mergeable
 from sekd.policies import FinishedStep
 from sekd.policies.base import load_state, save_state
 from sekd.pretrained import STUDENT, load_tokenizer
-from sekd.resumable import InterruptedWait, ResumableTrainer
+from sekd.resumable import InterruptedWait
 from sekd.run_folder import describe_run, list_keys
 from sekd.samples import choose_samples, order_stream, prepare_samples
 from sekd.saving import save_merged
 from sekd.seeds import make_generators
 from sekd.student import check_context, check_models_outside, check_student, load_student, prepare_student
 from sekd.teacher_source import make_teacher_source
+from sekd.timing import timed
 from sekd.types import Batch, TeacherState
 from sekd.validation.inputs import check_inputs, check_separate
 from sekd.validation.rollouts import engine_trait
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class SEKDTrainer(ResumableTrainer):
+class SEKDTrainer(MeasuredTrainer):
     """Distils a teacher into a student at selected positions.
 
     Data and tokenizers are checked before any model is loaded. Models may be given by name.
@@ -173,8 +174,8 @@ class SEKDTrainer(ResumableTrainer):
         self.evaluation.connect(self.accelerator, self.schedule, compute_metrics)
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         self.pad_token_id: int = pad if pad is not None else eos or 0
-        self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
-        self._last_log = time.monotonic()
+        local = not engine_trait(args, rollout_engine, "uses_servers")
+        self.floor = Floor(self.model, source.model, self.method, args, generates=local)
         keys, processes = list_keys(recipe_records or [args]), self.accelerator.num_processes
         saves_adapter = hasattr(self.model, "peft_config") and not args.merge_adapter
         student, teacher = (name or "" for name in names)
@@ -196,7 +197,8 @@ class SEKDTrainer(ResumableTrainer):
         per_step = self.args.gradient_accumulation_steps  # the loader gives fewer at the end of an epoch
 
         def pull() -> list[list[Sample]]:
-            return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, per_step, device)[0]
+            with timed("data"):
+                return super(SEKDTrainer, self).get_batch_samples(epoch_iterator, per_step, device)[0]
 
         with self.waiting():
             micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
@@ -234,6 +236,7 @@ class SEKDTrainer(ResumableTrainer):
                 "max_grad_norm may help, or bf16: false"
             )
         add_sums(self._sums, sums)
+        self.floor.count_batch(batch, step, sums)
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -255,6 +258,7 @@ class SEKDTrainer(ResumableTrainer):
         total, self._step_loss = self._step_loss, 0.0
         return total * factor - (total - loss)  # the Trainer adds up the micro-batches' losses
 
+    @timed("scoring")
     def end_step(self) -> None:
         """Called after each optimizer step: a policy with state learns from it."""
         self.method.policy.end_step(FinishedStep(gather_object, self._sum_over_processes, self._kl_after))
@@ -284,8 +288,8 @@ class SEKDTrainer(ResumableTrainer):
     def begin(self, checkpoint: str | None) -> None:
         """Begin with the policy's state and the rollouts of a checkpoint, or without any."""
         self.method = Method.from_config(self.args, self.method.vocab)  # a new policy: an attempt may have failed
-        self._sums.clear()
-        self._step_loss, self._last_log = 0.0, time.monotonic()
+        self.floor.method, self._step_loss = self.method, 0.0
+        super().begin(checkpoint)
         if checkpoint is not None:
             load_state(self.method.policy, self.args.position_policy, checkpoint)
             resume_early_stopping(self.callback_handler.callbacks, self.state)
@@ -296,16 +300,6 @@ class SEKDTrainer(ResumableTrainer):
         if self.args.should_save:
             save_state(self.method.policy, self.args.position_policy, folder)
         self.schedule.save(folder)
-
-    def export_log(self) -> dict[str, Any]:
-        """The sums of the steps since the last log, and the seconds since then."""
-        return sum_all(self._sums, self.accelerator) | {"seconds": time.monotonic() - self._last_log}
-
-    def restore_log(self, state: dict[str, Any]) -> None:
-        """Take the sums that :meth:`export_log` gave. They are of all processes, so the main process takes them."""
-        self._last_log -= state.pop("seconds")
-        if self.accelerator.is_main_process:
-            self.count(**state)
 
     def write_student(self, written: str, folder: str) -> None:
         """Write the student's files, which are for ``folder``: with ``merge_adapter``, those of a whole student."""
@@ -327,10 +321,6 @@ class SEKDTrainer(ResumableTrainer):
         """The rollout engine; None before the first round."""
         return self.schedule.engine
 
-    def count(self, **sums: float) -> None:
-        """Add to the sums of the next log."""
-        add_sums(self._sums, sums)
-
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -343,7 +333,7 @@ class SEKDTrainer(ResumableTrainer):
         Raises:
             ValueError: there is nothing to evaluate.
         """
-        data, started = self.eval_dataset if eval_dataset is None else eval_dataset, time.monotonic()
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is not None and "input_ids" not in next(iter(data)):
             data = prepare(data, self.processing_class, self.args)
         samples = None if data is None else _make_samples(list(data))
@@ -360,24 +350,19 @@ class SEKDTrainer(ResumableTrainer):
         )
         was_training = model.training
         model.eval()
-        metrics = self.evaluation.measure(pair, samples, with_suite=eval_dataset is None)
+        with self.uncounted():
+            metrics = self.evaluation.measure(pair, samples, with_suite=eval_dataset is None)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self._last_log += time.monotonic() - started  # the speed of training is without evaluation
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As ``Trainer.log``; the log gets the means of the steps since the last one."""
-        if "loss" in logs and self._sums:
-            seconds = time.monotonic() - self._last_log
-            logs |= compute_means(sum_all(self._sums, self.accelerator), seconds, name_divergence(self.args))
-            logs |= self.schedule.weight_check.take_log() | self.args.get_scheduled(self.state.global_step - 1)
-            self._sums.clear()
-            self._last_log = time.monotonic()
-        super().log(logs, start_time)
+    def more_logs(self) -> dict[str, float]:
+        """The checks of weights, and the values of schedules."""
+        return self.schedule.weight_check.take_log() | self.args.get_scheduled(self.state.global_step - 1)
 
+    @timed("data")
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         return collate(samples, self.pad_token_id)
 

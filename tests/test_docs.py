@@ -17,6 +17,7 @@ from sekd.parse import list_recipes, parse_recipe
 from sekd.policies import POLICIES
 from sekd.scores import SCORES
 from sekd.sweep.file import KEYS as SWEEP_KEYS
+from sekd.timing import PARTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -186,6 +187,7 @@ def test_runs_explains_every_logged_number():
     code = "".join((ROOT / "sekd" / name).read_text() for name in ("metrics.py", "eval/held_out.py"))
     names = set(re.findall(r'metrics\["(\w+)"\]', code)) | {"selected_fraction", "rollout_age", "loss", "positions"}
     names |= {f"{divergence}_selected" for divergence in DIVERGENCES}
+    names |= {f"{part}_share" for part in PARTS} | {"flops_per_second", "floor_share", "rollout_share", "other_seconds"}
     for name in names | {"cut_fraction", "empty_completions", "completion_length", "tokens_per_second"}:
         assert f"`{name}`" in page or f"`eval_{name}`" in page, name
 

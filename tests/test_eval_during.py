@@ -97,7 +97,7 @@ def losses_and_weights(trainer):
     set_seed(0)  # of dropout; a Trainer sets it when it is made
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    timed = ("seconds", "second", "rollout_share", "tokens_per_second", "epoch", "weight_")
+    timed = ("second", "_share", "epoch", "weight_")
     logs = [{name: value for name, value in log.items() if not any(t in name for t in timed)} for log in logs]
     return logs, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 

@@ -17,6 +17,7 @@ from sekd.cache.readers import LocalReader
 from sekd.cli import main
 from sekd.data.prepare import prepare
 from sekd.models import freeze, load_model
+from sekd.timing import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
@@ -177,3 +178,6 @@ def test_two_processes_give_the_single_process_steps(tmp_path, tokenizer, pairs,
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert found["losses"] == pytest.approx(losses, rel=1e-5)
     assert len(losses) == 2
+    logs = [log for log in found["logs"] if "loss" in log]
+    assert all(sum(value for name, value in log.items() if name.endswith("_share")) > 0 for log in logs)
+    assert all(sum(log.get(f"{part}_share", 0) for part in PARTS) <= 1 for log in logs), "means over the processes"

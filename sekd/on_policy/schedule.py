@@ -34,6 +34,7 @@ from sekd.on_policy.record import (
     start_file,
 )
 from sekd.on_policy.weight_check import WeightCheck
+from sekd.timing import timed
 from sekd.validation.rollouts import engine_trait
 
 MicroBatches = list[list[Sample]]
@@ -131,7 +132,6 @@ class RolloutSchedule:
         Raises:
             RolloutError: the engine returned no completions.
         """
-        started = time.monotonic()
         if not self.ready:
             current = self.pending or self._start_round(range(number, max_steps), number, pull, background=False)
             self.pending = None
@@ -140,7 +140,6 @@ class RolloutSchedule:
                 numbers = range(number + len(self.ready), max_steps)
                 ahead = self._start_round(numbers, number, pull, background=True)
                 self.pending = ahead if ahead.steps else None  # at the end of an epoch there is no next step
-        self.count(rollout_wait=(time.monotonic() - started) / self.args.world_size)
         if not self.ready:
             return []
         step = self.ready.popleft()
@@ -181,9 +180,9 @@ class RolloutSchedule:
     def _finish(self, current: _Round) -> list[Step]:
         """Wait for a round's rollouts, and give each step its own."""
         rollouts, seconds = current.get_rollouts()
-        self.count(
-            rollouts=len(rollouts), rollout_tokens=sum(len(r.completion_ids) for r in rollouts), rollout_seconds=seconds
-        )
+        tokens = sum(len(r.completion_ids) for r in rollouts)
+        self.count(rounds=bool(rollouts), rollouts=len(rollouts), rollout_tokens=tokens, rollout_seconds=seconds)
+        self.count(rollout_prompt_tokens=sum(len(r.prompt_ids) for r in rollouts))
         remaining = iter(rollouts)
         for step in current.steps:
             if step.needs_rollouts:
@@ -245,6 +244,7 @@ class RolloutSchedule:
         """Whether the run has an engine with :meth:`generate_with`."""
         return self.args.any_on_policy and engine_trait(self.args, self.engine, "takes_sampling")
 
+    @timed("generation")
     def _request(
         self, prompts: list[list[int]], step: int, background: bool, sampling: Sampling | None = None
     ) -> Callable[[], Timed]:
@@ -271,6 +271,7 @@ class RolloutSchedule:
         shares = samples_from(self.engine, self.get_student())
         return self.accelerator.autocast() if shares else nullcontext()
 
+    @timed("generation")
     def _get_rollouts(self, job: Future[Timed] | None, part: slice) -> Timed:
         """Wait for a job, and return this process's part of its rollouts, or raise its error."""
         if not self.shared_engine:
@@ -307,9 +308,10 @@ class RolloutSchedule:
         max_lora_rank = self._broadcast_from_main(result)
         is_new, self.started = not self.started, True
         if is_new or step != self.synced_step:
-            self._broadcast_from_main(self._send_weights(step, max_lora_rank))
-            self.synced_step = step
-            self.weight_check.check_sync(self.engine, self.get_student(), prompts)
+            with timed("sync"):
+                self._broadcast_from_main(self._send_weights(step, max_lora_rank))
+                self.synced_step = step
+                self.weight_check.check_sync(self.engine, self.get_student(), prompts)
 
     def _send_weights(self, step: int, max_lora_rank: int) -> Exception | None:
         try:

@@ -24,6 +24,8 @@ class Bandit(PositionPolicy):
     over the step's batches and one of both heads over the chosen positions, without gradient.
     """
 
+    looks_back = True
+
     def __init__(
         self, fraction: float | Schedule = 0.2, whole_steps: bool = False, alpha: float = 1.0, ridge: float = 1.0
     ) -> None:

@@ -50,6 +50,9 @@ class PositionPolicy(ABC):
     mean_over: ClassVar[str] = "sequence"
     """What the loss is a mean over: the chosen positions of a ``sequence``, or those of the whole ``step``."""
 
+    looks_back: ClassVar[bool] = False
+    """Whether it computes the divergence of the chosen positions again, after the step."""
+
     selected: int | None = None
     """Number of positions chosen so far in this step, or None.
 

@@ -212,7 +212,7 @@ def read_evaluation_logs(folder: str, facts: Facts) -> dict[str, float]:
 
 
 def _is_score(name: str) -> bool:
-    return not name.endswith(("_runtime", "_per_second", "_stderr", "_positions"))
+    return not name.endswith(("_runtime", "_per_second", "_seconds", "_share", "_stderr", "_positions"))
 
 
 def _can_resume(folder: str) -> bool:
