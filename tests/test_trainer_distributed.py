@@ -125,10 +125,17 @@ def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokeni
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def twenty_by_one(tmp_path_factory):
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    twenty_steps(str(folder / "one"), per_device_train_batch_size=8)
+    return folder
+
+
 @pytest.mark.parametrize("run", LONG_RUNS)
-def test_twenty_steps_choose_and_learn_as_one_process_does(tmp_path, found_by_two, run):
-    twenty_steps(str(tmp_path / "one"), per_device_train_batch_size=8)
-    expected, folder = torch.load(tmp_path / "one.pt"), found_by_two["folder"]
+def test_twenty_steps_choose_and_learn_as_one_process_does(twenty_by_one, found_by_two, run):
+    expected, folder = torch.load(twenty_by_one / "one.pt"), found_by_two["folder"]
     together = torch.load(folder / f"{run}.pt")
     first, second = together["chosen"]
     assert first.keys().isdisjoint(second)
@@ -136,10 +143,10 @@ def test_twenty_steps_choose_and_learn_as_one_process_does(tmp_path, found_by_tw
     assert first | second == expected["chosen"][0]
     assert together["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert sorted(path.name for path in (folder / run).iterdir()) == sorted(
-        path.name for path in (tmp_path / "one").iterdir()
+        path.name for path in (twenty_by_one / "one").iterdir()
     ), "one student, and nothing of the second process"
     weights = load_model(str(folder / run)).state_dict()
-    for name, weight in load_model(str(tmp_path / "one")).state_dict().items():
+    for name, weight in load_model(str(twenty_by_one / "one")).state_dict().items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
