@@ -79,6 +79,7 @@ class Plain:
         return [job for job, _ in self.ended]
 
     def start(self, job):
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
         with open(job.log, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             status = main([*job.arguments])
         if status == 0 and job.finished:
