@@ -21,23 +21,33 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(tmp_path, tokenizer, texts, monkeypatch, capsys):
-    """A function that runs a script on tiny models in this process, and returns what it prints."""
-    save_pair(tmp_path, tokenizer, texts)
+def run_here(monkeypatch, capsys):
+    """A function that runs a script in this process, and returns what it prints."""
     verbosity = logging.get_verbosity()
 
-    def run(script, *options, text=True):
-        arguments = [str(tmp_path / "student"), str(tmp_path / "teacher"), *[str(tmp_path / "texts.jsonl")] * text]
-        monkeypatch.setattr(sys, "argv", [script, *arguments, *options])
+    def run_here(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "120")
         capsys.readouterr()
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
         return capsys.readouterr().out
 
-    yield run
+    yield run_here
     logging.set_verbosity(verbosity)
     logging.enable_progress_bar()
     datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer, texts, run_here):
+    """A function that runs a script on tiny models."""
+    save_pair(tmp_path, tokenizer, texts)
+
+    def run(script, *options, text=True):
+        names = [tmp_path / "student", tmp_path / "teacher", *[tmp_path / "texts.jsonl"] * text]
+        return run_here(script, *names, *options)
+
+    return run
 
 
 def test_bench_step(run):
@@ -67,15 +77,6 @@ def test_bench_3x_goes_on_where_it_stopped(run, tmp_path):
     assert "SE-KD_3X, cache reused" in printed
 
 
-def run_process(script, *arguments):
-    """What a script prints that changes sekd's functions, or starts processes."""
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 def test_bench_rollouts(tmp_path, tokenizer, texts):
     save_pair(tmp_path, tokenizer, texts)
@@ -83,14 +84,26 @@ def test_bench_rollouts(tmp_path, tokenizer, texts):
         make_vllm_model().save_pretrained(tmp_path / name)
     names = [tmp_path / name for name in ("student", "teacher", "texts.jsonl")]
     options = ["--engines", "hf", "vllm", "--prompts", "1", "8", "--rounds", "1", "--steps", "3", "--enforce_eager"]
-    printed = run_process("bench_rollouts.py", *names, *options, "--prompt_tokens", "4", "--new_tokens", "8")
+    # A process, since the script changes functions of sekd.
+    command = [sys.executable, ROOT / "scripts" / "bench_rollouts.py", *names, *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run(
+        [*map(str, command), "--prompt_tokens", "4", "--new_tokens", "8"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = done.stdout
     lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
     assert "(1.0x)" in lines["8"]
     assert lines["scoring"].rstrip("│ ").endswith("0.00 s (0%)"), "none with score_source: rollout"
     assert 0 < float(lines["selection_agreement"].split("│")[3]) <= 1
 
 
-def test_compare_lm_eval(tmp_path):
+def test_compare_lm_eval(tmp_path, run_here):
     pytest.importorskip("lm_eval")
     lm = make_text_lm()
     lm.model.save_pretrained(tmp_path / "model")
@@ -99,6 +112,6 @@ def test_compare_lm_eval(tmp_path):
     rows = [{"question": f"Which is {i}?", "choices": choices, "answerKey": "AB"[i % 2]} for i in range(6)]
     write_rows(tmp_path / "arc_easy" / "test.jsonl", rows)
     options = ["--data-dir", tmp_path, "--tasks", "arc_easy", "--output", tmp_path / "out", "--limit", "5"]
-    printed = run_process("compare_lm_eval.py", tmp_path / "model", *options)
+    printed = run_here("compare_lm_eval.py", tmp_path / "model", *options)
     (line,) = (line for line in printed.splitlines() if line.startswith("│ arc_easy │ hf"))
     assert [cell.strip() for cell in line.split("│")[3:7]] == ["5", "0", "0.0e+00", "0"]
