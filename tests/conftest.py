@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub.constants
 import pytest
 import torch
+import transformers.utils.hub
 import yaml
 from datasets import Dataset
 from helpers import make_pairs, make_tokenizer, save_pair, words
+from hub_server import Hub, serve_hub
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -58,6 +61,20 @@ def texts() -> Dataset:
     """64 documents of 3 to 60 words."""
     generator = random.Random(1)
     return Dataset.from_list([{"text": words(generator, 3, 60)} for _ in range(64)])
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[dict[str, bytes]]:
+    """The files of a hub that the client in this process talks to."""
+    with serve_hub() as address:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        yield Hub.files
 
 
 @pytest.fixture

@@ -57,7 +57,12 @@ class Faulty(ThreadingHTTPServer):
         self.target, self.spoil, self.asked, self.lock = target, spoil, 0, threading.Lock()
         super().__init__(("127.0.0.1", 0), Between)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
+
+    def shutdown(self):
+        """Refuse connections from now on, which would otherwise wait for an answer."""
+        super().shutdown()
+        self.server_close()
 
 
 class Between(BaseHTTPRequestHandler):

@@ -25,9 +25,9 @@ def test_a_configuration_parses_and_names_its_command(name):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("two processes")
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name != "fsdp2.yaml"])
 def test_a_configuration_starts_two_processes(tmp_path, tokenizer, pairs, name):
-    """On a CPU accelerate takes DDP for FSDP2."""
+    """test_trainer_distributed.py starts FSDP2's."""
     if "zero" in name:
         pytest.importorskip("deepspeed")
     save_pair(tmp_path, tokenizer)

@@ -71,20 +71,6 @@ def models(tmp_path, tokenizer, texts):
     return tmp_path
 
 
-class OneIsKilled:
-    """Readers of which one is killed once its first part is here."""
-
-    def __init__(self, readers):
-        self.readers, self.facts, self.killed = readers, readers.facts, []
-
-    def encode_all(self, parts):
-        for found in self.readers.encode_all(parts):
-            if not self.killed:
-                self.killed = actors()[:1]
-                os.kill(self.killed[0], signal.SIGKILL)
-            yield found
-
-
 def actors():
     """The processes of Ray's actors of ours."""
     found = []
@@ -98,40 +84,42 @@ def actors():
 
 
 @pytest.mark.slow
-def test_ray_builds_the_same_bytes_although_a_worker_is_killed(models, tokenizer, texts):
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    args = config(models / "run", teacher_model_name_or_path=str(models / "teacher"), cache_teacher_entropy=True)
-    dataset = prepare(texts, tokenizer, args)
-    load = partial(load_reader, args, None, VOCAB, True)
-    build_cache(dataset, load(args.device), tokenizer, args, str(models / "here"), shard_samples=2)
-    gone = config(models / "run", teacher_model_name_or_path=str(models / "gone"))
-    with pytest.raises(ValueError, match=r"a Ray worker cannot load the teacher: .*gone"):
-        RayReaders(1, partial(load_reader, gone, None, VOCAB, True))
-    readers = RayReaders(2, load)
-    try:
-        assert len(actors()) == 2
-        killing = OneIsKilled(readers)
-        build_cache(dataset, killing, tokenizer, args, str(models / "ray"), shard_samples=2)
-    finally:
-        readers.close()
-    assert len(list((models / "ray").glob("shard-*.arrow"))) > 8
-    assert killing.killed
-    assert contents(models / "ray") == contents(models / "here")
-    assert not actors()
-
-
-@pytest.mark.slow
-def test_the_command_builds_through_ray(models, capsys):
+def test_ray_builds_the_same_bytes_although_a_worker_is_killed(models, capsys, monkeypatch):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     (models / "recipe.yaml").write_text(
         f"output_dir: {models}/run\nmodel_name_or_path: {models}/student\nmax_length: 40\nreport_to: none\n"
         f"teacher_model_name_or_path: {models}/teacher\ndataset_name: {models}/texts.jsonl\nrollout_engine: hf\n"
     )
-    build = ["cache", "build", str(models / "recipe.yaml"), "--output"]
-    assert main([*build, str(models / "ray"), "--engine", "ray", "--num-workers", "2", "--seed", "3"]) == 0
+    started, killed, encode_all = [], [], RayReaders.encode_all
+
+    def kill_one(readers, parts):
+        """Once the first part is here."""
+        started.extend(actors())
+        for part in encode_all(readers, parts):
+            if not killed:
+                killed.extend(started[:1])
+                os.kill(killed[0], signal.SIGKILL)
+            yield part
+
+    monkeypatch.setattr(RayReaders, "encode_all", kill_one)
+    monkeypatch.setattr("sekd.cache.build.build_cache", partial(build_cache, shard_samples=2))
+    build = ["cache", "build", str(models / "recipe.yaml"), "--seed", "3", "--cache_teacher_entropy", "true"]
+    assert main([*build, "--output", str(models / "ray"), "--engine", "ray", "--num-workers", "2"]) == 0
     assert "bytes a position" in capsys.readouterr().out
-    assert main([*build, str(models / "here"), "--seed", "3"]) == 0
+    assert len(started) == 2
+    assert killed
+    assert not actors()
+    assert main([*build, "--output", str(models / "here")]) == 0
+    assert len(list((models / "ray").glob("shard-*.arrow"))) > 8
     assert contents(models / "ray") == contents(models / "here")
-    assert main([*build, str(models / "more"), "--num-workers", "2"]) == 2
+    assert main([*build, "--output", str(models / "more"), "--num-workers", "2"]) == 2
     assert "--num-workers 2: it is the number of Ray actors; add --engine ray" in capsys.readouterr().err
     assert not (models / "more").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_load_the_teacher(tmp_path):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    gone = config(tmp_path / "run", teacher_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"a Ray worker cannot load the teacher: .*gone"):
+        RayReaders(1, partial(load_reader, gone, None, VOCAB, True))

@@ -1,13 +1,9 @@
 """`sekd train`, from a recipe to a student."""
 
-import contextlib
-import importlib.util
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import EOS, make_model, make_vllm_model
+from helpers import EOS, make_model
 from transformers import AutoModelForCausalLM
 
 from sekd.cli import main
@@ -174,33 +170,3 @@ def test_errors_of_resuming_are_one_line(recipe, tmp_path, capsys):
         errors = capsys.readouterr().err
         assert message in errors
         assert "Traceback" not in errors
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_everything(recipe, tmp_path):
-    """SIGINT in the middle of an on-policy run through vLLM: status 130, and no process of its group is left."""
-    make_vllm_model(0).save_pretrained(tmp_path / "student")
-    make_vllm_model(1).save_pretrained(tmp_path / "teacher")
-    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
-    command = [sys.executable, "-m", "sekd.cli", "train", recipe, "--lmbda", "1", "--rollout_engine", engine]
-    command += ["--vllm_enforce_eager", "true"]
-    process = subprocess.Popen(
-        [*command, "--max_steps", "100000", "--save_strategy", "no"],
-        start_new_session=True,
-        # A job in the background inherits an ignored SIGINT, which Python would leave ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    try:
-        for _ in range(1200):
-            if metrics.exists() and metrics.stat().st_size > 0:
-                break
-            assert process.poll() is None, "it ended before it trained"
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)

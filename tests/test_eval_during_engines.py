@@ -7,9 +7,9 @@ import pytest
 import torch
 from distributed_worker import TWO_STEPS
 from evaluation_helpers import write_tasks
-from helpers import make_model, make_trainer, make_vllm_model, run_two_processes, save_pair
+from helpers import make_model, make_trainer, make_vllm_model, run_two_processes
 from rollout_helpers import make_lora
-from serving import Server
+from serving import Served, SmallServer
 from transformers import set_seed
 
 from rollouts import RolloutConfigError
@@ -73,23 +73,15 @@ def test_vllm_gives_the_outputs_that_transformers_gives(tmp_path, tokenizer, pai
         assert ours.completion_ids[:8] == theirs.completion_ids[:8]
 
 
-@needs_vllm
-@pytest.mark.xdist_group("a server")
 def test_a_server_with_too_short_a_context_is_refused(tmp_path, tokenizer, pairs, tasks):
-    save_pair(tmp_path, tokenizer)
-    make_vllm_model().save_pretrained(tmp_path / "student")
-    server = Server(tmp_path / "student")
-    options = VLLM | dict(rollout_engine="vllm_server", rollout_server_urls=[server.url], rollout_timeout=240.0)
-    try:
-        trainer = make_trainer(
-            tmp_path / "run", tokenizer, pairs, make_vllm_model(), make_vllm_model(1), **options, **tasks
-        )
-        needed = trainer.schedule.evaluation_context
-        message = rf"has a context of 64 tokens, .* take up to {needed}; start it with --max-model-len {needed}"
-        with pytest.raises(RolloutConfigError, match=message):
-            trainer.evaluate()
-    finally:
-        server.kill()
+    server = SmallServer(Served(make_vllm_model()))
+    options = VLLM | dict(rollout_engine="vllm_server", rollout_server_urls=[server.url])
+    trainer = make_trainer(tmp_path / "run", tokenizer, pairs, make_vllm_model(), None, **options, **tasks)
+    needed = trainer.schedule.evaluation_context
+    message = rf"has a context of 64 tokens, .* take up to {needed}; start it with --max-model-len {needed}"
+    with pytest.raises(RolloutConfigError, match=message):
+        trainer.evaluate()
+    server.shutdown()
 
 
 @pytest.mark.xdist_group("two processes")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import transformers.utils.hub
 from helpers import add_lora, config, make_model, make_trainer
-from hub_server import Hub, serve_hub
+from hub_server import Hub
 
 from sekd.hub import UPLOADED
 
@@ -17,17 +16,6 @@ MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 BESIDE = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "recipe.yaml"}
 BESIDE |= {"versions.json", "metrics.jsonl"}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The files of a hub that the client in this process talks to."""
-    with serve_hub() as address:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        yield Hub.files
 
 
 def read(folder):

@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from evaluation_helpers import make_rows
 from helpers import make_pairs, make_tokenizer, save_pair
 
 from sekd.cli import main
+from sekd.files import lock_folder
+from sekd.sweep.engines import ENGINES, EngineKind
+from sekd.sweep.run_state import finish as note_end
 
 # Dozens of processes; one worker runs them all, since they share an undisturbed sweep.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("sweeps")]
@@ -60,6 +66,47 @@ def write(inputs):
 
 
 PROOF = {"grid": {"learning_rate": [1e-3, 1e-2]}, "keys": {"metric_for_best_model": "forward_kl"}}
+
+
+class Plain:
+    """An engine that runs each job to its end in this process, where nothing needs to be imported again."""
+
+    def __init__(self, jobs):
+        self.jobs, self.ended = 1, []
+
+    @property
+    def running(self):
+        return [job for job, _ in self.ended]
+
+    def start(self, job):
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+        with open(job.log, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            status = main([*job.arguments])
+        if status == 0 and job.finished:
+            note_end(job.finished, 0)
+        self.ended.append((job, status))
+
+    def wait(self, seconds):
+        ended, self.ended = self.ended, []
+        return ended
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plain_engine():
+    """The engine ``plain``, with the one thread that the processes of a sweep have here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ENGINES["plain"] = EngineKind(Plain)
+    yield
+    del ENGINES["plain"]
+    torch.set_num_threads(threads)
+
+
+def run_plainly(path):
+    assert main(["sweep", path, "--engine", "plain"]) == 0
 
 
 def start(path, *flags):
@@ -112,7 +159,7 @@ def count_checkpoints(folder):
 def whole(write, tmp_path_factory):
     """What an undisturbed sweep gives: 3 methods x 2 learning rates x 2 seeds."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(write(folder, **PROOF))
+    run_plainly(write(folder, **PROOF))
     weights, rows = read_results(folder)
     assert len(weights) == 12
     assert len({*weights.values()}) == 12
@@ -120,13 +167,16 @@ def whole(write, tmp_path_factory):
     return weights, rows
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_sweep_that_is_killed_twice_equals_one_that_ran_through(write, whole, tmp_path, engine):
-    if engine == "ray":
-        pytest.importorskip("ray")
+# Two of the 12 runs are under way at each of these numbers of checkpoints, of which a run has 12.
+KILLS = [("local", 5, False), ("ray", 29, False), ("local", 54, True), ("ray", 79, True)]
+
+
+def test_a_sweep_that_each_engine_is_killed_in_twice_equals_one_that_ran_through(write, whole, tmp_path):
+    """The engines resume each other's runs. Without Ray, it is one engine."""
+    has_ray = importlib.util.find_spec("ray") is not None
     path = write(tmp_path, **PROOF)
-    for at, kills_runs in ((5, False), (63, True)):
-        process = start(path, "--engine", engine)
+    for name, at, kills_runs in KILLS:
+        process = start(path, "--engine", name if has_ray else "local")
         wait_for(lambda at=at, process=process: count_checkpoints(tmp_path) >= at or process.poll() is not None)
         os.kill(process.pid, signal.SIGKILL)
         # Ray needs a moment to end its runs, in which they could finish.
@@ -137,9 +187,10 @@ def test_a_sweep_that_is_killed_twice_equals_one_that_ran_through(write, whole, 
         wait_for(lambda: not list_processes(tmp_path), 30)  # no orphan writes on
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")}
     assert 0 < len(before) < 12
-    finish(path, "--engine", engine)
+    finish(path, "--engine", "ray" if has_ray else "local")
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished run ran again"
     states = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/sweep.json")]
-    assert any(state["resumed"] for state in states), "no run was killed in its training"
+    assert sum(state["resumed"] for state in states) >= 4, "runs were killed in their training"
     assert read_results(tmp_path) == whole
 
 
@@ -154,7 +205,7 @@ def test_a_sweep_evaluates_chooses_and_compares(write, inputs, tmp_path, capsys)
         test={"tasks": ["arc_easy"], **evaluation},
         references={"The teacher": str(inputs / "teacher")},
     )
-    finish(path)
+    run_plainly(path)
     folder = tmp_path / "sweep"
     tested = {p.parent.parent.name for p in folder.glob("*/evaluations/test-*")}
     assert len(tested) == 2, "the other point was not tested"
@@ -181,6 +232,10 @@ def test_a_sweep_evaluates_chooses_and_compares(write, inputs, tmp_path, capsys)
     assert main(["sweep", path, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("finished ") == 3
 
+    shutil.rmtree(folder / "references")
+    finish(path)
+    assert (folder / "table.md").read_text().splitlines() == table, "as a process of its own evaluates"
+
 
 def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):
     path = write(tmp_path, methods={"A": {}, "Lost": {"dataset_name": str(tmp_path / "late.jsonl")}}, seeds=[1])
@@ -194,23 +249,24 @@ def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):
     assert "| A |" in (tmp_path / "sweep" / "table.md").read_text()
     assert "1 of 2 runs are not finished" in printed
     make_pairs().to_json(tmp_path / "late.jsonl")
-    finish(path)
+    run_plainly(path)
     assert "| Lost |" in (tmp_path / "sweep" / "table.md").read_text()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_stops_the_runs_and_says_what_is_left(write, tmp_path, number, status):
+@pytest.mark.parametrize(("number", "status", "jobs"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
+def test_ctrl_c_stops_the_runs_and_says_what_is_left(write, tmp_path, number, status, jobs):
     path = write(tmp_path, seeds=[1], keys={"max_steps": 100000, "save_steps": 1000, "eval_steps": 100000})
-    process = start(path)
-    wait_for(lambda: len([*(tmp_path / "sweep").glob("*/metrics.jsonl")]) == 2)
-    refused = subprocess.run(
-        [sys.executable, "-m", "sekd.cli", "sweep", path], capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 2
-    assert "another sweep is writing into output_dir" in refused.stderr
+    process = start(path, "--jobs", str(jobs))
+    wait_for(lambda: len([*(tmp_path / "sweep").glob("*/metrics.jsonl")]) == jobs)
     process.send_signal(number)
     assert process.wait(120) == status
     assert not list_processes(tmp_path)
     printed = (tmp_path / "printed.txt").read_text()
     assert "sekd: stopped in training: 0 of 3 are done, 3 are left; the same command resumes" in printed
-    assert count_checkpoints(tmp_path) >= 2, "SIGTERM lets a run save a checkpoint"
+    assert count_checkpoints(tmp_path) >= jobs, "SIGTERM lets a run save a checkpoint"
+
+
+def test_two_sweeps_in_one_folder(write, tmp_path, capsys):
+    with lock_folder(str(tmp_path / "sweep"), ValueError("taken")):
+        assert main(["sweep", write(tmp_path), "--engine", "plain"]) == 2
+    assert "another sweep is writing into output_dir" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from sekd.cache.readers import LocalReader
 from sekd.cli import main
 from sekd.data.prepare import prepare
 from sekd.models import freeze, load_model
+from sekd.parse import recipe_folder
 from sekd.timing import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
@@ -99,9 +100,10 @@ def test_every_process_refuses_other_weights(found_by_two):
 
 
 def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokenizer, pairs):
-    """Its RAM-efficient loading, which is on by default, must not leave the second process without weights.
+    """With the configuration that sekd ships. On a CPU accelerate takes DDP for FSDP2.
 
-    It would be seen in the scores of the samples and, since nothing wraps the teacher, in the loss.
+    Its RAM-efficient loading, which is on by default, must not leave the second process without weights. It would be
+    seen in the scores of the samples and, since nothing wraps the teacher, in the loss.
     """
     save_pair(tmp_path, tokenizer)
     pairs.to_json(tmp_path / "pairs.jsonl")
@@ -120,7 +122,7 @@ def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokeni
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(keys))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-    launch += ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", "-m", "sekd.cli"]
+    launch += ["--config_file", str(Path(recipe_folder()) / "accelerate" / "fsdp2.yaml"), "-m", "sekd.cli"]
     train = ["train", str(recipe), "--output_dir"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
     run_command([*launch, *train, str(tmp_path / "two"), "--per_device_train_batch_size=4"], environment)
@@ -142,10 +144,17 @@ def test_accelerate_launch_with_fsdp_trains_as_one_process_does(tmp_path, tokeni
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def twenty_by_one(tmp_path_factory):
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    twenty_steps(str(folder / "one"), per_device_train_batch_size=8)
+    return folder
+
+
 @pytest.mark.parametrize("run", LONG_RUNS)
-def test_twenty_steps_choose_and_learn_as_one_process_does(tmp_path, found_by_two, run):
-    twenty_steps(str(tmp_path / "one"), per_device_train_batch_size=8)
-    expected, folder = torch.load(tmp_path / "one.pt"), found_by_two["folder"]
+def test_twenty_steps_choose_and_learn_as_one_process_does(twenty_by_one, found_by_two, run):
+    expected, folder = torch.load(twenty_by_one / "one.pt"), found_by_two["folder"]
     together = torch.load(folder / f"{run}.pt")
     first, second = together["chosen"]
     assert first.keys().isdisjoint(second)
@@ -153,10 +162,10 @@ def test_twenty_steps_choose_and_learn_as_one_process_does(tmp_path, found_by_tw
     assert first | second == expected["chosen"][0]
     assert together["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert sorted(path.name for path in (folder / run).iterdir()) == sorted(
-        path.name for path in (tmp_path / "one").iterdir()
+        path.name for path in (twenty_by_one / "one").iterdir()
     ), "one student, and nothing of the second process"
     weights = load_model(str(folder / run)).state_dict()
-    for name, weight in load_model(str(tmp_path / "one")).state_dict().items():
+    for name, weight in load_model(str(twenty_by_one / "one")).state_dict().items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
