@@ -36,6 +36,7 @@ CACHED = {"lmbda": "0", "divergence": "forward_kl", "class_selection": "rs_kd", 
 METHODS: dict[str, tuple[list[list[str]], dict[str, str]]] = {
     "Full KD, live": (LIVE, {"position_policy": "all"}),
     "SE-KD 20 %, live": (LIVE, {}),
+    "SE-KD 20 %, live, forward KL": (LIVE, {"divergence": "forward_kl"}),
     "SE-KD_3X, semi-on-policy": (SEMI, {**CACHED, "sample_fraction": "0.2"}),
     "SE-KD 20 % + RS-KD, semi-on-policy": (SEMI, CACHED),
 }
@@ -97,10 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--folder", default="runs/semi_on_policy")
     options = parser.parse_args()
-    matches: dict[str, dict[float, list[float]]] = {name: {} for name in METHODS}
-    seconds: dict[str, list[Mapping[str, float]]] = {name: [] for name in METHODS}
+    matches: dict[str, dict[float, list[float]]] = {name: {} for name in options.methods}
+    seconds: dict[str, list[Mapping[str, float]]] = {name: [] for name in options.methods}
     references: dict[str, list[float]] = {"teacher": [], "student": []}
     for seed in options.seeds:
         pair = os.path.join(options.folder, f"pair_{seed}")
@@ -112,7 +114,7 @@ def main() -> None:
 
         for name, values in references.items():
             values.append(measure(os.path.join(pair, name)))
-        for name in METHODS:
+        for name in options.methods:
             for rate in options.learning_rates:
                 student, of_commands = run_method(name, os.path.join(options.folder, "method"), pair, seed, rate)
                 matches[name].setdefault(rate, []).append(measure(student))
