@@ -59,7 +59,7 @@ def write_documents(path: str, text: str, count: int, words: int | None) -> None
 
 
 def measure(path: str, options: argparse.Namespace) -> None:
-    """Read the file once, as a run does, and print a line now and then."""
+    """Read the file once, as a run does, and print the lines."""
     tokenizer = AutoTokenizer.from_pretrained(options.student)
     args = SEKDConfig(
         output_dir="unused",

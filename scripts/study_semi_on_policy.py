@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[list[list[str]], dict[str, str]]] = {
     "SE-KD_3X, semi-on-policy": (SEMI, {**CACHED, "sample_fraction": "0.2"}),
     "SE-KD 20 % + RS-KD, semi-on-policy": (SEMI, CACHED),
 }
-"""Name -> its commands, and what it changes in recipes/demo.yaml."""
+"""Name -> its commands, and the keys that it changes in recipes/demo.yaml."""
 
 
 def make_pair(folder: str, seed: int) -> None:
@@ -54,7 +54,7 @@ def make_pair(folder: str, seed: int) -> None:
 
 
 def run_method(name: str, folder: str, pair: str, seed: int, learning_rate: float) -> tuple[str, dict[str, float]]:
-    """Run the commands of a method: the folder of its student, the seconds of each command, and those of processors."""
+    """Run a method. Returns the folder of its student, and the seconds of each command and of all processors."""
     commands, changes = METHODS[name]
     shutil.rmtree(folder, ignore_errors=True)
     keys = {
@@ -83,7 +83,7 @@ def run_method(name: str, folder: str, pair: str, seed: int, learning_rate: floa
 
 
 def count_processor_seconds() -> float:
-    """Of all processes that were started here and have ended."""
+    """The processor seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -38,8 +38,7 @@ def loss_in_chunks(
         # In float16 small gradients vanish unless the loss is scaled, and the scale is not known yet.
         chunks = in_chunks(lambda h, *p: _as_columns(function(head(h), *p)), [hidden, *parts], chunk_rows)
         return chunks[0].sum(), *(column.detach() for column in chunks[1:])
-    if device == "cpu":
-        chunk_rows = min(chunk_rows, CPU_LOSS_ROWS)
+    chunk_rows, at_once = (min(chunk_rows, CPU_LOSS_ROWS), CPU_ROWS) if device == "cpu" else (chunk_rows, chunk_rows)
     linear = head.linear()
     gradients = _ModuleGradients(head, hidden) if linear is None else _LinearGradients(linear, head, hidden)
     losses, columns = [], []
@@ -49,10 +48,10 @@ def loss_in_chunks(
             projected = gradients.project(rows)
             gradient = torch.empty_like(projected)
             chunk = [part if isinstance(part, Tensor) else part.compute() for part in chunk]
-            at_once = CPU_ROWS if device == "cpu" else chunk_rows
-            for logits, of_logits, *few in zip(*(p.split(at_once) for p in (projected, gradient, *chunk)), strict=True):
+            pieces = [part.split(at_once) for part in (projected, gradient, *chunk)]
+            for logits, of_logits, *piece in zip(*pieces, strict=True):
                 leaf = logits.requires_grad_()
-                loss, *others = function(head.finish(leaf), *few)
+                loss, *others = function(head.finish(leaf), *piece)
                 of_logits.copy_(torch.autograd.grad(loss, leaf)[0])
                 losses.append(loss.detach())
                 columns.append([column.detach() for column in others])

@@ -45,18 +45,21 @@ def load_teacher(
     dtype, revision = args.teacher_dtype or choose_dtype(args.use_cpu), args.teacher_model_revision
     options: dict[str, Any] = {}
     if args.teacher_load_in_4bit or args.teacher_load_in_8bit:
-        computes = choose_dtype(args.use_cpu) if dtype == "auto" else dtype
-        options = quantize(args.teacher_load_in_4bit, computes, device or find_teacher_device(args))
+        computed_in = choose_dtype(args.use_cpu) if dtype == "auto" else dtype
+        options = quantize(args.teacher_load_in_4bit, computed_in, device or find_teacher_device(args))
     return load_model(name, revision=revision, dtype=dtype, attn_implementation=attention, **options)
 
 
-def quantize(in_4bit: bool, computes: str | torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What makes ``from_pretrained`` hold a teacher on ``device`` in 4 bits (NF4) or else 8 bits, except its head."""
+def quantize(in_4bit: bool, dtype: str | torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a teacher on ``device`` in 4 bits (NF4), or else in 8. Its head is whole.
+
+    4-bit weights are multiplied in ``dtype``.
+    """
     config = BitsAndBytesConfig(
         load_in_4bit=in_4bit,
         load_in_8bit=not in_4bit,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=computes,
+        bnb_4bit_compute_dtype=dtype,
     )
     return {"device_map": {"": device}, "quantization_config": config}
 

@@ -8,13 +8,13 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from sekd.models import causal_lm
 
 SMALLEST = 1024
-"""Elements of the smallest tensor that moves."""
+"""Tensors with fewer elements stay."""
 
 
 class OffloadActivations(saved_tensors_hooks):
-    """While it is on, tensors that autograd keeps move to the CPU's memory. They come back when they are needed.
+    """In this context, tensors that autograd keeps move to the CPU's memory, and return in the backward pass.
 
-    Weights of ``model`` stay, and small tensors too. Moving and computing share one stream.
+    Weights of ``model`` and small tensors stay. Moving and computing share one stream.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,8 +41,7 @@ class OffloadActivations(saved_tensors_hooks):
 def offload_activations(model: nn.Module) -> None:
     """Let each forward pass of the student's backbone move its activations to the CPU's memory.
 
-    The head keeps none (:mod:`sekd.head_loss`), or few. With gradient checkpointing, the inputs of the layers move, and
-    what is computed again stays.
+    The head has hardly any (:mod:`sekd.head_loss`). With gradient checkpointing, only the inputs of the layers move.
     """
     offloading = OffloadActivations(model)
     backbone = causal_lm(model).base_model

@@ -12,9 +12,9 @@ from sekd.notation import read_mapping
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a command makes of a recipe, if it does not train: ``keys`` replace the recipe's, and ``left_out`` go.
+    """How a command that does not train changes a recipe: ``keys`` beat the recipe's, and ``left_out`` are removed.
 
-    With ``reason`` the log says which of the replaced values have no effect, and why.
+    With a ``reason``, the log names the recipe's values that have no effect, and says why.
     """
 
     keys: Mapping[str, Any]
@@ -26,14 +26,13 @@ CACHE = Purpose(
     {"lmbda": 0.0, "divergence": "forward_kl", "score_source": "exact", "rollouts_per_prompt": 1},
     reason="a cache is for forward KL at positions of the data",
 )
-"""A cache of the teacher: it holds targets of the data."""
+"""To build a cache of the teacher, which holds targets of the data."""
 
 ROLLOUTS = Purpose(
     {"lmbda": 1.0, "score_source": "exact"},
     left_out=("rollouts", "teacher_cache", "class_selection", "class_samples", "max_length", "max_tokens"),
 )
-"""A file of rollouts: completions by the student of the data's prompts."""
-
+"""To generate rollouts: the student completes the data's prompts."""
 
 SAME_CHOICE = {"max_steps": "max_tokens", "max_tokens": "max_steps"}
 """Keys that replace each other: ``--max_steps 10`` beats ``max_tokens`` of the recipe."""
@@ -97,7 +96,7 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def merge_keys(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of all layers, of which later ones beat earlier ones. So do the keys of :data:`SAME_CHOICE`."""
+    """The keys of all layers. A later layer beats an earlier one, also where :data:`SAME_CHOICE` pairs keys."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, other in SAME_CHOICE.items():

@@ -92,7 +92,7 @@ class PerPosition:
         return [type(self)(**{name: parts[i] for name, parts in fields.items()}) for i in range(number)]
 
     def compute(self: Record) -> Record:
-        """The same record, with what it computes of its positions when it is asked, computed."""
+        """The same record, with its lazy values computed."""
         return self
 
     def _map(self: Record, function: Callable[[Tensor], Tensor]) -> Record:

@@ -113,8 +113,15 @@ def test_comments_of_a_recipe_and_of_its_base_stay_with_their_keys(tmp_path, cap
 
 @pytest.mark.parametrize(
     "base",
-    ["{seed: 1, eos: x}", "seed: &n 1\nmax_steps: *n", "--- # first\nseed: 1", "seed: 1\nseed: 3", "'se\\x65d': 1"],
-    ids=["on one line", "an alias", "a marker", "twice", "an escape"],
+    [
+        "{}",
+        "{seed: 1, eos: x}",
+        "seed: &n 1\nmax_steps: *n",
+        "--- # first\nseed: 1",
+        "seed: 1\nseed: 3",
+        "'se\\x65d': 1",
+    ],
+    ids=["empty", "on one line", "an alias", "a marker", "twice", "an escape"],
 )
 def test_any_yaml_is_shown_with_its_values(tmp_path, capsys, base):
     """Some of it without comments."""

@@ -48,9 +48,9 @@ def list_summaries(paths: Mapping[str, str]) -> None:
 
 
 def merge_text(path: str) -> str:
-    """The file's own text, if the recipe has no base. Otherwise its first comment, and its keys merged with the base's.
+    """The text of a recipe without a base. Else the recipe's first comment, and its keys merged with the base's.
 
-    The lines of each key stay as they are in the file whose value counts: with comments, and those directly above.
+    The lines of a key, and the comments directly above them, are taken unchanged from the file whose value counts.
 
     Raises:
         ValueError: as :func:`sekd.parse.read_files`.
@@ -66,7 +66,7 @@ def merge_text(path: str) -> str:
     merged = comment + _merge_lines(_split_keys(texts[0]), _split_keys(texts[1]), keys)
     if _means(merged, keys):
         return merged
-    # A key's lines alone may mean something else: they may refer to an anchor, or the keys may be on one line.
+    # A key's lines alone may mean something else: an alias refers to another line, or all keys are on one line.
     return comment + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
 
 
@@ -78,7 +78,7 @@ def _means(text: str, keys: Mapping[str, Any]) -> bool:
 
 
 def _merge_lines(base: Mapping[str, list[str]], own: Mapping[str, list[str]], keys: Mapping[str, Any]) -> str:
-    """The lines of ``keys``, from a recipe's ``own`` file or else from its base's. A blank line parts the new ones."""
+    """The lines of ``keys``, from the recipe's ``own``, else from its base. A blank line precedes the first new key."""
     lines: list[str] = []
     is_new = False
     for key in keys:
@@ -98,7 +98,7 @@ def _split_keys(text: str) -> dict[str, list[str]]:
     keys, starts = [key.value for key, _ in node.value], [key.start_mark.line for key, _ in node.value]
     parts: dict[str, list[str]] = {}
     first = len([*itertools.takewhile(lambda line: line.startswith("#"), lines)])  # after the comment of the file
-    for key, start, last in zip(keys, starts, [*starts[1:], len(lines)], strict=True):
+    for key, start, last in zip(keys, starts, [*starts, len(lines)][1:], strict=True):
         while last > start + 1 and re.match(r"#|\s*$", lines[last - 1]):
             last -= 1
         above = "".join(lines[min(first, start) : start]).strip()

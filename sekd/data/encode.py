@@ -38,9 +38,9 @@ class EncodeOptions:
     supervise_prompt: bool
     packing: bool
     teacher_cache: str | None
-    """Of rollouts alone; other rows do not read it."""
+    """None unless the rows are rollouts, which alone read it."""
     longest_document: int | None
-    """The tokens of a document with a prompt that are kept; None keeps all."""
+    """Tokens of a document that are kept, if its first tokens are a prompt; None keeps all."""
 
     @classmethod
     def from_config(cls, args: SEKDConfig, kind: str) -> "EncodeOptions":

@@ -7,10 +7,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 FULL = 0.98
-"""A sequence with at least this share of ``length`` stays as it is."""
+"""A sequence stays as it is if at least this share of it is filled."""
 
 BLOCK = 200
-"""Sequences that are filled together. The last one may stay short, which wastes half a sequence on average."""
+"""Sequences that are filled together. The last one of a block may stay short: half a sequence on average."""
 
 
 def pack_documents(
@@ -31,9 +31,9 @@ def pack_documents(
 
 
 def _refill(rows: Mapping[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
-    """Fill the sequences that are not full with each other's documents, in their order. The last one may stay short.
+    """Join the documents of all sequences that are not full, in order, and cut the whole into sequences again.
 
-    A document that does not fit into the rest of a sequence is cut there, and its second part begins the next one.
+    A document is cut where a sequence ends; its second part begins the next one. The last sequence may stay short.
     """
     is_full = [len(ids) >= FULL * length for ids in rows["input_ids"]]
     filled = {name: [v for v, full in zip(values, is_full, strict=True) if full] for name, values in rows.items()}

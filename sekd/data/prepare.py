@@ -91,7 +91,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def _check_answers(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
-    """Refuse data whose completions are all empty, and count the empty ones. Those of a stream are not counted."""
+    """Refuse data whose completions are all empty, and count empty ones. A stream is not checked."""
     if isinstance(dataset, Dataset) and not args.all_on_policy:
         empty = sum(dataset["is_empty"])
         if empty and empty == len(dataset):
@@ -120,13 +120,13 @@ def _drop_short_documents(dataset: Dataset | IterableDataset, args: SEKDConfig) 
 def _apply_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:
     """Reject or drop overlong prompts, cut sequences to ``max_length``, and drop samples without a target."""
     in_memory, limit = isinstance(dataset, Dataset), args.max_prompt_length
-    if in_memory and args.overlong_prompts == "error":
+    refuses = args.overlong_prompts == "error"
+    if in_memory and refuses:
         overlong = [length for length in dataset["prompt_length"] if length > limit]
         if overlong:
             prompts = f"{len(overlong)} of {len(dataset)} prompts are"
             raise ValueError(_describe_overlong(prompts, max(overlong), limit))
     description = f"prompts over max_prompt_length {limit}"
-    refuses = args.overlong_prompts == "error"
     dataset = _filter_rows(dataset, ["prompt_length"], partial(_fits_limit, limit=limit, refuses=refuses), description)
     if args.any_on_policy:
         dataset = _filter_rows(dataset, ["prompt_length"], bool, "prompts without a token")
@@ -143,7 +143,7 @@ def _apply_limits(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Datas
 
 
 # Module-level functions, not closures: `datasets` builds its cache key from a function's name and arguments only. So
-# they take what they read, and not the whole configuration: another learning rate needs no other tokens.
+# they take only the values that they read, not the whole configuration: another learning rate needs no other tokens.
 # Passing CODE (a hash of this source) makes `datasets` encode again when the code changes.
 SOURCES = (encode.__file__, packing.__file__, __file__)
 CODE = hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in SOURCES)).hexdigest()

@@ -1,6 +1,6 @@
 """Generate a file of rollouts before training, and resume if it was stopped.
 
-Rollouts are generated in rounds. A round has its own seeds, so a stopped command repeats only the round that it was in.
+Rollouts are generated in rounds. Each round has seeds of its own, so a stopped command repeats the last round only.
 """
 
 import os
@@ -29,7 +29,7 @@ ROUND_SIZE = 256
 """Rollouts of a round, unless the user chooses."""
 
 ROUNDS = 100_003
-"""The seeds of a run's rounds are in a row, and those of the next ``seed`` come this many later."""
+"""Round n of ``seed`` s samples with seed s * ROUNDS + n, so runs with other seeds share no round."""
 
 FIELDS = {
     "student": "the student's weights (model_name_or_path, model_revision or dtype)",
@@ -37,13 +37,13 @@ FIELDS = {
     "prompts": "the prompts (dataset_name, its split, sample_fraction, sample_score, sample_pool, the template, "
     f"max_prompt_length, teacher_system_prompt or teacher_prompt_prefix; {DATED_TEMPLATE})",
     "sampling": "the sampling (temperature, top_p, top_k, min_p, repetition_penalty, stop_strings, seed, "
-    "max_completion_length, or the teacher's number of classes)",
+    "max_completion_length, eos, or the teacher's number of classes)",
     "rollouts_per_prompt": "rollouts_per_prompt",
     "engine": "rollout_engine",
     "precision": "bf16 or fp16",
     "round_size": "--round-size",
 }
-"""The settings of a file, and what a user changes them with."""
+"""The settings of a file, and the keys that decide each."""
 
 
 @dataclass
@@ -95,8 +95,8 @@ def generate_rollouts(
 
     Args:
         dataset: prepared samples.
-        classes: no token id from this one on is drawn, since the teacher has no such class.
-        round_size: the rollouts of a round.
+        classes: the number of classes that student and teacher have in common. No other token is drawn.
+        round_size: the number of rollouts in a round.
 
     Raises:
         ValueError: ``path`` has rollouts with other settings, or another process generates it.
@@ -112,8 +112,8 @@ def generate_rollouts(
             schedule = RolloutSchedule(args, Accelerator(), tokenizer, lambda: student, classes, lambda **_: None)
 
             def generate(number: int, prompts: list[list[int]]) -> list[Rollout]:
-                of_round = replace(sampling, seed=args.seed * ROUNDS + number)
-                return [replace(rollout, weights_step=0) for rollout in schedule.generate_with(prompts, of_round)]
+                seeded = replace(sampling, seed=args.seed * ROUNDS + number)
+                return [replace(rollout, weights_step=0) for rollout in schedule.generate_with(prompts, seeded)]
 
             with closing(schedule):
                 _fill(unfinished, samples, round_size, tokenizer, generate, bool(args.disable_tqdm))
@@ -131,7 +131,7 @@ def _describe(
     sampling: Sampling,
     round_size: int,
 ) -> dict[str, Any]:
-    """The settings that a file must have, so that it is used again, or resumed."""
+    """The settings that the rollouts depend on."""
     return {
         "student": weights_fingerprint(student),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -152,15 +152,15 @@ def _fill(
     generate: Callable[[int, list[list[int]]], list[Rollout]],
     disable_tqdm: bool,
 ) -> None:
-    """Generate the rounds that are not in the file."""
+    """Generate the rounds that the file lacks."""
     done = sum(1 for _ in read_whole_lines(path)) // round_size
     resume_file(path, done)
     counts = _count(path)
     bar = tqdm(total=len(samples), initial=counts.rollouts, desc="Generating", unit="rollout", disable=disable_tqdm)
     for start in range(done * round_size, len(samples), round_size):
-        number, of_round = start // round_size, samples[start : start + round_size]
-        rollouts = generate(number, [sample.input_ids[: sample.prompt_length] for sample in of_round])
-        append_rollouts(path, number, of_round, rollouts, tokenizer)
+        number, answered = start // round_size, samples[start : start + round_size]
+        rollouts = generate(number, [sample.input_ids[: sample.prompt_length] for sample in answered])
+        append_rollouts(path, number, answered, rollouts, tokenizer)
         for rollout in rollouts:
             counts.add(rollout.completion_ids, rollout.finish_reason)
         bar.update(len(rollouts))
@@ -169,9 +169,9 @@ def _fill(
 
 
 def _claim(path: str, settings: dict[str, Any]) -> None:
-    """Write the settings of a new file, or compare them with those that it has."""
+    """Write the settings of a new file, or check that an old file has the same settings."""
     file = f"{path}.settings.json"
-    hint = "delete both to generate again, or name another --output"
+    hint = f"delete it, {file!r} and the folder {_name_part(path)!r} to generate again, or name another --output"
     if not os.path.exists(file):
         if os.path.exists(path):
             raise ValueError(f"{path!r} exists, and `sekd rollouts` did not generate it; name another --output")

@@ -155,7 +155,7 @@ def _is_of_bitsandbytes(optim: Any) -> bool:
 
 
 def check_memory(args: "SEKDConfig") -> None:
-    """Check what saves memory: offloaded activations, and optimizers with states of 8 bits in FSDP2."""
+    """Check what saves memory: optimizers of bitsandbytes, and offloaded activations."""
     in_shards = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
     if in_shards and _is_of_bitsandbytes(args.optim):
         raise ValueError(
