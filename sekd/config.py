@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
@@ -19,8 +18,6 @@ from sekd.validation import check_config
 from sekd.validation.selection import check_names
 from sekd.validation.training import choose_better_direction, count_steps
 from sekd.validation.values import check_types
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -156,7 +153,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         default=None,
         metadata=help_(
             "Train off-policy on this file of rollouts, of `sekd rollouts` or save_rollouts, instead of dataset_name. "
-            "sample_fraction does not choose from it again."
+            "sample_fraction and sample_pool do not choose from it again."
         ),
     )
     eval_dataset_name: str | None = field(
@@ -318,12 +315,9 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
         if self.rollouts is not None:
             # This comes after the choice of the divergence: a replay of an on-policy recipe keeps its divergence.
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
-            if self.sample_fraction < 1:
-                logger.warning(
-                    f"sample_fraction {self.sample_fraction} chooses before rollouts are generated; all of "
-                    f"{self.rollouts!r} are trained on"
-                )
-                self.sample_fraction = 1.0
+            self.sample_fraction, self.sample_pool = 1.0, None  # they chose the prompts
+            if self.max_prompt_length is None:
+                self.max_prompt_length = min(512, self.max_length - 1)  # what fits was completed
         if self.max_prompt_length is None:
             self.max_prompt_length = 512 if self.all_on_policy else max(1, min(512, self.max_length // 2))
         check_config(self)

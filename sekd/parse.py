@@ -30,7 +30,7 @@ CACHE = Purpose(
 
 ROLLOUTS = Purpose(
     {"lmbda": 1.0, "score_source": "exact"},
-    left_out=("rollouts", "teacher_cache", "class_selection", "class_samples", "max_length", "max_tokens"),
+    left_out=("rollouts", "teacher_cache", "class_selection", "class_samples", "max_tokens"),
 )
 """To generate rollouts: the student completes the data's prompts."""
 

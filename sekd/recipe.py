@@ -86,6 +86,8 @@ class Run:
         path = os.path.abspath(os.path.expanduser(rollouts))  # a path, though it may look like a hub id
         if is_unfinished(path):
             raise ValueError(f"rollouts {rollouts!r} is not finished: start the same `sekd rollouts` again")
+        if not os.path.exists(path):
+            raise ValueError(f"rollouts {rollouts!r}: no such file; `sekd rollouts` generates it")
         rows = load_rows(path, field="rollouts")
         if missing := [column for column in ROLLOUT_COLUMNS if column not in rows.column_names]:
             raise ValueError(
@@ -142,6 +144,11 @@ class Run:
 
     def choose_samples(self) -> dict[str, Any]:
         """Choose samples, or read an earlier choice. The teacher is loaded only if the score reads it."""
+        if self.args.rollouts is not None:
+            raise ValueError(
+                f"rollouts {self.args.rollouts!r} are of chosen prompts: `sekd rollouts` chooses them; to choose from "
+                "the rollouts, name the file in dataset_name and leave rollouts out"
+            )
         if self.args.sample_fraction == 1:
             raise ValueError(
                 "sample_fraction is 1, which keeps every sample; set it, for example --sample_fraction 0.2"
@@ -160,6 +167,7 @@ class Run:
         """
         from sekd.on_policy.generate import ROUND_SIZE, check_file, generate_rollouts
         from sekd.student import check_context, load_student
+        from sekd.validation.inputs import check_engine
 
         args, round_size = self.args, ROUND_SIZE if round_size is None else round_size
         check_file(path, round_size)
@@ -171,6 +179,7 @@ class Run:
         name, init = self.model.model_name_or_path, self._model_init_kwargs()
         self._peft_config()
         check_context(args, name, init, None)
+        check_engine(args, init["quantization_config"] is not None)
         tokenizer, dataset = self._prepare()
         if args.sample_fraction < 1:
             dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import make_vllm_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollouts import HFEngine
 from sekd.cli import main
@@ -112,12 +112,53 @@ def test_a_file_of_other_settings_is_refused(recipe, path, tmp_path, capsys):
     assert read(path) == before
 
 
+def test_settings_that_are_lost_or_of_no_rollout(recipe, path, monkeypatch):
+    """Rollouts of unknown settings are generated again, and a start that failed fixes nothing."""
+
+    def fail(self, prompts, sampling):
+        raise KeyboardInterrupt
+
+    generate_with = RolloutSchedule.generate_with
+    monkeypatch.setattr(RolloutSchedule, "generate_with", fail)
+    assert generate(recipe, path, "--temperature", "0.5") == 130
+    monkeypatch.setattr(RolloutSchedule, "generate_with", generate_with)
+    assert generate(recipe, path) == 0
+    whole = read(path)
+    os.makedirs(f"{path}.part")
+    shutil.move(path, f"{path}.part/rollouts.jsonl")
+    os.remove(f"{path}.settings.json")
+    assert generate(recipe, path, "--seed", "9") == 0
+    assert read(path) != whole
+
+
+def test_the_engine_is_checked_before_models_load(recipe, path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sekd.validation.inputs.is_installed", lambda name: name != "vllm")
+    shutil.rmtree(tmp_path / "student")
+    AutoTokenizer.from_pretrained(tmp_path / "teacher").save_pretrained(tmp_path / "student")
+    shutil.copy(tmp_path / "teacher" / "config.json", tmp_path / "student")
+    assert generate(recipe, path, "--rollout_engine", "vllm") == 2
+    assert "rollout_engine 'vllm' needs vllm, which is not installed" in capsys.readouterr().err
+
+
+def test_training_takes_the_whole_file_and_its_longest_prompts(recipe, path, tmp_path):
+    assert generate(recipe, path, "--rollouts_per_prompt", "2", "--sample_pool", "6") == 0
+    assert len(read(path)) == 12
+    flags = ["--rollouts", path, "--sample_pool", "6", "--max_steps", "3", "--per_device_train_batch_size", "4"]
+    assert main(["train", recipe, *flags, "--num_train_epochs", "1", "--max_length", "14"]) == 0
+    with open(tmp_path / "run" / "metrics.jsonl") as file:
+        assert [json.loads(line)["epoch"] for line in file][-1] == 1.0
+    samples = ["samples", recipe, "--rollouts", path, "--sample_fraction", "0.5"]
+    assert main(samples) == 2
+
+
 def test_invalid_commands(recipe, path, tmp_path, capsys, monkeypatch):
     def fails(message, *arguments):
         assert main(["rollouts", recipe, *arguments]) == 2
         assert message in capsys.readouterr().err
 
     fails("there is no file for the rollouts: add --output FILE")
+    assert main(["train", recipe, "--rollouts", path]) == 2
+    assert "no such file; `sekd rollouts` generates it" in capsys.readouterr().err
     fails("must name a file that ends with .jsonl", "--output", str(tmp_path / "rollouts.json"))
     fails("--round-size 0 must be at least 1", "--output", path, "--round-size", "0")
     fails("is more than the", "--output", path, "--max_completion_length", "100000", "--rollout_engine", "vllm")

@@ -5,7 +5,7 @@ Rollouts are generated in rounds. Each round has seeds of its own, so a stopped 
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -105,8 +105,8 @@ def generate_rollouts(
     part, sampling = _name_part(path), make_sampling(causal_lm(student), tokenizer, args, classes)
     refusal = ValueError(f"another process generates {path!r}; wait for it, or name another --output")
     with lock_folder(part, refusal):
-        _claim(path, _describe(dataset, student, tokenizer, args, sampling, round_size))
         unfinished = os.path.join(os.path.abspath(part), "rollouts.jsonl")
+        _claim(path, unfinished, _describe(dataset, student, tokenizer, args, sampling, round_size))
         if not os.path.exists(path):
             samples = [Sample(**row) for row in dataset for _ in range(args.rollouts_per_prompt)]
             schedule = RolloutSchedule(args, Accelerator(), tokenizer, lambda: student, classes, lambda **_: None)
@@ -168,13 +168,16 @@ def _fill(
     bar.close()
 
 
-def _claim(path: str, settings: dict[str, Any]) -> None:
-    """Write the settings of a new file, or check that an old file has the same settings."""
+def _claim(path: str, unfinished: str, settings: dict[str, Any]) -> None:
+    """Write the settings of a new file, or check that the rollouts of an old one have the same settings."""
     file = f"{path}.settings.json"
     hint = f"delete it, {file!r} and the folder {_name_part(path)!r} to generate again, or name another --output"
-    if not os.path.exists(file):
-        if os.path.exists(path):
-            raise ValueError(f"{path!r} exists, and `sekd rollouts` did not generate it; name another --output")
+    has_rollouts = os.path.exists(path) or any(read_whole_lines(unfinished))
+    if not os.path.exists(file) and os.path.exists(path):
+        raise ValueError(f"{path!r} exists, and `sekd rollouts` did not generate it; name another --output")
+    if not os.path.exists(file) or not has_rollouts:
+        with suppress(FileNotFoundError):
+            os.remove(unfinished)  # of settings that are not known
         write_checked(file, settings)
         return
     try:

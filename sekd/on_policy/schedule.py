@@ -187,13 +187,13 @@ class RolloutSchedule:
         for step in current.steps:
             if step.needs_rollouts:
                 step.rollouts = [next(remaining) for _ in step.samples]
-                if not step.answers_its_prompts(step.rollouts):
-                    raise RolloutConfigError("the rollout engine's answers are for other prompts, or in another order")
-                self._check_classes(step.rollouts)
+                self._check_rollouts(step.rollouts, _get_prompts(step.samples))
         return current.steps
 
-    def _check_classes(self, rollouts: Sequence[Rollout]) -> None:
-        """An engine of one's own may not forbid the classes that only the student has."""
+    def _check_rollouts(self, rollouts: Sequence[Rollout], prompts: list[list[int]]) -> None:
+        """An engine of one's own may mix up prompts, or may not forbid the classes that only the student has."""
+        if [rollout.prompt_ids for rollout in rollouts] != prompts:
+            raise RolloutConfigError("the rollout engine's answers are for other prompts, or in another order")
         largest = max((max(rollout.completion_ids, default=0) for rollout in rollouts), default=0)
         if largest >= self.classes:
             raise RolloutConfigError(
@@ -237,7 +237,9 @@ class RolloutSchedule:
 
         The rollouts of training stay those that they would have been. Every process must call it.
         """
-        return self._request(prompts, EVALUATION, background=False, sampling=sampling)()[0]
+        rollouts = self._request(prompts, EVALUATION, background=False, sampling=sampling)()[0]
+        self._check_rollouts(rollouts, prompts)
+        return rollouts
 
     @property
     def takes_sampling(self) -> bool:

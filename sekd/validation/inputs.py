@@ -48,7 +48,8 @@ def check_prompts(args: "SEKDConfig") -> None:
             f"supervise_prompt true has no effect with lmbda {args.lmbda}: rollouts are distilled at their "
             "completions; leave it out, or set lmbda below 1"
         )
-    if args.all_on_policy and args.max_length != get_default(args, "max_length"):
+    longest = args.max_prompt_length + args.max_completion_length
+    if args.all_on_policy and args.max_length < longest and args.max_length != get_default(args, "max_length"):
         logger.warning(
             f"max_length {args.max_length} has no effect with lmbda {args.lmbda}: a rollout has at most "
             f"max_prompt_length {args.max_prompt_length} + max_completion_length {args.max_completion_length} tokens"
@@ -63,6 +64,18 @@ def check_separate(student: Any, teacher: Any) -> None:
             "teacher_model shares weights with model, and training would change both; load the teacher a second time, "
             "or pass copy.deepcopy(model)"
         )
+
+
+def check_engine(args: "SEKDConfig", quantized: bool, rollout_engine: "RolloutEngine | None" = None) -> None:
+    """Check that the engine is installed, and takes the student."""
+    requires = ENGINES[args.rollout_engine].requires
+    if args.any_on_policy and rollout_engine is None and requires is not None and not is_installed(requires):
+        raise ValueError(
+            f"rollout_engine {args.rollout_engine!r} needs {requires}, which is not installed: run "
+            '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
+        )
+    if quantized and args.any_on_policy and not engine_trait(args, rollout_engine, "shares_model"):
+        raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
 
 
 def check_inputs(
@@ -91,15 +104,7 @@ def check_inputs(
             "merge_adapter true with a quantized student: the merged weights would be rounded again; remove "
             "merge_adapter, and merge the adapter into the unquantized base with PEFT after training"
         )
-    requires = ENGINES[args.rollout_engine].requires
-    if args.any_on_policy and rollout_engine is None and requires is not None and not is_installed(requires):
-        raise ValueError(
-            f"rollout_engine {args.rollout_engine!r} needs {requires}, which is not installed: run "
-            '`bash scripts/setup.sh` (or `pip install "sekd[vllm]"` on a CUDA machine), or choose rollout_engine: hf'
-        )
-    if quantized and args.any_on_policy and not engine_trait(args, rollout_engine, "shares_model"):
-        raise ValueError(f"rollout_engine {args.rollout_engine!r} cannot take a quantized student; use hf")
-
+    check_engine(args, quantized, rollout_engine)
     is_stream = isinstance(train_dataset, IterableDataset)
     if args.shuffle_buffer and (not is_stream or args.sample_pool is not None):
         raise ValueError(
