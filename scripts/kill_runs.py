@@ -117,8 +117,11 @@ MODES: dict[str, dict] = {
     "rollouts of rounds": {**ON_POLICY, "rollout_batches": 4, "score_source": "rollout"},
     "two processes": {"position_policy": "gls", "per_device_train_batch_size": 2},
     "two processes, rollouts": {**ON_POLICY, "per_device_train_batch_size": 2},
+    "rollouts before training": {**ON_POLICY, "sample_fraction": 0.5, "save_rollouts": False},
     "rollouts, several a prompt": {**ON_POLICY, "rollouts_per_prompt": 2, "rollout_batches": 3},
 }
+COMMANDS = {"rollouts before training": ["rollouts", "--round-size", "5", "--output"]}
+"""Modes of another command than ``train``; its last argument is a file of the run's folder."""
 PROCESSES = {"two processes": 2, "two processes, rollouts": 2}
 TIMINGS = re.compile(r'"(train_runtime|\w+_per_second|\w+_share|(\w+_)?seconds)": [^,}]+')
 IGNORED = ("versions.json", "run.json", "checkpoint.json", "training_args.bin", "recipe.yaml")
@@ -146,7 +149,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def make_recipe(folder: Path, mode: str, name: str) -> list[str]:
-    """The arguments of ``sekd train`` for a mode, with an output_dir of this name."""
+    """The arguments of ``sekd`` for a mode, with an output_dir of this name."""
     keys = {
         "output_dir": str(folder / name),
         "model_name_or_path": str(folder / "student"),
@@ -170,7 +173,8 @@ def make_recipe(folder: Path, mode: str, name: str) -> list[str]:
             keys[key] = str(folder / keys[key])
     path = folder / f"{name}.json"
     path.write_text(json.dumps(keys))
-    return ["train", str(path)]
+    command, *options = COMMANDS.get(mode, ["train"])
+    return [command, str(path), *options, *([str(folder / name / "rollouts.jsonl")] if options else [])]
 
 
 def run_forked(
