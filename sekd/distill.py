@@ -19,7 +19,7 @@ from sekd.classes import CLASS_SELECTIONS, ClassSelection, SampledHead, negative
 from sekd.config import SEKDConfig
 from sekd.distributions import cross_entropy, entropy
 from sekd.head_loss import loss_in_chunks
-from sekd.heads import Head, in_chunks
+from sekd.heads import CPU_PRODUCT_ROWS, Head, in_chunks, in_pieces
 from sekd.losses import DIVERGENCES, MEANS, Divergence, forward_kl, reduce
 from sekd.models import get_head, hidden_states
 from sekd.policies import POLICIES, PositionPolicy, make_policy
@@ -164,14 +164,18 @@ def score_positions(
 ) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
     """The scores of each position, and the student's entropy there."""
 
-    def score_chunk(positions: Positions) -> tuple[Tensor, Tensor]:
-        q = head(positions.hidden).log_softmax(-1)
-        teacher_columns = teacher.score_inputs(positions.teacher) if teacher and scoring.needs_teacher else {}
-        rows = Rows(q, positions.targets, **teacher_columns)
-        scores = scoring.score(rows)
-        return scores, scoring.student_entropy(scores, rows)
+    def score_chunk(positions: Positions) -> tuple[Tensor, ...]:
+        of_teacher = teacher.score_inputs(positions.teacher) if teacher and scoring.needs_teacher else {}
 
-    scores, entropies = in_chunks(score_chunk, [positions], chunk_rows)
+        def score_piece(logits: Tensor, targets: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+            q = head.finish(logits).log_softmax(-1)
+            rows = Rows(q, targets, **dict(zip(of_teacher, columns, strict=True)))
+            scores = scoring.score(rows)
+            return scores, scoring.student_entropy(scores, rows)
+
+        return in_pieces(score_piece, [head.project(positions.hidden), positions.targets, *of_teacher.values()])
+
+    scores, entropies = in_chunks(score_chunk, [positions], chunk_rows, CPU_PRODUCT_ROWS)
     return scores, entropies
 
 

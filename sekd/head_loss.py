@@ -12,11 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sekd.heads import CPU_ROWS, Head, LinearWeights, autocast_without_cache, in_chunks
+from sekd.heads import CPU_PRODUCT_ROWS, CPU_ROWS, Head, LinearWeights, autocast_without_cache, in_chunks
 from sekd.types import PerPosition
-
-CPU_LOSS_ROWS = 128
-"""Chunk size on a CPU. The gradient of the head's weight is read and written once a chunk."""
 
 
 def loss_in_chunks(
@@ -38,7 +35,9 @@ def loss_in_chunks(
         # In float16 small gradients vanish unless the loss is scaled, and the scale is not known yet.
         chunks = in_chunks(lambda h, *p: _as_columns(function(head(h), *p)), [hidden, *parts], chunk_rows)
         return chunks[0].sum(), *(column.detach() for column in chunks[1:])
-    chunk_rows, at_once = (min(chunk_rows, CPU_LOSS_ROWS), CPU_ROWS) if device == "cpu" else (chunk_rows, chunk_rows)
+    at_once = chunk_rows
+    if device == "cpu":
+        chunk_rows, at_once = min(chunk_rows, CPU_PRODUCT_ROWS), CPU_ROWS
     linear = head.linear()
     gradients = _ModuleGradients(head, hidden) if linear is None else _LinearGradients(linear, head, hidden)
     losses, columns = [], []

@@ -21,6 +21,9 @@ from sekd.types import PerPosition
 CPU_CHUNK_ROWS = 64
 """Chunk size on a CPU. The logits roughly fit its caches: a pass takes about 0.6 of the time of chunks of 256."""
 
+CPU_PRODUCT_ROWS = 128
+"""Positions of a matrix product on a CPU, where element-wise arithmetic takes fewer at a time."""
+
 CPU_ROWS = 16
 """Positions whose logits go through element-wise arithmetic at once on a CPU: they stay in its caches."""
 
@@ -145,24 +148,36 @@ class _LowPrecisionLinear(torch.autograd.Function):
 
 
 def in_chunks(
-    function: Callable[..., tuple[Tensor, ...]], parts: Sequence[Tensor | PerPosition], chunk_rows: int
+    function: Callable[..., tuple[Tensor, ...]],
+    parts: Sequence[Tensor | PerPosition],
+    chunk_rows: int,
+    cpu_rows: int = CPU_CHUNK_ROWS,
 ) -> tuple[Tensor, ...]:
     """Apply ``function`` to N positions, ``chunk_rows`` at a time. At most one chunk's logits are in memory.
 
     ``parts`` are tensors or records of N positions. ``function`` maps a chunk of each to tensors with one entry a
     position, and these are joined. With gradients, the backward pass computes the logits of each chunk again. Logits
-    that fit one chunk are kept, since memory is bounded anyway. With zero positions one empty chunk still runs: every
-    parameter must be in the graph, because DDP waits for all of them.
+    that fit one chunk are kept, since memory is bounded anyway. On a CPU, chunks have at most ``cpu_rows`` positions.
+    With zero positions one empty chunk still runs: every parameter must be in the graph, because DDP waits for all of
+    them.
     """
     device = parts[0].device.type
     keep = torch.is_grad_enabled() and len(parts[0]) <= chunk_rows
     if torch.is_grad_enabled() and not keep:
         function = partial(checkpoint, function, use_reentrant=False)
     if device == "cpu" and not keep:
-        chunk_rows = min(chunk_rows, CPU_CHUNK_ROWS)
+        chunk_rows = min(chunk_rows, cpu_rows)
     with autocast_without_cache(device):
         chunks = [function(*chunk) for chunk in zip(*(part.split(chunk_rows) for part in parts), strict=True)]
     return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
+
+
+def in_pieces(function: Callable[..., tuple[Tensor, ...]], parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``function`` of a chunk's logits, and of other tensors [n ...]; on a CPU, of ``CPU_ROWS`` positions at a time."""
+    if parts[0].device.type != "cpu":
+        return function(*parts)
+    pieces = [function(*piece) for piece in zip(*(part.split(CPU_ROWS) for part in parts), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ N = B * TARGETS
 CHOSEN = B * 13  # 20 % of 61, rounded up
 LENGTH = 12  # of a rollout
 LIMITS = dict(max_length=80, max_prompt_length=20)
-LOSS_CHUNK, SCORE_CHUNK = 128, 64  # positions, on a CPU
+CHUNK = 128  # positions of a product on a CPU
 
 
 class WorkCounter(TorchDispatchMode):
@@ -142,10 +142,10 @@ def counting(counter, function):
 
 def head_work(model, scored, chosen, with_gradients=True):
     """What a head does: positions to score, in chunks; positions of the loss, in chunks, with two gradients each."""
-    calls = -(-scored // SCORE_CHUNK) + -(-chosen // LOSS_CHUNK)
+    calls = -(-scored // CHUNK) + -(-chosen // CHUNK)
     work = {f"{model}_head": scored + chosen, f"{model}_head_calls": calls}
     if with_gradients:
-        calls = 2 * -(-chosen // LOSS_CHUNK)
+        calls = 2 * -(-chosen // CHUNK)
         work |= {f"{model}_head_gradients": 2 * chosen, f"{model}_head_gradients_calls": calls}
     return work
 
