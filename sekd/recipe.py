@@ -162,7 +162,10 @@ class Run:
         from sekd.student import check_context, load_student
 
         args, round_size = self.args, ROUND_SIZE if round_size is None else round_size
+        path = os.path.expanduser(path)
         check_file(path, round_size)
+        if args.teacher_model_name_or_path is not None:  # its classes limit the tokens
+            check_model_name(TEACHER, args.teacher_model_name_or_path)
         if args.world_size > 1:
             raise ValueError(
                 f"`sekd rollouts` in {args.world_size} processes would generate the same rollouts in each: start one "

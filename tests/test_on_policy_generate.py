@@ -112,6 +112,43 @@ def test_a_file_of_other_settings_is_refused(recipe, path, tmp_path, capsys):
     assert read(path) == before
 
 
+def test_unfinished_rollouts_without_settings_are_generated_again(recipe, path, tmp_path, monkeypatch):
+    """A stopped command's rollouts do not get into a file of another temperature, whose settings were deleted."""
+    greedy = str(tmp_path / "greedy.jsonl")
+    assert generate(recipe, greedy, "--temperature", "0") == 0
+    rounds, generate_with = [], RolloutSchedule.generate_with
+
+    def stop(self, prompts, sampling):
+        rounds.append(len(prompts))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return generate_with(self, prompts, sampling)
+
+    monkeypatch.setattr(RolloutSchedule, "generate_with", stop)
+    assert generate(recipe, path) == 130
+    assert generate(recipe, path, "--temperature", "0") == 2
+    assert len(read(f"{path}.part/rollouts.jsonl")) == 10, "a refused command takes the rollouts away"
+    os.remove(f"{path}.settings.json")
+    assert generate(recipe, path, "--temperature", "0") == 0
+    assert read(path) == read(greedy)
+
+
+def test_a_finished_file_that_lacks_rollouts_is_refused(recipe, path, capsys):
+    assert generate(recipe, path) == 0
+    lines = Path(path).read_text().splitlines(keepends=True)
+    Path(path).write_text("".join(lines[:5] + lines[7:]))
+    assert generate(recipe, path) == 2
+    assert "has 14 of 16 rollouts; delete it to generate them again" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_the_same_in_all_commands(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert generate(recipe, "~/rollouts.jsonl") == 0
+    assert len(read(tmp_path / "home" / "rollouts.jsonl")) == 16
+    assert main(["train", recipe, "--rollouts", "~/rollouts.jsonl"]) == 0
+
+
 def test_invalid_commands(recipe, path, tmp_path, capsys, monkeypatch):
     def fails(message, *arguments):
         assert main(["rollouts", recipe, *arguments]) == 2
@@ -125,7 +162,10 @@ def test_invalid_commands(recipe, path, tmp_path, capsys, monkeypatch):
     with open(path, "w") as file:
         file.write("{}\n")
     fails("exists, and `sekd rollouts` did not generate it", "--output", path)
+    assert os.listdir(os.path.dirname(path)) == ["rollouts.jsonl"], "a refused command leaves a folder"
     os.remove(path)
+    missing = str(tmp_path / "missing")
+    fails("missing': no such folder", "--output", path, "--teacher_model_name_or_path", missing)
     with lock_folder(f"{path}.part", ValueError()):
         fails("another process generates", "--output", path)
     assert main(["train", recipe, "--rollouts", path]) == 2

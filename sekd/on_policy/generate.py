@@ -5,7 +5,7 @@ Rollouts are generated in rounds. A round has its own seeds, so a stopped comman
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -100,13 +100,19 @@ def generate_rollouts(
 
     Raises:
         ValueError: ``path`` has rollouts with other settings, or another process generates it.
+        DamagedFile: ``path`` lacks rollouts, or its settings are damaged.
         RolloutError, RolloutConfigError: the engine fails.
     """
     part, sampling = _name_part(path), make_sampling(causal_lm(student), tokenizer, args, classes)
     refusal = ValueError(f"another process generates {path!r}; wait for it, or name another --output")
     with lock_folder(part, refusal):
-        _claim(path, _describe(dataset, student, tokenizer, args, sampling, round_size))
         unfinished = os.path.join(os.path.abspath(part), "rollouts.jsonl")
+        try:
+            _claim(path, unfinished, _describe(dataset, student, tokenizer, args, sampling, round_size))
+        except ValueError:
+            with suppress(OSError):  # it has rollouts
+                os.rmdir(part)
+            raise
         if not os.path.exists(path):
             samples = [Sample(**row) for row in dataset for _ in range(args.rollouts_per_prompt)]
             schedule = RolloutSchedule(args, Accelerator(), tokenizer, lambda: student, classes, lambda **_: None)
@@ -120,7 +126,10 @@ def generate_rollouts(
             sync(unfinished)
             os.replace(unfinished, path)
         os.rmdir(part)
-    return _count(path)
+    counts, expected = _count(path), len(dataset) * args.rollouts_per_prompt
+    if counts.rollouts != expected:
+        raise DamagedFile(f"{path!r} has {counts.rollouts} of {expected} rollouts; delete it to generate them again")
+    return counts
 
 
 def _describe(
@@ -168,13 +177,18 @@ def _fill(
     bar.close()
 
 
-def _claim(path: str, settings: dict[str, Any]) -> None:
-    """Write the settings of a new file, or compare them with those that it has."""
+def _claim(path: str, unfinished: str, settings: dict[str, Any]) -> None:
+    """Write the settings of a new file, or compare them with those that it has.
+
+    Unfinished rollouts without settings are deleted: nothing says how they were generated.
+    """
     file = f"{path}.settings.json"
-    hint = "delete both to generate again, or name another --output"
+    hint = f"delete {path!r} and {file!r} to generate again, or name another --output"
     if not os.path.exists(file):
         if os.path.exists(path):
             raise ValueError(f"{path!r} exists, and `sekd rollouts` did not generate it; name another --output")
+        with suppress(FileNotFoundError):
+            os.remove(unfinished)
         write_checked(file, settings)
         return
     try:
