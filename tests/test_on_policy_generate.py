@@ -191,6 +191,20 @@ def test_semi_on_policy_3x(recipe, path, tmp_path, capsys):
         assert "loss" in json.loads(file.readline())
 
 
+def test_a_token_that_the_teacher_lacks_is_refused(recipe, path, tmp_path, capsys):
+    """Another teacher may have fewer classes than the one that the rollouts were generated for."""
+    assert generate(recipe, path, "--temperature", "5") == 0
+    largest = max(max(line["prompt_ids"] + line["completion_ids"]) for line in read(path))
+    make_vllm_model(1, vocab=largest).save_pretrained(tmp_path / "teacher")
+    message = f"the data has token id {largest}, and student and teacher have {largest} classes in common"
+    flags = ["--rollouts", path]
+    for command in (["train", recipe], ["cache", "build", recipe, "--output", str(tmp_path / "cache")]):
+        assert main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    make_vllm_model(1, vocab=largest + 1).save_pretrained(tmp_path / "teacher")
+    assert main(["train", recipe, *flags]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_kill_9(recipe, path, tmp_path, tokenizer, engine):
