@@ -115,7 +115,12 @@ class Run:
                 "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
             )
         rows = load_rows(name, script.dataset_config, test_split, script.dataset_streaming)
-        trained = script.dataset_name if args.rollouts is None else None
+        replayed = args.rollouts and os.path.abspath(os.path.expanduser(args.rollouts))
+        if replayed is not None and share_rows(replayed, "train", name, test_split, rows):
+            raise ValueError(
+                f"rollouts {args.rollouts!r} are the held-out data, too; set eval_dataset_name to other data"
+            )
+        trained = script.dataset_name  # with rollouts, these are their prompts
         if trained is not None and share_rows(trained, split, name, test_split, rows):
             raise ValueError(
                 f"dataset_test_split {test_split!r} of {name!r} has rows that dataset_train_split {split!r} trains on; "

@@ -191,6 +191,17 @@ def test_semi_on_policy_3x(recipe, path, tmp_path, capsys):
         assert "loss" in json.loads(file.readline())
 
 
+def test_held_out_data_is_not_among_the_prompts(recipe, path, tmp_path, capsys):
+    assert generate(recipe, path) == 0
+    train = ["train", recipe, "--rollouts", path, "--eval_on_start", "--max_steps", "1"]
+    train += ["--dataset_train_split", "train[:16]"]
+    assert main([*train, "--dataset_test_split", "train[8:20]"]) == 2
+    assert "has rows that dataset_train_split 'train[:16]' trains on" in capsys.readouterr().err
+    assert main([*train, "--eval_dataset_name", path]) == 2
+    assert "are the held-out data, too" in capsys.readouterr().err
+    assert main([*train, "--dataset_test_split", "train[16:20]"]) == 0
+
+
 def test_a_token_that_the_teacher_lacks_is_refused(recipe, path, tmp_path, capsys):
     """Another teacher may have fewer classes than the one that the rollouts were generated for."""
     assert generate(recipe, path, "--temperature", "5") == 0
