@@ -117,7 +117,12 @@ class Run:
                 "dataset_test_split: train[:64] and dataset_train_split: train[64:]"
             )
         rows = load_rows(name, script.dataset_config, test_split, script.dataset_streaming)
-        trained = script.dataset_name if args.rollouts is None else None
+        replayed = args.rollouts and os.path.abspath(os.path.expanduser(args.rollouts))
+        if replayed is not None and share_rows(replayed, "train", name, test_split, rows):
+            raise ValueError(
+                f"rollouts {args.rollouts!r} are the held-out data, too; set eval_dataset_name to other data"
+            )
+        trained = script.dataset_name  # with rollouts, these are their prompts
         if trained is not None and share_rows(trained, split, name, test_split, rows):
             raise ValueError(
                 f"dataset_test_split {test_split!r} of {name!r} has rows that dataset_train_split {split!r} trains on; "
@@ -170,7 +175,10 @@ class Run:
         from sekd.validation.inputs import check_engine
 
         args, round_size = self.args, ROUND_SIZE if round_size is None else round_size
+        path = os.path.expanduser(path)
         check_file(path, round_size)
+        if args.teacher_model_name_or_path is not None:  # its classes limit the tokens
+            check_model_name(TEACHER, args.teacher_model_name_or_path)
         if args.world_size > 1:
             raise ValueError(
                 f"`sekd rollouts` in {args.world_size} processes would generate the same rollouts in each: start one "
@@ -181,6 +189,7 @@ class Run:
         check_context(args, name, init, None)
         check_engine(args, init["quantization_config"] is not None)
         tokenizer, dataset = self._prepare()
+        self._check_teacher_tokenizer(tokenizer)
         if args.sample_fraction < 1:
             dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])
         student = load_student(name, args, **init).to(args.device)
@@ -203,7 +212,7 @@ class Run:
         check_model_name(TEACHER, args.teacher_model_name_or_path)
         from sekd.cache.build import build_cache, check_build
         from sekd.cache.readers import RayReaders, load_reader
-        from sekd.data.prepare import check_same_tokenizer, is_packed
+        from sekd.data.prepare import is_packed
         from sekd.models import find_teacher_device
         from sekd.validation.teachers import check_place
 
@@ -212,8 +221,7 @@ class Run:
         tokenizer, dataset = self._prepare()
         if args.sample_fraction < 1:
             dataset = dataset.select(self._choose(tokenizer, dataset)["kept"])
-        teacher_tokenizer = load_tokenizer(TEACHER, args.teacher_model_name_or_path, args.teacher_model_revision)
-        check_same_tokenizer(tokenizer, teacher_tokenizer)
+        self._check_teacher_tokenizer(tokenizer)
         config = load_config(STUDENT, self.model.model_name_or_path, self.model.model_revision)
         load = partial(
             load_reader,
@@ -259,6 +267,14 @@ class Run:
             raise ValueError("a stream has no length: set sample_pool to the number of first samples to choose from")
         tokenizer = load_tokenizer(STUDENT, self.model.model_name_or_path, self.model.model_revision)
         return tokenizer, prepare_samples(rows, tokenizer, self.args)
+
+    def _check_teacher_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Check that the teacher, if the recipe names one, has the student's tokens."""
+        from sekd.data.prepare import check_same_tokenizer
+
+        if self.args.teacher_model_name_or_path is not None:
+            name, revision = self.args.teacher_model_name_or_path, self.args.teacher_model_revision
+            check_same_tokenizer(tokenizer, load_tokenizer(TEACHER, name, revision))
 
     def _choose(self, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> dict[str, Any]:
         from sekd.models import load_teacher

@@ -21,7 +21,7 @@ from rollouts import RolloutEngine, RolloutError
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
-from sekd.data.prepare import is_packed, prepare
+from sekd.data.prepare import check_token_ids, is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.during import Evaluation
@@ -151,6 +151,7 @@ class SEKDTrainer(MeasuredTrainer):
         if args.merge_adapter or (args.any_on_policy and not engine_trait(args, rollout_engine, "shares_model")):
             check_mergeable(self.model)
         self.teacher, vocab = source.connect(self.model, self.train_dataset, packed)
+        check_token_ids(self.train_dataset, vocab)
         log_dtypes(self.model, source.model, args, generates=args.any_on_policy and rollout_engine is None)
         self.method = Method.from_config(args, vocab)
         check_head_columns(self.model, args)

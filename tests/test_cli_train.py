@@ -65,6 +65,7 @@ def test_rollouts_are_replayed_in_the_place_of_the_data(recipe, rollouts, tmp_pa
 
 def test_replayed_rollouts_are_evaluated_on_data_of_their_own(recipe, rollouts, tmp_path, capsys):
     flags = ["--rollouts", rollouts, "--eval_on_start", "true", "--max_steps", "2"]
+    flags += ["--dataset_train_split", "train[8:]"]
     assert main(["train", recipe, *flags, "--dataset_test_split", "train[:8]"]) == 0
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()][:8]

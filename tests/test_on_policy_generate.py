@@ -151,6 +151,43 @@ def test_training_takes_the_whole_file_and_its_longest_prompts(recipe, path, tmp
     assert main(samples) == 2
 
 
+def test_unfinished_rollouts_without_settings_are_generated_again(recipe, path, tmp_path, monkeypatch):
+    """A stopped command's rollouts do not get into a file of another temperature, whose settings were deleted."""
+    greedy = str(tmp_path / "greedy.jsonl")
+    assert generate(recipe, greedy, "--temperature", "0") == 0
+    rounds, generate_with = [], RolloutSchedule.generate_with
+
+    def stop(self, prompts, sampling):
+        rounds.append(len(prompts))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return generate_with(self, prompts, sampling)
+
+    monkeypatch.setattr(RolloutSchedule, "generate_with", stop)
+    assert generate(recipe, path) == 130
+    assert generate(recipe, path, "--temperature", "0") == 2
+    assert len(read(f"{path}.part/rollouts.jsonl")) == 10, "a refused command takes the rollouts away"
+    os.remove(f"{path}.settings.json")
+    assert generate(recipe, path, "--temperature", "0") == 0
+    assert read(path) == read(greedy)
+
+
+def test_a_finished_file_that_lacks_rollouts_is_refused(recipe, path, capsys):
+    assert generate(recipe, path) == 0
+    lines = Path(path).read_text().splitlines(keepends=True)
+    Path(path).write_text("".join(lines[:5] + lines[7:]))
+    assert generate(recipe, path) == 2
+    assert "has 14 of 16 rollouts; delete it to generate them again" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_the_same_in_all_commands(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert generate(recipe, "~/rollouts.jsonl") == 0
+    assert len(read(tmp_path / "home" / "rollouts.jsonl")) == 16
+    assert main(["train", recipe, "--rollouts", "~/rollouts.jsonl"]) == 0
+
+
 def test_invalid_commands(recipe, path, tmp_path, capsys, monkeypatch):
     def fails(message, *arguments):
         assert main(["rollouts", recipe, *arguments]) == 2
@@ -166,7 +203,10 @@ def test_invalid_commands(recipe, path, tmp_path, capsys, monkeypatch):
     with open(path, "w") as file:
         file.write("{}\n")
     fails("exists, and `sekd rollouts` did not generate it", "--output", path)
+    assert os.listdir(os.path.dirname(path)) == ["rollouts.jsonl"], "a refused command leaves a folder"
     os.remove(path)
+    missing = str(tmp_path / "missing")
+    fails("missing': no such folder", "--output", path, "--teacher_model_name_or_path", missing)
     with lock_folder(f"{path}.part", ValueError()):
         fails("another process generates", "--output", path)
     assert main(["train", recipe, "--rollouts", path]) == 2
@@ -190,6 +230,31 @@ def test_semi_on_policy_3x(recipe, path, tmp_path, capsys):
     assert main(["train", recipe, "--rollout_engine", "vllm_server"]) == 0
     with open(tmp_path / "run" / "metrics.jsonl") as file:
         assert "loss" in json.loads(file.readline())
+
+
+def test_held_out_data_is_not_among_the_prompts(recipe, path, tmp_path, capsys):
+    assert generate(recipe, path) == 0
+    train = ["train", recipe, "--rollouts", path, "--eval_on_start", "--max_steps", "1"]
+    train += ["--dataset_train_split", "train[:16]"]
+    assert main([*train, "--dataset_test_split", "train[8:20]"]) == 2
+    assert "has rows that dataset_train_split 'train[:16]' trains on" in capsys.readouterr().err
+    assert main([*train, "--eval_dataset_name", path]) == 2
+    assert "are the held-out data, too" in capsys.readouterr().err
+    assert main([*train, "--dataset_test_split", "train[16:20]"]) == 0
+
+
+def test_a_token_that_the_teacher_lacks_is_refused(recipe, path, tmp_path, capsys):
+    """Another teacher may have fewer classes than the one that the rollouts were generated for."""
+    assert generate(recipe, path, "--temperature", "5") == 0
+    largest = max(max(line["prompt_ids"] + line["completion_ids"]) for line in read(path))
+    make_vllm_model(1, vocab=largest).save_pretrained(tmp_path / "teacher")
+    message = f"the data has token id {largest}, and student and teacher have {largest} classes in common"
+    flags = ["--rollouts", path]
+    for command in (["train", recipe], ["cache", "build", recipe, "--output", str(tmp_path / "cache")]):
+        assert main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    make_vllm_model(1, vocab=largest + 1).save_pretrained(tmp_path / "teacher")
+    assert main(["train", recipe, *flags]) == 0
 
 
 @pytest.mark.slow

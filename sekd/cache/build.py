@@ -27,6 +27,7 @@ from sekd.cache.store import (
     write_shard,
 )
 from sekd.config import SEKDConfig
+from sekd.data.prepare import check_token_ids
 from sekd.files import lock_folder
 from sekd.fingerprints import sample_key, tokenizer_fingerprint
 
@@ -79,13 +80,15 @@ def build_cache(
     Samples that repeat are stored once. ``shard_samples`` is the number of samples of a shard.
 
     Raises:
-        ValueError: settings that cannot be cached; a folder with another cache, other files or another builder.
+        ValueError: settings that cannot be cached; a token that the teacher lacks; a folder with another cache, other
+            files or another builder.
         OSError: a full disk. The finished shards stay, and the next call resumes the build.
     """
     if args.class_samples > MAX_DRAWS:
         raise ValueError(
             f"class_samples {args.class_samples} cannot be cached: a cache holds at most {MAX_DRAWS} draws a position"
         )
+    check_token_ids(dataset, reader.facts["vocab"])
     keys = [sample_key(row) for row in dataset]
     first_index = {key: i for i, key in reversed(list(enumerate(keys)))}
     order = sorted(first_index.values())

@@ -1,7 +1,6 @@
 """``sekd rollouts``."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -43,7 +42,6 @@ def run(options: argparse.Namespace) -> int:
         path = options.output or read_text(options.recipe, options.overrides, "rollouts")
         if path is None:
             raise ValueError("there is no file for the rollouts: add --output FILE")
-        path = os.path.expanduser(path)
         recipe = Run.parse(options.recipe, options.overrides, ROLLOUTS)
         try:
             counts = recipe.generate_rollouts(path, options.round_size)

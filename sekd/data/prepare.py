@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -88,6 +89,27 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"teacher and student have different tokenizers: {len(different)} tokens differ, for example {token!r} "
             f"(student {student_ids.get(token)}, teacher {teacher_ids.get(token)}); choose models of one family"
         )
+
+
+def check_token_ids(dataset: Dataset | IterableDataset, classes: int) -> None:
+    """Check that student and teacher have the tokens of prepared samples in memory. ``classes`` is what both have.
+
+    Token ids of recorded rollouts may be above those of the tokenizer, where a model has more classes.
+
+    Raises:
+        ValueError: a token id is not below ``classes``.
+    """
+    if isinstance(dataset, IterableDataset):
+        return
+    columns = [name for name in ("input_ids", "teacher_prompt_ids") if name in dataset.features]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            largest = pc.max(pc.list_flatten(table[name])).as_py() if pc.any(pc.is_valid(table[name])).as_py() else None
+            if largest is not None and largest >= classes:
+                raise ValueError(
+                    f"the data has token id {largest}, and student and teacher have {classes} classes in common; "
+                    "choose models of one family, or generate the rollouts again with this teacher"
+                )
 
 
 def _check_answers(dataset: Dataset | IterableDataset, args: SEKDConfig) -> Dataset | IterableDataset:

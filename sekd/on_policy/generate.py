@@ -100,13 +100,19 @@ def generate_rollouts(
 
     Raises:
         ValueError: ``path`` has rollouts with other settings, or another process generates it.
+        DamagedFile: ``path`` lacks rollouts, or its settings are damaged.
         RolloutError, RolloutConfigError: the engine fails.
     """
     part, sampling = _name_part(path), make_sampling(causal_lm(student), tokenizer, args, classes)
     refusal = ValueError(f"another process generates {path!r}; wait for it, or name another --output")
     with lock_folder(part, refusal):
         unfinished = os.path.join(os.path.abspath(part), "rollouts.jsonl")
-        _claim(path, unfinished, _describe(dataset, student, tokenizer, args, sampling, round_size))
+        try:
+            _claim(path, unfinished, _describe(dataset, student, tokenizer, args, sampling, round_size))
+        except ValueError:
+            with suppress(OSError):  # it has rollouts
+                os.rmdir(part)
+            raise
         if not os.path.exists(path):
             samples = [Sample(**row) for row in dataset for _ in range(args.rollouts_per_prompt)]
             schedule = RolloutSchedule(args, Accelerator(), tokenizer, lambda: student, classes, lambda **_: None)
@@ -120,7 +126,10 @@ def generate_rollouts(
             sync(unfinished)
             os.replace(unfinished, path)
         os.rmdir(part)
-    return _count(path)
+    counts, expected = _count(path), len(dataset) * args.rollouts_per_prompt
+    if counts.rollouts != expected:
+        raise DamagedFile(f"{path!r} has {counts.rollouts} of {expected} rollouts; delete it to generate them again")
+    return counts
 
 
 def _describe(
