@@ -9,6 +9,7 @@ import pytest
 
 from sekd.cli import COMMANDS, main
 from sekd.cli.cache import ACTIONS
+from sekd.parse import CACHE, ROLLOUTS
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,9 @@ def test_overrides_reach_the_recipe_in_their_order(recipe, monkeypatch):
     assert main(["train", recipe, *overrides]) == 2
     assert main(["cache", "build", recipe, "--seed", "1", "--output", "out", *overrides]) == 2
     built = ["--seed", "1", *overrides, "--teacher_cache", "out"]
-    assert parsed == [(recipe, overrides, False), (recipe, built, True)]
+    assert main(["rollouts", recipe, "--seed", "1", "--output", "out.jsonl", *overrides]) == 2
+    sampled = ["--seed", "1", *overrides]
+    assert parsed == [(recipe, overrides, None), (recipe, built, CACHE), (recipe, sampled, ROLLOUTS)]
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--max_steps", "3", "--help"])
     assert stop.value.code == 0
@@ -80,6 +83,7 @@ def test_overrides_reach_the_recipe_in_their_order(recipe, monkeypatch):
 WITHOUT_TORCH = """
 import contextlib, io, sys
 from sekd.cli import COMMANDS, main
+from sekd.parse import CACHE, ROLLOUTS
 from sekd.cli.cache import ACTIONS
 shown = io.StringIO()
 with contextlib.redirect_stdout(shown):
@@ -88,7 +92,7 @@ with contextlib.redirect_stdout(shown):
             main([*command, "--help"])
     main(["recipes"])
 assert "MISSING" not in shown.getvalue()
-for command in (["train"], ["samples"], ["cache", "build"]):
+for command in (["train"], ["samples"], ["rollouts"], ["cache", "build"]):
     assert main([*command, "nope.yaml"]) == 2
     assert main([*command, "demo", "max_steps", "3"]) == 2
 for text in ("a: [", "- a", "5: 3", "null: 3", "env: {LD_PRELOAD: x.so}"):

@@ -257,7 +257,8 @@ def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):
 def test_ctrl_c_stops_the_runs_and_says_what_is_left(write, tmp_path, number, status, jobs):
     path = write(tmp_path, seeds=[1], keys={"max_steps": 100000, "save_steps": 1000, "eval_steps": 100000})
     process = start(path, "--jobs", str(jobs))
-    wait_for(lambda: len([*(tmp_path / "sweep").glob("*/metrics.jsonl")]) == jobs)
+    logs = (tmp_path / "sweep").glob
+    wait_for(lambda: sum(path.stat().st_size > 0 for path in logs("*/metrics.jsonl")) == jobs)
     process.send_signal(number)
     assert process.wait(120) == status
     assert not list_processes(tmp_path)

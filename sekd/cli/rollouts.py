@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rollouts import RolloutConfigError, RolloutError
     from sekd.parse import ROLLOUTS, read_text
     from sekd.recipe import Run
 
@@ -43,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
         if path is None:
             raise ValueError("there is no file for the rollouts: add --output FILE")
         recipe = Run.parse(options.recipe, options.overrides, ROLLOUTS)
+        from rollouts import RolloutConfigError, RolloutError
+
         try:
             counts = recipe.generate_rollouts(path, options.round_size)
         except RolloutConfigError as error:
