@@ -308,9 +308,11 @@ def outcomes(tmp_path, monkeypatch):
         (tmp_path / "runs" / "demo" / model).mkdir(parents=True)
         (tmp_path / "runs" / "demo" / model / "config.json").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    before = dict(os.environ)  # modules that are imported meanwhile keep os.environ itself
     counts = Counter()
     yield counts
+    os.environ.clear()
+    os.environ.update(before)
     print(dict(counts))
 
 
