@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import os
 import random
 import re
 
@@ -207,6 +208,13 @@ def test_skipped_items_and_missing_results_are_told(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"piqa +│ +\d+\.\d ± \d\.\d │ +- │", printed)
     assert "paper accuracy, paper ece: checkpoint-1000 lacks piqa" in printed
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch):
+    """Rich keeps the os.environ of its import, and gives terminals that it calls dumb 80 columns."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("rich.console.Console._environ", os.environ)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
