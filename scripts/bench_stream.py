@@ -6,7 +6,7 @@
 It writes a JSONL file that repeats the documents of `text`, each with its number as the first word, and reads it as
 `dataset_streaming: true` does: tokenize, pack into sequences of --max_length, order, load, collate. At 1,000, 10,000,
 100,000, 200,000, ... documents it prints the resident memory and its highest value so far, the speed since the last
-line, and the share of padding so far. Seconds are those of the processor, so other programs do not count: with
+line, and the share of padding so far. Processor seconds count, so other programs do not disturb them: with
 TOKENIZERS_PARALLELISM=false, it is the speed of one core. Memory grows in the first lines, where buffers fill.
 """
 

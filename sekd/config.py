@@ -317,7 +317,7 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
             self.lmbda, self.rollouts_per_prompt, self.score_source, self.save_rollouts = 0.0, 1, "exact", False
             self.sample_fraction, self.sample_pool = 1.0, None  # they chose the prompts
             if self.max_prompt_length is None:
-                self.max_prompt_length = min(512, self.max_length - 1)  # what fits was completed
+                self.max_prompt_length = max(1, min(512, self.max_length - 1))  # what fits was completed
         if self.max_prompt_length is None:
             self.max_prompt_length = 512 if self.all_on_policy else max(1, min(512, self.max_length // 2))
         check_config(self)

@@ -201,7 +201,7 @@ def matrix_backward(
     chunks: float = 1.0,
     outputs: int | None = None,
 ) -> Cost:
-    """The gradients of a matrix, if it is trained, of its adapter, and (``needs_input``) of what it reads."""
+    """The gradients of a trained matrix, of its adapter, and with ``needs_input`` of its input."""
     whole = _product(rows, matrix.inputs, outputs or matrix.outputs, compute_bytes, chunks) * matrix.times
     adapter = _adapter_product(matrix, rows, compute_bytes)
     # Without a gradient of its input, the adapter's first matrix still needs its own.

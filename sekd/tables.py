@@ -1,6 +1,7 @@
 """Print tables. A text is shown as it is: it is no markup, and it cannot steer the terminal."""
 
 import unicodedata
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +10,14 @@ from rich.table import Table
 def print_table(table: Table) -> None:
     """Print a table. Brackets and colons in its title and cells are no markup."""
     Console(markup=False, emoji=False).print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print a table with a line for each fact: its name and its value."""
+    table = Table(title=escape_controls(title), title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, escape_controls(value))
+    print_table(table)
 
 
 def escape_controls(text: str) -> str:

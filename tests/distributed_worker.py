@@ -104,8 +104,8 @@ def two_steps(path: str, choices: dict) -> None:
     read = gather_object([read])
     if trainer.is_world_process_zero():
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        found = {"losses": losses, "weights": weights, "metrics": metrics, "read": read}
-        torch.save({**found, "logs": trainer.state.log_history}, f"{path}.pt")
+        results = {"losses": losses, "weights": weights, "metrics": metrics, "read": read}
+        torch.save({**results, "logs": trainer.state.log_history}, f"{path}.pt")
 
 
 @contextmanager

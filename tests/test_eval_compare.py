@@ -211,9 +211,8 @@ def test_skipped_items_and_missing_results_are_told(capsys):
 
 
 @pytest.fixture(autouse=True)
-def _terminal(monkeypatch):
-    """Rich keeps the os.environ of its import, and gives terminals that it calls dumb 80 columns."""
-    monkeypatch.setenv("TERM", "xterm")
+def _environment(monkeypatch):
+    """datasets replaces os.environ when it maps in several processes, and rich keeps the object of its import."""
     monkeypatch.setattr("rich.console.Console._environ", os.environ)
 
 

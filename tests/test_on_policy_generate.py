@@ -38,7 +38,7 @@ def read(path):
 
 
 def test_rollouts_are_those_of_the_initial_student(recipe, path, tmp_path, capsys):
-    """Greedy rollouts equal those of an engine with the student, prompt by prompt, as often as asked."""
+    """An engine with the student's weights generates the same greedy rollouts, prompt by prompt."""
     assert generate(recipe, path, "--temperature", "0") == 0
     lines = read(path)
     assert len(lines) == 16
@@ -67,19 +67,31 @@ def test_every_round_and_every_rollout_of_a_prompt_has_draws_of_its_own(recipe, 
     assert sum(a["completion_ids"] == b["completion_ids"] for a, b in same) < 4
 
 
-def test_a_stopped_command_resumes(recipe, path, tmp_path, monkeypatch):
+@pytest.fixture
+def stop_at(monkeypatch):
+    """A function that lets Ctrl-C come in the round of this number, counted from 1. It returns the rounds' sizes."""
+    generate_with = RolloutSchedule.generate_with
+
+    def stop_at(number):
+        rounds = []
+
+        def stop(self, prompts, sampling):
+            rounds.append(len(prompts))
+            if len(rounds) == number:
+                raise KeyboardInterrupt
+            return generate_with(self, prompts, sampling)
+
+        monkeypatch.setattr(RolloutSchedule, "generate_with", stop)
+        return rounds
+
+    return stop_at
+
+
+def test_a_stopped_command_resumes(recipe, path, tmp_path, stop_at):
     """Stopped between rounds and in a line of the file, it gives the same file, and no round is generated twice."""
     whole = str(tmp_path / "whole.jsonl")
     assert generate(recipe, whole) == 0
-    rounds, generate_with = [], RolloutSchedule.generate_with
-
-    def stop(self, prompts, sampling):
-        rounds.append(len(prompts))
-        if len(rounds) == 3:
-            raise KeyboardInterrupt
-        return generate_with(self, prompts, sampling)
-
-    monkeypatch.setattr(RolloutSchedule, "generate_with", stop)
+    rounds = stop_at(3)
     assert generate(recipe, path) == 130
     assert not os.path.exists(path)
     with open(f"{path}.part/rollouts.jsonl", "a") as file:
@@ -112,23 +124,10 @@ def test_a_file_of_other_settings_is_refused(recipe, path, tmp_path, capsys):
     assert read(path) == before
 
 
-def test_settings_that_are_lost_or_of_no_rollout(recipe, path, monkeypatch):
-    """Rollouts of unknown settings are generated again, and a start that failed fixes nothing."""
-
-    def fail(self, prompts, sampling):
-        raise KeyboardInterrupt
-
-    generate_with = RolloutSchedule.generate_with
-    monkeypatch.setattr(RolloutSchedule, "generate_with", fail)
+def test_a_start_that_failed_fixes_no_settings(recipe, path, stop_at):
+    stop_at(1)
     assert generate(recipe, path, "--temperature", "0.5") == 130
-    monkeypatch.setattr(RolloutSchedule, "generate_with", generate_with)
     assert generate(recipe, path) == 0
-    whole = read(path)
-    os.makedirs(f"{path}.part")
-    shutil.move(path, f"{path}.part/rollouts.jsonl")
-    os.remove(f"{path}.settings.json")
-    assert generate(recipe, path, "--seed", "9") == 0
-    assert read(path) != whole
 
 
 def test_the_engine_is_checked_before_models_load(recipe, path, tmp_path, capsys, monkeypatch):
@@ -151,19 +150,11 @@ def test_training_takes_the_whole_file_and_its_longest_prompts(recipe, path, tmp
     assert main(samples) == 2
 
 
-def test_unfinished_rollouts_without_settings_are_generated_again(recipe, path, tmp_path, monkeypatch):
+def test_unfinished_rollouts_without_settings_are_generated_again(recipe, path, tmp_path, stop_at):
     """A stopped command's rollouts do not get into a file of another temperature, whose settings were deleted."""
     greedy = str(tmp_path / "greedy.jsonl")
     assert generate(recipe, greedy, "--temperature", "0") == 0
-    rounds, generate_with = [], RolloutSchedule.generate_with
-
-    def stop(self, prompts, sampling):
-        rounds.append(len(prompts))
-        if len(rounds) == 3:
-            raise KeyboardInterrupt
-        return generate_with(self, prompts, sampling)
-
-    monkeypatch.setattr(RolloutSchedule, "generate_with", stop)
+    stop_at(3)
     assert generate(recipe, path) == 130
     assert generate(recipe, path, "--temperature", "0") == 2
     assert len(read(f"{path}.part/rollouts.jsonl")) == 10, "a refused command takes the rollouts away"
@@ -244,7 +235,7 @@ def test_held_out_data_is_not_among_the_prompts(recipe, path, tmp_path, capsys):
 
 
 def test_a_token_that_the_teacher_lacks_is_refused(recipe, path, tmp_path, capsys):
-    """Another teacher may have fewer classes than the one that the rollouts were generated for."""
+    """Rollouts may have a class that another teacher lacks."""
     assert generate(recipe, path, "--temperature", "5") == 0
     largest = max(max(line["prompt_ids"] + line["completion_ids"]) for line in read(path))
     make_vllm_model(1, vocab=largest).save_pretrained(tmp_path / "teacher")

@@ -57,7 +57,7 @@ def test_an_error_ends_the_recording_and_keeps_it(tmp_path, tokenizer, pairs):
         failing.train()
     assert count(read_trace(tmp_path / "a"), "loss") == 1
     make_trainer(tmp_path / "b", tokenizer, pairs, profile=1).train()
-    assert count(read_trace(tmp_path / "b"), "loss") == 1, "no profiler is left behind"
+    assert count(read_trace(tmp_path / "b"), "loss") == 1, "the first profiler is closed"
 
 
 def test_a_profile_changes_nothing_that_a_run_learns(tmp_path, tokenizer, pairs):

@@ -240,28 +240,30 @@ def test_fields_that_transformers_reads_late_are_named(tmp_path, tokenizer, pair
         make_trainer(tmp_path, tokenizer, pairs, trainer_options=evaluation, **options).train()
 
 
+def stop_and_resume(folder, tokenizer, data, step, **options):
+    """The trainer that resumed a run after it was stopped in a step. It ends as an undisturbed run does."""
+    weights = trained_weights(make(folder / "whole", tokenizer, data, **options))
+    make(folder / "cut", tokenizer, data, step, stop, **options).train()
+    resumed = make(folder / "cut", tokenizer, data, **options)
+    resumed.train(True)
+    assert_same_end(resumed, folder / "cut", weights, folder / "whole")
+    return resumed
+
+
 @pytest.mark.parametrize("batch", [4, 5])
 def test_a_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, pairs, batch):
     """The Trainer counts the epochs of data without a length as one, and would begin the stream again."""
     few = pairs.select(range(10)).to_iterable_dataset()
     options = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=2)
     assert OPTIONS["max_steps"] * batch * 2 > 50, "more than five epochs"
-    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
-    make(tmp_path / "cut", tokenizer, few, 5, stop, **options).train()
-    resumed = make(tmp_path / "cut", tokenizer, few, **options)
-    resumed.train(True)
-    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+    stop_and_resume(tmp_path, tokenizer, few, 5, **options)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_packed_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, texts, workers):
     few = texts.select(range(10)).to_iterable_dataset(num_shards=2)
     options = dict(max_length=64, gradient_accumulation_steps=2, dataloader_num_workers=workers)
-    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
-    make(tmp_path / "cut", tokenizer, few, 5, stop, **options).train()
-    resumed = make(tmp_path / "cut", tokenizer, few, **options)
-    resumed.train(True)
-    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+    resumed = stop_and_resume(tmp_path, tokenizer, few, 5, **options)
     read = [sample["sample_id"] for _, sample in zip(range(5 * 4 * 2), resumed.train_dataset, strict=False)]
     assert read.count(0) > 2, "step 5 is in the third epoch or later"
 
@@ -279,11 +281,7 @@ def test_a_stream_begins_again_at_its_end(tmp_path, tokenizer, pairs):
 def test_a_shuffled_stream_in_a_later_epoch_resumes_where_it_was(tmp_path, tokenizer, request, kind):
     few = request.getfixturevalue(kind).select(range(10)).to_iterable_dataset()
     options = dict(max_length=64, max_prompt_length=32, gradient_accumulation_steps=2, shuffle_buffer=6)
-    weights = trained_weights(make(tmp_path / "whole", tokenizer, few, **options))
-    make(tmp_path / "cut", tokenizer, few, 3, stop, **options).train()
-    resumed = make(tmp_path / "cut", tokenizer, few, **options)
-    resumed.train(True)
-    assert_same_end(resumed, tmp_path / "cut", weights, tmp_path / "whole")
+    resumed = stop_and_resume(tmp_path, tokenizer, few, 3, **options)
     read = [sample["sample_id"] for _, sample in zip(range(3 * 4 * 2), resumed.train_dataset, strict=False)]
     assert read.count(0) > 1, "step 3 is in the second epoch or later"
     assert read[:6] != sorted(read[:6])

@@ -382,7 +382,7 @@ def test_a_run_that_is_stopped_leaves_nothing(request, tmp_path, server, tokeniz
         while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.2)
         time.sleep(1)
-        if engine == "vllm":  # the process itself ends those of vLLM
+        if engine == "vllm":  # the process itself ends vLLM's processes
             process.send_signal(signal.SIGINT)
         else:
             os.killpg(process.pid, signal.SIGINT)

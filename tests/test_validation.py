@@ -186,6 +186,10 @@ def test_values_that_cannot_work(values, message):
         (dict(bf16_full_eval=True), "bf16_full_eval True has no effect: evaluation has the precision of training"),
         (dict(fp16_full_eval=True), "fp16_full_eval True has no effect"),
         (dict(supervise_prompt=True, lmbda=1.0), "supervise_prompt true has no effect with lmbda 1.0: rollouts are"),
+        (
+            dict(supervise_prompt=True, rollouts="x.jsonl"),
+            "supervise_prompt true has no effect with rollouts 'x.jsonl'",
+        ),
         (dict(output_dir=__file__), "output_dir '.*': '.*test_validation.py' is a file; name a folder"),
         (dict(output_dir=f"{__file__}/a/b"), "output_dir '.*a/b': '.*test_validation.py' is a file; name a folder"),
     ],

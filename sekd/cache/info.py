@@ -7,7 +7,7 @@ from rich.table import Table
 
 from sekd.cache.codec import MAX_DRAWS, count_id_bytes
 from sekd.cache.store import Store
-from sekd.tables import escape_controls, print_table
+from sekd.tables import print_facts, print_table
 
 BYTES_A_DRAW = 3
 """The paper's fixed slots take 3 bytes a draw (arXiv 2602.01395, section 7.1)."""
@@ -21,8 +21,7 @@ def show_cache(store: Store) -> None:
     position_bytes, logits_bytes, slots_bytes = size / max(positions, 1), 2 * vocab, BYTES_A_DRAW * draws
     entropy = "a byte a position" if fingerprint["teacher_entropy"] else "not kept"
     teacher = fingerprint["teacher"]
-    table = Table(title=escape_controls(f"teacher cache {store.folder}"), title_justify="left", show_header=False)
-    for name, value in {
+    facts = {
         "samples": f"{samples:,} in {len(store.shards)} shards",
         "positions": f"{positions:,}",
         "size": f"{size / 2**20:,.2f} MiB, {position_bytes:.1f} bytes a position",
@@ -37,9 +36,8 @@ def show_cache(store: Store) -> None:
         "teacher's entropy": entropy,
         "temperature, seed": f"{fingerprint['temperature']}, {fingerprint['seed']}",
         "data": f"{fingerprint['data']}, max_length {fingerprint['max_length']}, packing {fingerprint['packing']}",
-    }.items():
-        table.add_row(name, escape_controls(value))
-    print_table(table)
+    }
+    print_facts(f"teacher cache {store.folder}", facts)
 
 
 def measure_cache(folder: str) -> dict[str, Any]:

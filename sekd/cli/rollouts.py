@@ -3,10 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from sekd.cli.common import Stopped, WrongInput, add_recipe, reading_input
-from sekd.tables import escape_controls, print_table
+from sekd.tables import print_facts
 
 if TYPE_CHECKING:
     from sekd.on_policy.generate import RolloutCounts
@@ -57,12 +55,10 @@ def run(options: argparse.Namespace) -> int:
 def show_counts(path: str, counts: "RolloutCounts") -> None:
     """Print what a file of rollouts holds."""
     total = max(counts.rollouts, 1)
-    table = Table(title=escape_controls(f"rollouts in {path}"), title_justify="left", show_header=False)
-    for name, value in {
+    facts = {
         "rollouts": f"{counts.rollouts:,}",
         "generated tokens": f"{counts.tokens:,}, {counts.tokens / total:.1f} a rollout",
         "cut at max_completion_length": f"{counts.cut:,} ({100 * counts.cut / total:.1f} %)",
         "empty": f"{counts.empty:,}",
-    }.items():
-        table.add_row(name, value)
-    print_table(table)
+    }
+    print_facts(f"rollouts in {path}", facts)

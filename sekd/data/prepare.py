@@ -94,7 +94,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 def check_token_ids(dataset: Dataset | IterableDataset, classes: int) -> None:
     """Check that student and teacher have the tokens of prepared samples in memory. ``classes`` is what both have.
 
-    Token ids of recorded rollouts may be above those of the tokenizer, where a model has more classes.
+    A recorded rollout may have ids that the tokenizer lacks, since a model may have more classes.
 
     Raises:
         ValueError: a token id is not below ``classes``.

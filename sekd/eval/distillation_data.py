@@ -57,7 +57,7 @@ class DistillationOptions:
         max_new_tokens: length of a completion.
         engine: generates the completions (``vllm`` or ``hf``); None for vLLM where it is installed.
         dtype: of both models; None for the faster of bfloat16 and float32 on this machine.
-        teacher_load_in_4bit, teacher_load_in_8bit: hold the teacher in so many bits, as in training.
+        teacher_load_in_4bit, teacher_load_in_8bit: hold the teacher in 4 or 8 bits, as in training.
         batch_size: sequences that both models read at once.
 
     The other fields are keys of a recipe: ``prompt_column`` and so on.

@@ -48,6 +48,11 @@ def check_prompts(args: "SEKDConfig") -> None:
             f"supervise_prompt true has no effect with lmbda {args.lmbda}: rollouts are distilled at their "
             "completions; leave it out, or set lmbda below 1"
         )
+    if args.supervise_prompt and args.rollouts is not None:
+        raise ValueError(
+            f"supervise_prompt true has no effect with rollouts {args.rollouts!r}: only generated tokens are "
+            "supervised; leave it out"
+        )
     longest = args.max_prompt_length + args.max_completion_length
     if args.all_on_policy and args.max_length < longest and args.max_length != get_default(args, "max_length"):
         logger.warning(
