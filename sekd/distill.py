@@ -19,7 +19,7 @@ from sekd.classes import CLASS_SELECTIONS, ClassSelection, SampledHead, negative
 from sekd.config import SEKDConfig
 from sekd.distributions import cross_entropy, entropy
 from sekd.head_loss import loss_in_chunks
-from sekd.heads import CPU_PRODUCT_ROWS, Head, in_chunks, in_pieces
+from sekd.heads import Head, count_product_rows, in_chunks, in_pieces
 from sekd.losses import DIVERGENCES, MEANS, Divergence, forward_kl, reduce
 from sekd.models import get_head, hidden_states
 from sekd.policies import POLICIES, PositionPolicy, make_policy
@@ -175,7 +175,7 @@ def score_positions(
 
         return in_pieces(score_piece, [head.project(positions.hidden), positions.targets, *of_teacher.values()])
 
-    scores, entropies = in_chunks(score_chunk, [positions], chunk_rows, CPU_PRODUCT_ROWS)
+    scores, entropies = in_chunks(score_chunk, [positions], chunk_rows, count_product_rows(positions.hidden))
     return scores, entropies
 
 

@@ -12,7 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sekd.heads import CPU_PRODUCT_ROWS, CPU_ROWS, Head, LinearWeights, autocast_without_cache, in_chunks
+from sekd.heads import (
+    CLASS_BLOCK,
+    CPU_ROWS,
+    Head,
+    LinearWeights,
+    autocast_without_cache,
+    count_product_rows,
+    in_chunks,
+)
 from sekd.types import PerPosition
 
 
@@ -37,7 +45,7 @@ def loss_in_chunks(
         return chunks[0].sum(), *(column.detach() for column in chunks[1:])
     at_once = chunk_rows
     if device == "cpu":
-        chunk_rows, at_once = min(chunk_rows, CPU_PRODUCT_ROWS), CPU_ROWS
+        chunk_rows, at_once = min(chunk_rows, count_product_rows(hidden)), CPU_ROWS
     linear = head.linear()
     gradients = _ModuleGradients(head, hidden) if linear is None else _LinearGradients(linear, head, hidden)
     losses, columns = [], []
@@ -45,18 +53,31 @@ def loss_in_chunks(
         split = [part.split(chunk_rows) for part in (hidden.detach(), *parts)]
         for rows, *chunk in zip(*split, strict=True):
             projected = gradients.project(rows)
-            gradient = torch.empty_like(projected)
-            chunk = [part if isinstance(part, Tensor) else part.compute() for part in chunk]
-            pieces = [part.split(at_once) for part in (projected, gradient, *chunk)]
-            for logits, of_logits, *piece in zip(*pieces, strict=True):
-                leaf = logits.requires_grad_()
-                loss, *others = function(head.finish(leaf), *piece)
-                of_logits.copy_(torch.autograd.grad(loss, leaf)[0])
-                losses.append(loss.detach())
-                columns.append([column.detach() for column in others])
-            gradients.add(gradient)
+            for loss, *others in _replace_by_gradient(function, head, projected, chunk, at_once):
+                losses.append(loss)
+                columns.append(others)
+            gradients.add(projected)
+            del projected  # before the next chunk's
     total = _WithGradients.apply(torch.stack(losses).sum(), gradients.collect(), *gradients.inputs)
     return total, *(torch.cat(column) for column in zip(*columns, strict=True))
+
+
+def _replace_by_gradient(
+    function: Callable[..., tuple[Tensor, ...]],
+    head: Head,
+    projected: Float[Tensor, "n V"],
+    chunk: Sequence[Tensor | PerPosition],
+    at_once: int,
+) -> list[list[Tensor]]:
+    """The results of ``function``, ``at_once`` positions at a time. The gradient takes the place of ``projected``."""
+    chunk = [part if isinstance(part, Tensor) else part.compute() for part in chunk]
+    results = []
+    for logits, *piece in zip(*(part.split(at_once) for part in (projected, *chunk)), strict=True):
+        leaf = logits.requires_grad_()
+        result = function(head.finish(leaf), *piece)
+        leaf.detach().copy_(torch.autograd.grad(result[0], leaf)[0])
+        results.append([tensor.detach() for tensor in result])
+    return results
 
 
 def _as_columns(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -73,7 +94,6 @@ class _LinearGradients:
         self.of_weight, self.of_bias = (
             torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (linear.weight, linear.bias)
         )
-        self.of_chunk: Tensor | None = None
 
     def project(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         with torch.no_grad():
@@ -91,8 +111,8 @@ class _LinearGradients:
             if low.dtype == whole.dtype:
                 whole.addmm_(gradient.T, self.rows)
             else:  # bf16 products; their sum must be float32
-                self.of_chunk = torch.mm(gradient.T, self.rows, out=self.of_chunk)
-                whole += self.of_chunk
+                for block, columns in zip(whole.split(CLASS_BLOCK), gradient.split(CLASS_BLOCK, 1), strict=True):
+                    block += columns.T @ self.rows
         if self.of_bias is not None:
             self.of_bias[: self.vocab] += gradient.sum(0)
 
@@ -114,7 +134,7 @@ class _ModuleGradients:
     def project(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         self.rows = rows.requires_grad_()
         self.projected = self.head.project(self.rows)
-        return self.projected.detach()
+        return self.projected.detach().clone()  # its graph may need the values
 
     def add(self, gradient: Float[Tensor, "n V"]) -> None:
         of_rows, *of_weights = torch.autograd.grad(

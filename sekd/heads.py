@@ -21,8 +21,8 @@ from sekd.types import PerPosition
 CPU_CHUNK_ROWS = 64
 """Chunk size on a CPU. The logits roughly fit its caches: a pass takes about 0.6 of the time of chunks of 256."""
 
-CPU_PRODUCT_ROWS = 128
-"""Positions of a matrix product on a CPU, where element-wise arithmetic takes fewer at a time."""
+CLASS_BLOCK = 2048
+"""Classes of the head whose gradients are converted to float32 at once: on a CPU they stay in its caches."""
 
 CPU_ROWS = 16
 """Positions whose logits go through element-wise arithmetic at once on a CPU: they stay in its caches."""
@@ -178,6 +178,12 @@ def in_pieces(function: Callable[..., tuple[Tensor, ...]], parts: Sequence[Tenso
         return function(*parts)
     pieces = [function(*piece) for piece in zip(*(part.split(CPU_ROWS) for part in parts), strict=True)]
     return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
+
+
+def count_product_rows(hidden: Float[Tensor, "N D"]) -> int:
+    """Positions of a product with a head on a CPU: 256 in bf16, and 128 in float32, whose logits are twice as large."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+    return 512 // dtype.itemsize
 
 
 @torch.no_grad()

@@ -131,17 +131,22 @@ class Positions(PerPosition):
 
 @dataclass(frozen=True)
 class DenseTargets(PerPosition):
-    """The teacher's whole distribution at N positions. Log-probabilities [N V] are computed one chunk at a time."""
+    """The teacher's whole distribution at N positions. Log-probabilities [N V] are computed one chunk at a time.
+
+    ``project`` is the teacher's head without what :meth:`sekd.heads.Head.finish` does. It gives the logits in the
+    teacher's own dtype.
+    """
 
     state: TeacherState
-    logits: Callable[[TeacherState], Float[Tensor, "N V"]]
+    project: Callable[[TeacherState], Float[Tensor, "N V"]]
+    finish: Callable[[Float[Tensor, "N V"]], Float[Tensor, "N V"]]
 
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "N V"]:
         """log p of every class, at ``temperature``."""
-        return at_temperature(self.logits(self.state).log_softmax(-1), temperature)
+        return at_temperature(self.finish(self.project(self.state)).log_softmax(-1), temperature)
 
     def compute(self) -> "DenseTargets":
-        return DenseTargets({"logits": self.logits(self.state)}, lambda state: state["logits"])
+        return DenseTargets({"projected": self.project(self.state)}, lambda state: state["projected"], self.finish)
 
     def compare(
         self, divergence: Any, student_logp: Float[Tensor, "N V"], targets: Tensor, temperature: float, *factors: Tensor

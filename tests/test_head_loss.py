@@ -1,10 +1,13 @@
 """The gradient taken in the forward pass is that of the plain sum."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import LargestTensor
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from sekd.head_loss import loss_in_chunks
 from sekd.heads import Head, in_chunks
@@ -84,8 +87,9 @@ def test_equals_the_plain_sum_in_value_and_gradient(kind, chunk_rows, vocab):
 
 
 @pytest.mark.parametrize("kind", ["linear", "bias", "frozen"])
-def test_autocast_is_as_exact_as_without_chunks(kind):
+def test_autocast_is_as_exact_as_without_chunks(monkeypatch, kind):
     """Against float64, the error of bf16 products is that of one dense product: chunks add up in float32."""
+    monkeypatch.setattr("sekd.head_loss.CLASS_BLOCK", 16)  # V is 3 blocks and a part
     hidden, factors = make_inputs(rows=1024)
     layer = LAYERS[kind]()
 
@@ -165,6 +169,21 @@ def test_no_more_than_a_chunk_of_logits_exists():
     with LargestTensor() as largest:
         loss_in_chunks(squares, Head(nn.Linear(D, V)), hidden, [factors], chunk_rows)[0].backward()
     assert largest.elements <= max(V * D, rows * D)
+
+
+def peak_bytes(rows, classes=2000):
+    hidden = torch.randn(rows, D, requires_grad=True)
+    layer = nn.Linear(D, classes, bias=False)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss_in_chunks(lambda z: (z.logsumexp(-1).sum(),), Head(layer), hidden, [], 128)[0].backward()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_memory_does_not_grow_with_the_positions():
+    """The logits of a chunk are gone before those of the next one."""
+    states = 2 * (1024 - 128) * D * 4  # gradients of the hidden states, in pieces and joined
+    assert peak_bytes(1024) <= peak_bytes(128) + states + 2**14
 
 
 def test_the_head_runs_once_a_chunk():

@@ -53,9 +53,13 @@ class LiveTeacher:
         return {"hidden": hidden_states(self.model, own)[own.valid].to(batch.input_ids.device)}
 
     @torch.no_grad()
-    def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
+    def project(self, state: TeacherState) -> Float[Tensor, "N V"]:
+        """The product of the head alone, in the teacher's dtype."""
         hidden = state["hidden"]
-        return self.head(hidden.to(self.device)).to(hidden.device)
+        return self.head.project(hidden.to(self.device)).to(hidden.device)
+
+    def logits(self, state: TeacherState) -> Float[Tensor, "N V"]:
+        return self.head.finish(self.project(state))
 
     def score_inputs(self, state: TeacherState) -> dict[str, Tensor]:
         return {"teacher_logp": self.logits(state).log_softmax(-1)}
@@ -70,7 +74,7 @@ class LiveTeacher:
         chunk_rows: int,
     ) -> DenseTargets | SparseTargets:
         if classes.select is None:
-            return DenseTargets(positions.teacher, self.logits)
+            return DenseTargets(positions.teacher, self.project, self.head.finish)
 
         def select(positions: Positions, draws: Tensor) -> tuple[Tensor, Tensor]:
             targets = classes.from_logits(self.logits(positions.teacher), draws, temperature)
