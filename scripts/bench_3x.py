@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bench_table import write_figures
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--class_samples", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--eval_samples", type=int, default=64)
+    parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -64,7 +66,9 @@ def main() -> None:
             write_atomically(path, json.dumps(one_seed(options, train, held_out, seed)) + "\n")
         with open(path) as file:
             results.append(json.load(file))
-    show(results)
+    rows = summarise(results)
+    show(results, rows)
+    write_figures(options.json, f"wall time, median of {len(results)}", rows)
 
 
 def one_seed(options: argparse.Namespace, train: Dataset, held_out: Dataset, seed: int) -> dict[str, Any]:
@@ -130,9 +134,8 @@ def one_seed(options: argparse.Namespace, train: Dataset, held_out: Dataset, see
     return {"seed": seed, "seconds": seconds, "held out": found}
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print medians over the seeds of times and of their ratios to Full KD, and means of what came out."""
-    times = Table("", "s", "of Full KD's", title=f"wall time, median of {len(results)}", title_justify="left")
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Medians over the seeds, of the seconds and of their ratios to Full KD."""
     sums = {
         "Full KD": ["Full KD"],
         "sample scoring": ["scoring"],
@@ -140,11 +143,20 @@ def show(results: list[dict[str, Any]]) -> None:
         "SE-KD_3X, cache reused": ["cached training"],
         "SE-KD_3X in all": ["scoring", "construction", "cached training"],
     }
+    rows = {}
     for label, phases in sums.items():
         seconds = [sum(r["seconds"][phase] for phase in phases) for r in results]
         ratios = [s / r["seconds"]["Full KD"] for s, r in zip(seconds, results, strict=True)]
-        ratio = statistics.median(ratios)
-        times.add_row(label, f"{statistics.median(seconds):.1f}", f"{ratio:.3f} (1/{1 / ratio:.1f})")
+        rows[label] = {"seconds": statistics.median(seconds), "of Full KD": statistics.median(ratios)}
+    return rows
+
+
+def show(results: list[dict[str, Any]], rows: dict[str, dict[str, float]]) -> None:
+    """Print the times, and means of what came out."""
+    times = Table("", "s", "of Full KD's", title=f"wall time, median of {len(results)}", title_justify="left")
+    for label, row in rows.items():
+        ratio = row["of Full KD"]
+        times.add_row(label, f"{row['seconds']:.1f}", f"{ratio:.3f} (1/{1 / ratio:.1f})")
     quality = Table("", *METRICS.values(), title="held-out text, mean ± standard deviation", title_justify="left")
     for label in results[0]["held out"]:
         cells = []

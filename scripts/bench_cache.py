@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_table import write_figures
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -40,6 +41,8 @@ from sekd.fingerprints import sample_key
 from sekd.models import count_classes, freeze, load_model, run_inside
 from sekd.types import Batch
 
+FORMATS = {"positions a second": ",.0f", "ratio": ",.2f", "bytes a position": ",.1f"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--class_samples", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -120,34 +124,37 @@ def bench(options: argparse.Namespace, folder: str) -> None:
             started = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - started)
-    show(store, decoded, {name: statistics.median(times[1:]) for name, times in seconds.items()})
-
-
-def show(store: Store, decoded: list[Decoded], seconds: dict[str, float]) -> None:
-    """Print positions a second, the ratios that matter, and sizes beside the floor."""
-    positions = sum(len(d.ids) for d in decoded)
-    speed = Table("", "positions a second", title=f"{positions:,} positions, medians", title_justify="left")
-    for name, second in seconds.items():
-        speed.add_row(name, f"{positions / second:,.0f}")
-    overhead = seconds["build"] / seconds["bare forward"] - 1
-    speed.add_section()
-    speed.add_row("build over the bare forward", f"{100 * overhead:+.0f} %")
-    faster = seconds["train"] / seconds["to tensors"]
-    speed.add_row("to tensors, of training's speed", f"{faster:,.0f}x")
-    size = Table("", "bytes a position", title="size", title_justify="left")
-    stored = store.total("bytes") / positions
-    for name, bits in (parts := floor(decoded)).items():
-        size.add_row(f"{name}, order-0 entropy", f"{bits / 8 / positions:.1f}")
-    total = sum(parts.values()) / 8 / positions
-    size.add_row("floor: their sum", f"{total:.1f}")
-    size.add_row("on disk, everything counted", f"{stored:.1f} ({stored / total:.2f} of the floor)")
-    draws, vocab = store.fingerprint["class_samples"], store.fingerprint["vocab"]
-    size.add_row("fixed slots, 3 bytes a draw", f"{3 * draws}")
-    size.add_row("full fp16 logits", f"{2 * vocab:,}")
-    for table in (speed, size):
-        for column in table.columns[1:]:
-            column.justify = "right"
+    figures = summarise(store, decoded, {name: statistics.median(times[1:]) for name, times in seconds.items()})
+    for unit, values in figures.items():
+        table = Table("", unit)
+        table.columns[1].justify = "right"
+        for name, value in values.items():
+            table.add_row(name, f"{value:{FORMATS[unit]}}")
         Console().print(table)
+    rows = {name: {unit: value} for unit, values in figures.items() for name, value in values.items()}
+    write_figures(options.json, "the cache, medians", rows)
+
+
+def summarise(store: Store, decoded: list[Decoded], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Speeds, the ratios that matter, and sizes beside the floor, each by name."""
+    positions = sum(len(d.ids) for d in decoded)
+    parts = {f"{name}, order-0 entropy": bits / 8 / positions for name, bits in floor(decoded).items()}
+    least, stored = sum(parts.values()), store.total("bytes") / positions
+    return {
+        "positions a second": {name: positions / second for name, second in seconds.items()},
+        "ratio": {
+            "time of build / of the bare forward": seconds["build"] / seconds["bare forward"],
+            "speed of to tensors / of train": seconds["train"] / seconds["to tensors"],
+            "bytes on disk / floor": stored / least,
+        },
+        "bytes a position": {
+            **parts,
+            "floor: their sum": least,
+            "on disk, everything counted": stored,
+            "fixed slots, 3 bytes a draw": 3 * store.fingerprint["class_samples"],
+            "full fp16 logits": 2 * store.fingerprint["vocab"],
+        },
+    }
 
 
 def floor(decoded: list[Decoded]) -> dict[str, float]:

@@ -1,33 +1,50 @@
 #!/usr/bin/env python3
-"""Seconds and memory of one training step, four ways, in one run.
+"""Seconds and memory of one training step, five ways, in one run.
 
     python scripts/bench_step.py STUDENT TEACHER [--batch 2] [--tokens 512] [--rounds 7]
 
-`backbones` runs both models up to their last hidden states, forward and (student) backward: the part that no selection
-can save. The others add the distillation: SE-KD on 20 % of the positions, Full KD in chunks, and Full KD the usual way,
-with both models' whole logits. The methods take turns within a round, so that a noisy machine disturbs all of them. The
-table has medians over rounds and ratios to the dense step. Memory is the peak above the models and their gradients: on
-a GPU by the allocator, on a CPU the largest sum of live tensor storage in a profile.
+`backbones only` runs both models up to their last hidden states, forward and (student) backward: the part that no
+selection can save. The others add the distillation: SE-KD on 20 % of the positions, the same with the sampler's
+scores (`score_source: rollout`, no scoring pass), Full KD in chunks, and Full KD the usual way, with both models' whole
+logits. The methods take turns within a round, so that a noisy machine disturbs all of them. The table has medians over
+rounds and their ratios. Memory is the peak above the models and their gradients: on a GPU by the allocator, on a CPU
+the largest sum of live tensor storage in a profile.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from bench_table import write_figures
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sekd.distill import Method, distill
+from sekd.hardware import choose_dtype
 from sekd.losses import DIVERGENCES
-from sekd.models import freeze, hidden_states
+from sekd.models import freeze, hidden_states, load_model
 from sekd.policies import make_policy
-from sekd.scores import Scoring, make_scoring
+from sekd.scores import make_scoring
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+BACKBONES, SEKD, SAMPLER = "backbones only", "SE-KD", "SE-KD, sampler's scores"
+CHUNKED, DENSE = "Full KD in chunks", "Full KD, dense logits"
+COLUMNS = {
+    "seconds": ".2f",
+    "of dense": ".2f",
+    "of backbones": ".2f",
+    "peak MiB": ".0f",
+    "above backbones, of dense": ".2f",
+}
+Steps = dict[str, Callable[[], torch.Tensor]]
+"""Name of a method -> a function that returns the loss of one step."""
 
 
 def main() -> None:
@@ -37,37 +54,38 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--fraction", type=float, default=0.2)
-    parser.add_argument("--chunk_rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    add_common_options(parser)
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.bfloat16).to(device).train()
-    teacher = freeze(AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.bfloat16)).to(device)
+    device, dtype = find_device(), DTYPES[options.dtype]
+    student = load_model(options.student, dtype=dtype).to(device).train()
+    teacher = freeze(load_model(options.teacher, dtype=dtype)).to(device)
     batch = random_batch(options.batch, options.tokens, student.config.vocab_size, device)
+    steps = make_steps(student, teacher, batch, options.fraction, options.chunk_rows)
+    memory = {name: peak_bytes(step, student) for name, step in steps.items()}  # warms up
+    seconds = take_turns(steps, student, options.rounds)
+    rows = {name: compare(name, seconds, memory) for name in steps}
+    size = f"B {options.batch}, T {options.tokens}, k {100 * options.fraction:g} %, {options.dtype}, {device.type}"
+    title = f"one step, {size}, median of {options.rounds}"
+    table = Table("step", title=title)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for name, figures in rows.items():
+        table.add_row(name, *(f"{figures[column]:{form}}" for column, form in COLUMNS.items()))
+    Console(width=120).print(table)
+    write_figures(options.json, title, rows)
 
-    def selective(name: str, fraction: float, scoring: Scoring | None) -> Callable[[], torch.Tensor]:
-        policy, divergence = make_policy(name, fraction), DIVERGENCES["forward_kl"]
-        method = Method(scoring, policy, divergence, chunk_rows=options.chunk_rows)
-        return lambda: distill(student, LiveTeacher(teacher), batch, method)[0]
 
-    steps: dict[str, Callable[[], torch.Tensor]] = {
-        "backbones only": lambda: backbones(student, teacher, batch),
-        f"SE-KD {options.fraction:.0%}": selective("top_k", options.fraction, make_scoring("student_entropy")),
-        "Full KD in chunks": selective("all", 1.0, None),
-        "Full KD, dense logits": lambda: dense(student, teacher, batch),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds + 1):  # the first round warms up
-        for name, step in steps.items():
-            student.zero_grad(set_to_none=False)
-            started = time.perf_counter()
-            step().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    memory = {name: peak_bytes(step, student, device) for name, step in steps.items()}
-    show(medians, memory, options, device)
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that this script and bench_costs.py share."""
+    fastest = choose_dtype(on_cpu=find_device().type == "cpu")
+    parser.add_argument("--chunk_rows", type=int, default=256, help="positions of a chunk on a GPU")
+    parser.add_argument("--dtype", choices=DTYPES, default=fastest, help=f"{fastest} is the faster one here")
+    parser.add_argument("--json", help="file for the figures")
+
+
+def find_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_batch(sequences: int, tokens: int, vocab: int, device: torch.device) -> Batch:
@@ -76,6 +94,23 @@ def random_batch(sequences: int, tokens: int, vocab: int, device: torch.device) 
     targets[:, -1] = -100
     positions = torch.arange(tokens, device=device).expand(sequences, -1)
     return Batch(ids, targets, positions, torch.arange(sequences, device=device))
+
+
+def make_steps(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, fraction: float, chunk_rows: int
+) -> Steps:
+    """Each method's step on the batch."""
+    divergence, entropy = DIVERGENCES["forward_kl"], make_scoring("student_entropy")
+    sekd = Method(entropy, make_policy("top_k", fraction), divergence, chunk_rows=chunk_rows)
+    full = Method(None, make_policy("all", 1.0), divergence, chunk_rows=chunk_rows)
+    rollouts = replace(batch, student_entropy=torch.rand(batch.valid.shape, device=batch.valid.device))
+    return {
+        BACKBONES: lambda: backbones(student, teacher, batch),
+        SEKD: lambda: distill(student, LiveTeacher(teacher), batch, sekd)[0],
+        SAMPLER: lambda: distill(student, LiveTeacher(teacher), rollouts, sekd)[0],
+        CHUNKED: lambda: distill(student, LiveTeacher(teacher), batch, full)[0],
+        DENSE: lambda: dense(student, teacher, batch),
+    }
 
 
 def backbones(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -94,9 +129,25 @@ def dense(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> t
     return (losses * batch.valid).sum() / batch.valid.sum(1)[0]
 
 
-def peak_bytes(step: Callable[[], torch.Tensor], student: PreTrainedModel, device: torch.device) -> int:
-    student.zero_grad(set_to_none=False)
-    if device.type == "cuda":
+def take_turns(steps: Steps, student: PreTrainedModel, rounds: int) -> dict[str, float]:
+    """Median seconds of each step, forward and backward. In each round, every step runs once."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            student.zero_grad(set_to_none=False)
+            started = time.perf_counter()
+            step().backward()
+            if student.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_bytes(step: Callable[[], torch.Tensor], student: PreTrainedModel) -> int:
+    """The largest memory of a step, above what is there before it: the models and the student's gradients."""
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if student.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         step().backward()
@@ -111,19 +162,15 @@ def peak_bytes(step: Callable[[], torch.Tensor], student: PreTrainedModel, devic
     return peak
 
 
-def show(medians: dict[str, float], memory: dict[str, int], options: argparse.Namespace, device: torch.device) -> None:
-    *_, last = medians
-    first = next(iter(medians))
-    title = f"one step, B {options.batch}, {options.tokens} tokens, bf16, {device.type}, median of {options.rounds}"
-    table = Table(title=title)
-    for column in ("step", "seconds", "of dense", "peak MiB", "above backbones, of dense"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    extra = max(memory[last] - memory[first], 1)
-    for name, value in medians.items():
-        share = (memory[name] - memory[first]) / extra
-        row = (name, f"{value:.2f}", f"{value / medians[last]:.2f}", f"{memory[name] / 2**20:.0f}", f"{share:.2f}")
-        table.add_row(*row)
-    Console(width=110).print(table)
+def compare(name: str, seconds: dict[str, float], memory: dict[str, int]) -> dict[str, float]:
+    """A row of the table: a method beside the dense one and the backbones."""
+    return {
+        "seconds": seconds[name],
+        "of dense": seconds[name] / seconds[DENSE],
+        "of backbones": seconds[name] / seconds[BACKBONES],
+        "peak MiB": memory[name] / 2**20,
+        "above backbones, of dense": (memory[name] - memory[BACKBONES]) / max(memory[DENSE] - memory[BACKBONES], 1),
+    }
 
 
 if __name__ == "__main__":

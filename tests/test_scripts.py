@@ -1,5 +1,6 @@
-"""The benchmarks print their tables."""
+"""The benchmarks print their tables, and write their figures."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -17,13 +18,11 @@ from transformers.utils import logging
 ROOT = Path(__file__).parents[1]
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """A function that runs a script in this process, and returns what it prints."""
     verbosity = logging.get_verbosity()
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # as python does for a script
 
     def run_here(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -50,33 +49,106 @@ def run(tmp_path, tokenizer, texts, run_here):
     return run
 
 
-def test_bench_step(run):
-    printed = run("bench_step.py", "--tokens", "16", "--rounds", "1", text=False)
-    assert "SE-KD 20%" in printed
-    assert "Full KD, dense logits" in printed
+@pytest.fixture
+def read(tmp_path):
+    """A function that reads the figures that a script wrote, by name of the row."""
+
+    def read(file):
+        return {row["name"]: row["figures"] for row in json.loads((tmp_path / file).read_text())["rows"]}
+
+    return read
 
 
-def test_bench_cache(run):
-    printed = run("bench_cache.py", "--max_length", "32", "--sequences", "16", "--class_samples", "16", "--rounds", "1")
+def test_bench_table_compares_figures_with_aims(tmp_path, run_here):
+    for file, name, figures in (
+        ("step", "Full KD in chunks", {"of dense": 0.971, "above backbones, of dense": 0.12}),
+        ("costs", "V: SE-KD", {"R² of seconds": 0.99}),
+        ("costs_of_another_run", "B: SE-KD", {"R² of seconds": 1.0}),
+    ):
+        rows = [{"name": "another", "figures": {"of dense": 0.1}}, {"name": name, "figures": figures}]
+        (tmp_path / f"{file}.json").write_text(json.dumps({"title": "a title", "rows": rows}))
+    printed = run_here("bench_table.py", tmp_path)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
+    reached = {figure: (aim, value, verdict) for figure, aim, value, verdict in cells}
+    assert reached["Full KD in chunks / dense"] == ("≤ 0.97", "0.971", "no")
+    assert reached["memory above backbones / dense, Full KD in chunks"] == ("≤ 0.12", "0.12", "yes")
+    assert reached["R² of SE-KD's seconds as a line in V"] == ("≥ 0.99", "0.99", "yes")
+    assert reached["R² of SE-KD's seconds as a line in B"] == ("≥ 0.99", "not measured", "")
+
+
+@pytest.mark.slow
+def test_bench_all_measures_what_is_named(tmp_path, run, read):
+    run("bench_step.py", "--tokens", "16", "--rounds", "1", "--json", tmp_path / "out" / "peers.json", text=False)
+    names = [tmp_path / name for name in ("student", "teacher", "texts.jsonl", "out")]
+    command = ["bash", ROOT / "scripts" / "bench_all.sh", *names, "step", "3x"]
+    (tmp_path / "texts.jsonl").unlink()  # so that bench_3x.py fails
+    (tmp_path / "out" / "3x.json").write_text("figures of before")
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[:3] == ["step", "3x", f"failed: {tmp_path / 'out' / '3x.log'}"]
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"peers.json", "step.json"}
+    ratio = read("out/step.json")["Full KD in chunks"]["of dense"]
+    assert f"| Full KD in chunks / dense                                | ≤ 0.97   | {ratio:.3g}" in done.stdout
+
+
+@pytest.mark.slow
+def test_bench_step(run, read, tmp_path):
+    options = ["--tokens", "16", "--rounds", "1", "--fraction", "0.5", "--dtype", "float32"]
+    printed = run("bench_step.py", *options, "--json", tmp_path / "step.json", text=False)
+    assert "B 2, T 16, k 50 %, float32" in printed
+    rows = read("step.json")
+    assert [*rows] == [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
+    assert rows["backbones only"]["of backbones"] == rows["Full KD, dense logits"]["of dense"] == 1
+    assert rows["SE-KD, sampler's scores"]["peak MiB"] > rows["backbones only"]["peak MiB"]
+
+
+@pytest.mark.slow
+def test_bench_costs(run_here, read, tmp_path):
+    sizes = ["--T", "8", "16", "--B", "1", "2", "--V", "200", "400", "--k", "20", "100", "--hidden", "64"]
+    sizes += ["--base_T", "256", "--base_V", "256", "--layers", "1", "--teacher_layers", "1", "--rounds", "1"]
+    printed = run_here("bench_costs.py", *sizes, "--output_dir", tmp_path, "--json", tmp_path / "costs.json")
+    with (tmp_path / "costs.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 4 * 4 * 2, "axes, methods, values"
+    dense = {int(row["value"]): float(row["mib"]) for row in rows if row["axis"] == "B" and "dense" in row["method"]}
+    assert dense[2] == pytest.approx(2 * dense[1], rel=0.05), "logits of both sequences"
+    growth = {name: figures["growth of memory"] for name, figures in read("costs.json").items()}
+    assert growth["k: Full KD, dense logits"] == pytest.approx(1), "it has no k"
+    assert f"SE-KD: memory above the backbones is {'' if growth['B: SE-KD'] <= 1.1 else 'not '}flat in B" in printed
+    assert "R² 1.000" in printed, "a line through two points"
+    assert (tmp_path / "costs.png").stat().st_size > 10_000
+    assert (tmp_path / "costs.svg").read_text().count("of the positions") > 0
+
+
+@pytest.mark.slow
+def test_bench_cache(run, read, tmp_path):
+    options = ["--max_length", "32", "--sequences", "16", "--class_samples", "16", "--rounds", "1"]
+    printed = run("bench_cache.py", *options, "--json", tmp_path / "cache.json")
     (line,) = (line for line in printed.splitlines() if "on disk, everything counted" in line)
     stored = float(line.split("│")[2].split()[0])
     assert 10 < stored < 100
-    assert "build over the bare forward" in printed
+    assert read("cache.json")["on disk, everything counted"]["bytes a position"] == pytest.approx(stored, abs=0.05)
+    assert "time of build / of the bare forward" in printed
 
 
-def test_bench_3x_goes_on_where_it_stopped(run, tmp_path):
+@pytest.mark.slow
+def test_bench_3x_goes_on_where_it_stopped(run, read, tmp_path):
     options = ["--max_length", "32", "--sequences", "20", "--eval_samples", "4", "--class_samples", "16"]
     options += ["--output_dir", str(tmp_path / "bench"), "--batch", "4", "--seeds"]
     run("bench_3x.py", *options, "1")
     first = (tmp_path / "bench" / "1.json").stat().st_mtime_ns
-    printed = run("bench_3x.py", *options, "1", "2")
+    printed = run("bench_3x.py", *options, "1", "2", "--json", tmp_path / "3x.json")
     assert (tmp_path / "bench" / "1.json").stat().st_mtime_ns == first, "a finished seed was repeated"
     result = json.loads((tmp_path / "bench" / "2.json").read_text())
     assert result["seconds"].keys() == {"Full KD", "scoring", "construction", "cached training"}
     assert result["held out"]["SE-KD_3X"]["perplexity"] > 1
     assert "SE-KD_3X, cache reused" in printed
+    figures = read("3x.json")
+    assert figures["Full KD"]["of Full KD"] == 1
+    assert figures["SE-KD_3X in all"]["seconds"] > figures["SE-KD_3X, cache reused"]["seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 def test_bench_rollouts(tmp_path, tokenizer, texts):
     save_pair(tmp_path, tokenizer, texts)
@@ -103,6 +175,7 @@ def test_bench_rollouts(tmp_path, tokenizer, texts):
     assert 0 < float(lines["selection_agreement"].split("│")[3]) <= 1
 
 
+@pytest.mark.slow
 def test_compare_lm_eval(tmp_path, run_here):
     pytest.importorskip("lm_eval")
     lm = make_text_lm()

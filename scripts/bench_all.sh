@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Runs the benchmarks that have aims, and prints their figures beside the aims.
+#
+#   bash scripts/bench_all.sh STUDENT TEACHER 'text/*.jsonl' [OUT [NAME...]]
+#
+# OUT (runs/bench) gets a JSON file and a log of each benchmark. The names are step, peers, costs, rollouts, 3x, cache and
+# demo; all by default. Those that are not named keep their figures of before. One that fails is named at once, and has
+# no figures. Nothing else should run on the machine meanwhile.
+set -euo pipefail
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+[[ -x $python ]] || python=python3
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+student=$1 teacher=$2 text=$3 out=${4:-runs/bench}
+names=" ${*:5} "
+mkdir -p "$out"
+
+measure() { # NAME COMMAND...: runs the command, if the name is wanted
+    local name=$1
+    shift
+    [[ $names == "  " || $names == *" $name "* ]] || return 0
+    echo "$name"
+    rm -rf "$out/$name" "$out/$name.json"
+    "$@" >"$out/$name.log" 2>&1 || echo "failed: $out/$name.log"
+}
+
+bench() { # NAME ARGUMENTS...: runs bench_NAME.py
+    measure "$1" "$python" "$root/scripts/bench_$1.py" "${@:2}" --json "$out/$1.json"
+}
+
+demo() {
+    local started=$SECONDS row='{"name": "demo", "figures": {"seconds": %d}}'
+    "$python" -m sekd.cli demo --output_dir "$out/demo" || return
+    printf '{"title": "sekd demo", "rows": ['"$row"']}\n' $((SECONDS - started)) >"$out/demo.json"
+}
+
+bench step "$student" "$teacher"
+bench peers "$student" "$teacher"
+bench costs --output_dir "$out/costs"
+bench rollouts "$student" "$teacher" "$text"
+bench 3x "$student" "$teacher" "$text" --output_dir "$out/3x"
+bench cache "$student" "$teacher" "$text"
+measure demo demo
+
+"$python" "$root/scripts/bench_table.py" "$out"

@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""What a step costs against T, B, V and k, one at a time around a base point: tables, a CSV file and plots.
+
+    python scripts/bench_costs.py [--output_dir runs/costs] [--T 256 512 1024 2048 4096] [--base_T 512] [--rounds 3]
+
+The models have random weights and a small body, so that every vocabulary fits. The steps, their turns and the memory
+are those of bench_step.py. The dense step is left out where it does not fit. Under each table stands what theory
+expects, and whether it holds. Seconds are a straight line if R² of a fitted line is at least 0.99. Memory is flat if it
+grows by at most a tenth between the last two points. Before, it may grow: few positions do not fill a chunk.
+"""
+
+import argparse
+import csv
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+import torch
+from bench_step import (
+    BACKBONES,
+    CHUNKED,
+    DENSE,
+    DTYPES,
+    SEKD,
+    add_common_options,
+    find_device,
+    make_steps,
+    peak_bytes,
+    random_batch,
+    take_turns,
+)
+from bench_table import write_figures
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from sekd.models import freeze
+
+MIB = 2**20
+STYLES = {
+    BACKBONES: ("#777777", "o"),
+    SEKD: ("#0072B2", "s"),
+    CHUNKED: ("#009E73", "^"),
+    DENSE: ("#D55E00", "D"),
+}
+"""Method -> its colour, of Okabe and Ito's palette, and its marker."""
+DISTILLING = (SEKD, CHUNKED, DENSE)
+DENSE_TENSORS = 7
+"""Float32 tensors [B T V] that the dense step holds at once, at most."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One size that varies: ``values`` in ``unit``, around ``base``. Slopes are per ``per`` units.
+
+    In theory, seconds are a straight line for the methods ``straight``, and memory above the backbones does not grow
+    for the methods ``flat``. ``note`` says what else theory says.
+    """
+
+    label: str
+    base: int
+    values: tuple[int, ...]
+    per: int = 1
+    straight: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
+    note: str = ""
+
+
+AXES = {
+    "T": Axis(
+        "T, tokens of a sequence",
+        512,
+        (256, 512, 1024, 2048, 4096),
+        per=1000,
+        flat=(SEKD, CHUNKED),
+        note="Attention takes time quadratic in T, so no straight line is expected.",
+    ),
+    "B": Axis("B, sequences", 1, (1, 2, 4, 8), straight=(BACKBONES, *DISTILLING), flat=(SEKD, CHUNKED)),
+    "V": Axis(
+        "V, classes",
+        32768,
+        (8192, 32768, 65536, 114688, 151936),
+        per=1000,
+        straight=DISTILLING,
+        note="Memory grows with V for every method: the logits of a chunk, and the gradient of the head.",
+    ),
+    "k": Axis(
+        "k, % of the positions",
+        20,
+        (1, 5, 10, 20, 50, 100),
+        straight=(SEKD,),
+        flat=(SEKD,),
+        note="The other methods do not depend on k.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one method at one point: median seconds of a step, and MiB, above the backbones for all other methods."""
+
+    seconds: float
+    mib: float
+
+
+Costs = dict[str, dict[int, Cost]]
+"""Method -> value on an axis -> cost. Where the dense step does not fit, it has no cost."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, axis in AXES.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=axis.values, help=axis.label)
+        parser.add_argument(f"--base_{name}", type=int, default=axis.base, help=f"{name} on the other axes")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size of both models, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="of the student")
+    parser.add_argument("--teacher_layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output_dir", default="runs/costs")
+    add_common_options(parser)
+    options = parser.parse_args()
+    os.makedirs(options.output_dir, exist_ok=True)
+    base = {name: getattr(options, f"base_{name}") for name in AXES}
+    axes = {name: replace(axis, values=tuple(getattr(options, name))) for name, axis in AXES.items()}
+    costs: dict[str, Costs] = {}
+    rows = {}
+    for name, axis in axes.items():
+        costs[name] = {method: {} for method in STYLES}
+        for value in axis.values:
+            for method, cost in measure(options, **base | {name: value}).items():
+                costs[name][method][value] = cost
+        lines = {method: summarise(by_value, axis.per) for method, by_value in costs[name].items()}
+        rows |= {f"{name}: {method}": figures for method, figures in lines.items()}
+        others = ", ".join(f"{other} {base[other]}{' %' * (other == 'k')}" for other in AXES if other != name)
+        show(name, axis, costs[name], lines, f"a step against {name} ({others}), {options.dtype}")
+    write_csv(os.path.join(options.output_dir, "costs.csv"), costs)
+    plot(options.output_dir, axes, costs)
+    write_figures(options.json, f"cost of a step, {options.dtype}", rows)
+
+
+def measure(options: argparse.Namespace, T: int, B: int, V: int, k: int) -> dict[str, Cost]:
+    """The cost of each method at one point."""
+    device = find_device()
+    student = make_model(options, V, options.layers).to(device).train()
+    teacher = freeze(make_model(options, V, options.teacher_layers)).to(device)
+    steps = make_steps(student, teacher, random_batch(B, T, V, device), k / 100, options.chunk_rows)
+    fits = free_bytes(device) > DENSE_TENSORS * 4 * B * T * V
+    steps = {method: steps[method] for method in STYLES if fits or method != DENSE}
+    memory = {method: peak_bytes(step, student) / MIB for method, step in steps.items()}  # warms up
+    seconds = take_turns(steps, student, options.rounds)
+    return {
+        method: Cost(seconds[method], memory[method] - (method != BACKBONES) * memory[BACKBONES]) for method in steps
+    }
+
+
+def make_model(options: argparse.Namespace, vocab: int, layers: int) -> Qwen3ForCausalLM:
+    heads = options.hidden // 64
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config).to(DTYPES[options.dtype])
+
+
+def free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def summarise(costs: dict[int, Cost], per: int) -> dict[str, float]:
+    """R² of a line through the seconds, the memory's slope, and its growth between the last two points.
+
+    Two points at least are needed; otherwise there is nothing.
+    """
+    if len(costs) < 2:
+        return {}
+    values, seconds = [*costs], [cost.seconds for cost in costs.values()]
+    mib = [cost.mib for cost in costs.values()]
+    return {
+        "R² of seconds": float(np.corrcoef(values, seconds)[0, 1] ** 2),
+        "MiB": float(np.polyfit(values, mib, 1)[0]) * per,
+        "growth of memory": mib[-1] / mib[-2],
+    }
+
+
+def show(name: str, axis: Axis, costs: Costs, lines: dict[str, dict[str, float]], title: str) -> None:
+    """Print an axis: its table, and under it what theory expects and whether it holds."""
+    table = Table(name, title=title, caption="MiB: the peak of the backbones; of the others, above that", box=SIMPLE)
+    for unit in ("seconds", "MiB"):
+        for method in costs:
+            table.add_column(f"{method}, {unit}", justify="right")
+    for value in axis.values:
+        cells = [by_value.get(value) for by_value in costs.values()]
+        table.add_row(
+            f"{value:,}",
+            *("" if cost is None else f"{cost.seconds:.3f}" for cost in cells),
+            *("" if cost is None else f"{cost.mib:,.0f}" for cost in cells),
+        )
+    table.add_section()
+    r2 = [f"R² {line['R² of seconds']:.3f}" if line else "" for line in lines.values()]
+    table.add_row(f"line, per {axis.per:,}", *r2, *(f"{line['MiB']:+,.1f}" if line else "" for line in lines.values()))
+    console = Console(width=120)
+    console.print(table)
+    if axis.note:
+        console.print(axis.note)
+    for method in axis.straight:
+        r2 = lines[method].get("R² of seconds", np.nan)
+        console.print(f"{method}: seconds are {'' if r2 >= 0.99 else 'not '}a straight line in {name} (R² {r2:.3f}).")
+    for method in axis.flat:
+        growth = lines[method].get("growth of memory", np.nan)
+        verdict = "flat" if growth <= 1.1 else "not flat"
+        console.print(f"{method}: memory above the backbones is {verdict} in {name} (x{growth:.2f} at the end).")
+    console.print()
+
+
+def write_csv(path: str, costs: dict[str, Costs]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["axis", "value", "method", "seconds", "mib"])
+        for name, by_method in costs.items():
+            for method, by_value in by_method.items():
+                writer.writerows([name, value, method, cost.seconds, cost.mib] for value, cost in by_value.items())
+
+
+def plot(folder: str, axes: dict[str, Axis], costs: dict[str, Costs]) -> None:
+    """Write costs.png and costs.svg: a column of panels for each axis, seconds above, memory below."""
+    figure = Figure(figsize=(12.8, 6.2), layout="constrained")
+    panels = figure.subplots(2, len(axes), sharex="col", squeeze=False)
+    for (name, axis), (top, bottom) in zip(axes.items(), panels.T, strict=True):
+        for method, by_value in costs[name].items():
+            colour, marker = STYLES[method]
+            style = dict(color=colour, marker=marker, markersize=5, linewidth=1.8, clip_on=False)
+            top.plot([*by_value], [cost.seconds for cost in by_value.values()], label=method, **style)
+            if method != BACKBONES:
+                bottom.plot([*by_value], [cost.mib for cost in by_value.values()], **style)
+        bottom.set_xlabel(axis.label)
+        bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        for panel in (top, bottom):
+            panel.set_ylim(bottom=0)
+            panel.set_xlim(left=0)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+            panel.set_axisbelow(True)
+            panel.yaxis.set_major_locator(MaxNLocator(5))
+    panels[0, 0].set_ylabel("seconds of a step")
+    panels[1, 0].set_ylabel("MiB above the backbones")
+    figure.align_ylabels()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    for ending in ("png", "svg"):
+        figure.savefig(os.path.join(folder, f"costs.{ending}"), dpi=200)
+
+
+if __name__ == "__main__":
+    main()
