@@ -10,9 +10,9 @@ the end of the next one, without the wait. Memory is the peak of the process: al
 includes the libraries, the weights and the optimizer's state.
 
 The tokens are random. The prompt of a sequence is its first token, so all logits but the last count in a loss over all
-positions. The script stops unless all trainers have the same number of targets. It also stops if the losses of Full KD
-and of TRL's trainers in the first step differ by more than 1 %, which bf16 stays below. TRL's mean is over tokens, and
-sekd's is over sequences. Both are the same here, since all sequences have the same length.
+positions. The script fails unless all trainers have the same number of targets. It also fails unless the losses of Full
+KD and of TRL's trainers in the first step are equal within rounding. TRL's mean is over tokens, and sekd's is over
+sequences. Both are the same here, since all sequences have the same length.
 
 What TRL's trainers do differently:
 
@@ -54,7 +54,8 @@ from sekd.cli.worker import measure_memory
 from sekd.hardware import choose_dtype
 from sekd.models import freeze, load_model
 
-LOSS_TOLERANCE = 0.01
+MOST_ROUNDING = 0.005
+"""Nats by which the losses of the first step may differ. bf16 makes 0.0014 with SmolLM2."""
 
 
 class GivenCompletionsTrainer(DistillationTrainer):
@@ -240,12 +241,12 @@ def make_rows(options: argparse.Namespace, steps: int) -> Dataset:
 
 
 def check(figures: dict[str, dict[str, float]]) -> None:
-    """Stop if the contestants did not train on the same targets."""
+    """Fail if the trainers had different targets or losses."""
     targets = {name: measured["targets"] for name, measured in figures.items()}
     if len(set(targets.values())) > 1:
         raise SystemExit(f"the trainers had different numbers of targets: {targets}")
     losses = {name: figures[name]["first_loss"] for name in (FULL_KD, GKD, DISTILLATION)}
-    if max(losses.values()) > min(losses.values()) * (1 + LOSS_TOLERANCE):
+    if max(losses.values()) - min(losses.values()) > MOST_ROUNDING:
         raise SystemExit(f"the losses of the first step differ: {losses}")
 
 

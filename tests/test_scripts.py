@@ -83,7 +83,7 @@ def test_bench_peers(tmp_path, tokenizer):
     assert selective["seconds_over_gkd"] == selective["seconds"] / gkd["seconds"]
 
 
-@pytest.mark.parametrize("changed", [{"targets": 9}, {"first_loss": 2.1}])
+@pytest.mark.parametrize("changed", [{"targets": 9}, {"first_loss": 2.01}])
 def test_bench_peers_compares_equal_work_alone(changed):
     script = runpy.run_path(str(ROOT / "scripts" / "bench_peers.py"))
     figures = {name: {"targets": 10, "first_loss": 2.0} for name in script["CONTESTANTS"]}
