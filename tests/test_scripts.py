@@ -120,6 +120,45 @@ def test_bench_costs(run_here, read, tmp_path):
     assert (tmp_path / "costs.svg").read_text().count("of the positions") > 0
 
 
+def run_process(script, *arguments):
+    """What a script prints in a process of its own."""
+    command = [sys.executable, ROOT / "scripts" / script, *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env=environment, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_bench_peers(tmp_path, tokenizer, read):
+    save_pair(tmp_path, tokenizer)
+    options = ["--tokens", "24", "--rounds", "1", "--json", tmp_path / "peers.json"]
+    printed = run_process("bench_peers.py", tmp_path / "student", tmp_path / "teacher", *options)
+    figures = read("peers.json")
+    assert all(name in printed for name in figures)
+    selective, random, full, gkd, distillation = figures.values()
+    assert {measured["targets"] for measured in figures.values()} == {2 * 2 * 23}
+    assert full["first_loss"] == pytest.approx(gkd["first_loss"], rel=1e-5)
+    assert full["first_loss"] == pytest.approx(distillation["first_loss"], rel=2e-3)
+    assert selective["first_loss"] != random["first_loss"] != full["first_loss"]
+    assert gkd["seconds_over_gkd"] == distillation["seconds_over_distillation"] == 1
+    assert min(gkd["bytes_over_least"], distillation["bytes_over_least"]) == 1
+    assert selective["seconds_over_gkd"] == selective["seconds"] / gkd["seconds"]
+
+
+@pytest.mark.parametrize("changed", [{"targets": 9}, {"first_loss": 2.01}])
+def test_bench_peers_compares_equal_work_alone(monkeypatch, changed):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = runpy.run_path(str(ROOT / "scripts" / "bench_peers.py"))
+    figures = {name: {"targets": 10, "first_loss": 2.0} for name in script["CONTESTANTS"]}
+    script["check"](figures)
+    figures[script["GKD"]] |= changed
+    with pytest.raises(SystemExit, match="TRL GKDTrainer"):
+        script["check"](figures)
+
+
 @pytest.mark.slow
 def test_bench_cache(run, read, tmp_path):
     options = ["--max_length", "32", "--sequences", "16", "--class_samples", "16", "--rounds", "1"]
@@ -157,18 +196,7 @@ def test_bench_rollouts(tmp_path, tokenizer, texts):
     names = [tmp_path / name for name in ("student", "teacher", "texts.jsonl")]
     options = ["--engines", "hf", "vllm", "--prompts", "1", "8", "--rounds", "1", "--steps", "3", "--enforce_eager"]
     # A process, since the script changes functions of sekd.
-    command = [sys.executable, ROOT / "scripts" / "bench_rollouts.py", *names, *options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    done = subprocess.run(
-        [*map(str, command), "--prompt_tokens", "4", "--new_tokens", "8"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    printed = done.stdout
+    printed = run_process("bench_rollouts.py", *names, *options, "--prompt_tokens", "4", "--new_tokens", "8")
     lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
     assert "(1.0x)" in lines["8"]
     assert lines["scoring"].rstrip("│ ").endswith("0.00 s (0%)"), "none with score_source: rollout"
