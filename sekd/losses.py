@@ -153,6 +153,11 @@ class Divergence:
         if self.factors is not None and self.sparse is not None:
             raise ValueError("Divergence: factors need all classes, so a divergence with them has no sparse form")
 
+    @property
+    def reads_batch(self) -> bool:
+        """Whether the loss of a position depends on the other positions of its batch."""
+        return self.factors is not None or self.mean_over == "batch"
+
     def __call__(
         self,
         student_logits: Float[Tensor, "N V"],

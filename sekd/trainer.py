@@ -20,7 +20,7 @@ from transformers import (
 from rollouts import RolloutEngine, RolloutError
 from sekd.callbacks import ProgressLine, RunFiles
 from sekd.config import SEKDConfig
-from sekd.data.batch import Sample, collate
+from sekd.data.batch import Sample, collate, group_by_length
 from sekd.data.prepare import check_token_ids, is_packed, prepare
 from sekd.distill import Method, distill, kl_after_step
 from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
@@ -203,6 +203,8 @@ class SEKDTrainer(MeasuredTrainer):
 
         with self.waiting():
             micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
+        if not self.method.divergence.reads_batch:
+            micro_batches = group_by_length(micro_batches)
         batches = [self._collate(samples) for samples in micro_batches]
         sequences = torch.tensor(sum(int((b["targets"] >= 0).any(1).sum()) for b in batches), device=device)
         return batches, self.accelerator.reduce(sequences, "sum").clamp(min=1)

@@ -7,7 +7,7 @@ from datasets import Dataset
 from helpers import EOS, config
 
 from rollouts import Rollout
-from sekd.data.batch import Sample, collate, from_rollout
+from sekd.data.batch import Sample, collate, from_rollout, group_by_length
 from sekd.data.prepare import prepare
 from sekd.types import IGNORE, Batch
 
@@ -44,6 +44,16 @@ def test_random_samples_round_trip_through_a_batch():
         expected = [token for token, s in zip(sample.input_ids[1:], sample.supervised[1:], strict=True) if s]
         assert batch["targets"][b][batch["targets"][b] != IGNORE].tolist() == expected
     assert batch["input_ids"].dtype == torch.int64
+
+
+def test_micro_batches_of_similar_lengths_have_the_samples_and_sizes_of_before():
+    """The longest come first, samples of one length keep their order, and so do those of a micro-batch."""
+    lengths = [[3, 7], [4, 9], [7]]
+    numbers = iter(range(5))
+    parts = [[Sample([5] * length, [1] * length, next(numbers)) for length in part] for part in lengths]
+    grouped = [[(len(s.input_ids), s.sample_id) for s in part] for part in group_by_length(parts)]
+    assert grouped == [[(7, 1), (9, 3)], [(4, 2), (7, 4)], [(3, 0)]]
+    assert group_by_length([]) == []
 
 
 def test_both_views_have_the_same_targets_in_the_same_order():

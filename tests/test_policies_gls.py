@@ -60,17 +60,21 @@ def test_gls_resumes_with_the_same_threshold():
 
 
 def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
-    """Two parts of each of two processes: the queue, and so the next threshold, is that of one process."""
+    """Two parts of each of two processes: the queue, and so the next threshold, is that of one process.
+
+    The queue keeps a part of a step, which does not depend on the order of the sequences either.
+    """
     parts = [batches(4, seed) for seed in range(3)]
-    whole, *ranks = (make_policy("gls", 0.3, whole_steps=True) for _ in range(3))
+    whole, *ranks = (make_policy("gls", 0.3, whole_steps=True, queue_size=50) for _ in range(3))
     for step, (first, second, third, fourth) in enumerate(parts):
         # One process sees batches of four sequences: the first two belong to rank 0.
         expected = [
             whole(torch.cat([first, second]), VALID.repeat(2, 1)),
             whole(torch.cat([third, fourth]), VALID.repeat(2, 1)),
         ]
-        found = [ranks[0](first, VALID), ranks[1](second, VALID), ranks[0](third, VALID), ranks[1](fourth, VALID)]
-        assert torch.equal(torch.cat(found), torch.cat(expected))
+        order = {3: (ranks[1], fourth), 0: (ranks[0], first), 1: (ranks[1], second), 2: (ranks[0], third)}
+        found = {place: rank(scores, VALID) for place, (rank, scores) in order.items()}
+        assert torch.equal(torch.cat([found[place] for place in range(4)]), torch.cat(expected))
         if step == 0:
             assert whole.selected is ranks[0].selected is None, "no threshold yet: top_k"
         else:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import ONE_SGD_STEP, make_model, make_trainer, trained_weights
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -16,6 +17,7 @@ THREE_STEPS = ONE_SGD_STEP | dict(max_steps=3, learning_rate=0.1)
 
 # Draws, thresholds and learned selectors included; at_kd ranks within a batch by definition.
 SPLITS = [{"position_policy": name} for name in POLICIES] + [
+    {"lmbda": 1.0},
     {"class_selection": "rs_kd", "class_samples": 8},
     {"class_selection": "rs_kd", "class_samples": 8, "sampled_softmax": 40},
     {
@@ -29,7 +31,10 @@ SPLITS = [{"position_policy": name} for name in POLICIES] + [
 @pytest.mark.slow
 @pytest.mark.parametrize("choices", SPLITS, ids=str)
 def test_steps_split_differently_have_the_same_gradient(tmp_path, tokenizer, pairs, choices, float64):
-    """1 x 8, 2 x 4 and 8 x 1 sequences, whose lengths and numbers of targets differ; three steps of them."""
+    """1 x 8, 2 x 4 and 8 x 1 sequences, whose lengths and numbers of targets differ; three steps of them.
+
+    The micro-batches of 2 are sorted by length, and the micro-batch of 8 is in the order of the data.
+    """
     data, found, losses = pairs.select(range(24)), [], []
     for size in (1, 2, 8):
         options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size) | choices
@@ -44,6 +49,21 @@ def test_steps_split_differently_have_the_same_gradient(tmp_path, tokenizer, pai
     for name in found[0]:
         for other in found[1:]:
             torch.testing.assert_close(other[name], found[0][name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "micro_batches"), [("forward_kl", [(1, 2), (0, 3)]), ("at_kd", [(0, 1), (2, 3)])]
+)
+def test_samples_of_similar_length_share_a_micro_batch(tmp_path, tokenizer, divergence, micro_batches):
+    """Except where the loss depends on which samples share one."""
+    rows = [{"prompt": "w1", "completion": " ".join(["w2"] * length)} for length in (2, 9, 8, 3)]
+    options = dict(divergence=divergence, train_sampling_strategy="sequential", max_steps=1)
+    options |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), **options)
+    numbers, collate = [], trainer._collate
+    trainer._collate = lambda samples: numbers.append(tuple(s.sample_id for s in samples)) or collate(samples)
+    trainer.train()
+    assert numbers == micro_batches
 
 
 def test_gls_steps_by_the_mean_over_the_selected_rows(tmp_path, tokenizer, pairs):

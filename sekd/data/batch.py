@@ -5,6 +5,7 @@ B sequences, T tokens, as in :mod:`sekd.types`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,6 +31,17 @@ class Sample:
     seq_lengths: list[int] | None = None
     teacher_prompt_ids: list[int] | None = None
     entropies: list[float] | None = None
+
+
+def group_by_length(micro_batches: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+    """The same samples in micro-batches of the same sizes. Samples of similar length share one: little is padded.
+
+    The longest come first: memory runs out in the first micro-batch, if at all. Samples of a micro-batch keep their
+    order.
+    """
+    samples = [sample for micro_batch in micro_batches for sample in micro_batch]
+    longest_first = iter(sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids)))
+    return [[samples[i] for i in sorted(islice(longest_first, len(part)))] for part in micro_batches]
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Global selection by a threshold that recent batches share."""
 
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ class Gls(PositionPolicy):
         super().__init__(fraction, whole_steps)
         self.queue_size = queue_size
         self.queue = torch.empty(0)
-        self._pending: list[Tensor] = []
+        self._pending: list[list[float]] = []
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -44,7 +45,8 @@ class Gls(PositionPolicy):
         # A non-finite score would spoil the threshold as long as it stays in the queue.
         check_finite(scores, valid)
         weights = self._weigh(scores, valid, step)
-        self._pending.append(scores[valid].detach().float().cpu())
+        by_sequence = scores[valid].detach().float().cpu().split(valid.sum(1).tolist())
+        self._pending += [scores_of_one.tolist() for scores_of_one in by_sequence]
         if not self.whole_steps:
             self.end_step(FinishedStep())
         return weights
@@ -61,10 +63,10 @@ class Gls(PositionPolicy):
 
     def end_step(self, step: FinishedStep) -> None:
         """Add the step's scores to the queue. The oldest scores leave."""
-        # Micro-batch by micro-batch, and process by process within each: the order of a run with one process.
-        all_processes = step.gather([self._pending])
-        scores = [part for parts in zip(*all_processes, strict=True) for part in parts]
-        self.queue = torch.cat([self.queue, *scores])[-self.queue_size :]
+        sequences = [scores for of_process in step.gather([self._pending]) for scores in of_process]
+        # The queue may keep a part of them. Which part must not depend on micro-batches and processes.
+        sequences.sort(key=lambda scores: (len(scores), scores))
+        self.queue = torch.cat([self.queue, torch.tensor([*chain(*sequences)])])[-self.queue_size :]
         self._pending = []
         self._begin_step()
 
