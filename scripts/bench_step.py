@@ -22,9 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sekd.distill import Method, distill
+from sekd.distributions import entropy, kl_divergence
 from sekd.losses import DIVERGENCES
 from sekd.models import freeze, hidden_states
 from sekd.policies import make_policy
+from sekd.policies.ranks import top_k
 from sekd.scores import Scoring, make_scoring
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
@@ -59,12 +61,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds + 1):  # the first round warms up
         for name, step in steps.items():
-            student.zero_grad(set_to_none=False)
-            started = time.perf_counter()
-            step().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time_step(step, student, device))
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     memory = {name: peak_bytes(step, student, device) for name, step in steps.items()}
     show(medians, memory, options, device)
@@ -92,6 +89,29 @@ def dense(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> t
     p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
     losses = (p.exp() * (p - q)).sum(-1)
     return (losses * batch.valid).sum() / batch.valid.sum(1)[0]
+
+
+def dense_selective(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, fraction: float) -> torch.Tensor:
+    """SE-KD without selective heads: all logits of both models, of which the chosen positions' are compared."""
+    with torch.no_grad():
+        p = teacher(input_ids=batch.input_ids, use_cache=False).logits
+    q = student(input_ids=batch.input_ids, use_cache=False).logits
+    with torch.no_grad():
+        entropies = entropy(q.float().log_softmax(-1).flatten(0, 1)).view(batch.valid.shape)
+        weights = top_k(entropies, batch.valid, fraction)
+    chosen = weights > 0
+    p, q = (logits[chosen].float().log_softmax(-1) for logits in (p, q))
+    return (weights[chosen] * kl_divergence(p, q)).sum()
+
+
+def time_step(step: Callable[[], torch.Tensor], student: PreTrainedModel, device: torch.device) -> float:
+    """Seconds of a step, forward and backward, without the optimizer."""
+    student.zero_grad(set_to_none=False)
+    started = time.perf_counter()
+    step().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def peak_bytes(step: Callable[[], torch.Tensor], student: PreTrainedModel, device: torch.device) -> int:
