@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import LargestTensor
+from devices import needs_kernels
+from helpers import DEVICE, LargestTensor
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -90,7 +91,7 @@ def test_autocast_is_as_exact_as_without_chunks(kind):
     layer = LAYERS[kind]()
 
     def run(dense):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             head = Head(layer).in_autocast_dtype()
             return squares(head(hidden), factors) if dense else loss_in_chunks(squares, head, hidden, [factors], 4)
 
@@ -112,7 +113,7 @@ def test_float16_keeps_small_gradients():
         loss, column = squares(logits, factors)
         return tiny * loss, column
 
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE.type, torch.float16):
         loss, _ = loss_in_chunks(function, Head(layer), hidden, [factors], 8)
     (loss / tiny).backward()
     assert layer.weight.grad.norm() > 1
@@ -167,6 +168,7 @@ def test_no_more_than_a_chunk_of_logits_exists():
     assert largest.elements <= max(V * D, rows * D)
 
 
+@needs_kernels
 def test_the_head_runs_once_a_chunk():
     """One product for the logits and two for the gradients: nothing is computed twice."""
     hidden, factors = make_inputs()
