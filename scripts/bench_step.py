@@ -25,10 +25,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from sekd.distill import Method, distill
+from sekd.distributions import entropy, kl_divergence
 from sekd.hardware import choose_dtype
 from sekd.losses import DIVERGENCES
 from sekd.models import freeze, hidden_states, load_model
 from sekd.policies import make_policy
+from sekd.policies.ranks import top_k
 from sekd.scores import make_scoring
 from sekd.teachers.live import LiveTeacher
 from sekd.types import Batch
@@ -129,17 +131,35 @@ def dense(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> t
     return (losses * batch.valid).sum() / batch.valid.sum(1)[0]
 
 
+def dense_selective(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, fraction: float) -> torch.Tensor:
+    """SE-KD without selective heads: all logits of both models, of which the chosen positions' are compared."""
+    with torch.no_grad():
+        p = teacher(input_ids=batch.input_ids, use_cache=False).logits
+    q = student(input_ids=batch.input_ids, use_cache=False).logits
+    with torch.no_grad():
+        entropies = entropy(q.float().log_softmax(-1).flatten(0, 1)).view(batch.valid.shape)
+        weights = top_k(entropies, batch.valid, fraction)
+    chosen = weights > 0
+    p, q = (logits[chosen].float().log_softmax(-1) for logits in (p, q))
+    return (weights[chosen] * kl_divergence(p, q)).sum()
+
+
+def time_step(step: Callable[[], torch.Tensor], student: PreTrainedModel) -> float:
+    """Seconds of a step, forward and backward, without the optimizer."""
+    student.zero_grad(set_to_none=False)
+    started = time.perf_counter()
+    step().backward()
+    if student.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def take_turns(steps: Steps, student: PreTrainedModel, rounds: int) -> dict[str, float]:
-    """Median seconds of each step, forward and backward. In each round, every step runs once."""
+    """Median seconds of each step. In each round, every step runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            student.zero_grad(set_to_none=False)
-            started = time.perf_counter()
-            step().backward()
-            if student.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time_step(step, student))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

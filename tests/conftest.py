@@ -4,6 +4,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -13,7 +14,8 @@ import torch
 import transformers.utils.hub
 import yaml
 from datasets import Dataset
-from helpers import make_pairs, make_tokenizer, save_pair, words
+from devices import ELSEWHERE, MadeOn, TwoDevices
+from helpers import DEVICE, make_pairs, make_tokenizer, save_pair, words
 from hub_server import Hub, serve_hub
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -24,6 +26,16 @@ def _keep_imports_from_the_garbage_collector() -> None:
     """A Trainer collects garbage after each run, which takes 0.4 s with all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With SEKD_TEST_DEVICE, the tensors that tests make are on it. The tests of formulas run on any device."""
+    with ExitStack() as modes:
+        if DEVICE.type == ELSEWHERE.type:
+            modes.enter_context(TwoDevices())
+        if DEVICE.type != "cpu":
+            modes.enter_context(MadeOn(DEVICE))
+        config.add_cleanup(modes.pop_all().close)
 
 
 def pytest_sessionfinish() -> None:

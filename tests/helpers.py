@@ -34,8 +34,12 @@ from transformers import (
 )
 
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.data.batch import Sample
+from sekd.data.batch import Sample, collate
 from sekd.data.prepare import prepare
+from sekd.types import Batch
+
+DEVICE = torch.device(os.environ.get("SEKD_TEST_DEVICE", "cpu"))
+"""Where models and batches are; conftest.py puts other tensors there."""
 
 VOCAB = 128
 WORDS = 120
@@ -225,8 +229,13 @@ def prompts_and_completions(seed=0):
     return samples, documents
 
 
+def make_batch(samples):
+    """The samples, padded with tokens 122, where the models are."""
+    return Batch(**collate(samples, 122)).to(DEVICE)
+
+
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
+    """Remembers the largest tensor that any operation returned. What ``expand`` returns needs no memory."""
 
     elements = 0
 
@@ -234,7 +243,8 @@ class LargestTensor(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in torch.utils._pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
+                in_memory = leaf.untyped_storage().nbytes() // leaf.itemsize
+                self.elements = max(self.elements, min(leaf.numel(), in_memory))
         return result
 
 

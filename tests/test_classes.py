@@ -235,7 +235,7 @@ def test_negatives_are_uniform_without_replacement_and_seeded():
     assert torch.equal(negative_classes(50, 10, 3), negative_classes(50, 10, 3))
     assert len(set(negative_classes(50, 50, 3).tolist())) == 50
     assert len(negative_classes(50, 99, 3)) == 50
-    hits = torch.zeros(50)
+    hits = torch.zeros(50, device="cpu")
     for seed in range(2000):
         hits[negative_classes(50, 10, seed)] += 1
     assert (hits - 400).abs().max() < 5 * (2000 * 0.2 * 0.8) ** 0.5

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import needs_kernels
 from helpers import (
     ARCHITECTURES,
+    DEVICE,
     VOCAB,
     LargestTensor,
     gradients,
+    make_batch,
     make_model,
     prompts_and_completions,
     samples_with_contexts,
@@ -58,7 +61,7 @@ def check(
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_equals_the_dense_formula_for_every_head(kind, fraction):
     samples, documents = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     sums = check(make_model(kind), make_model(kind, seed=1), batch, documents, fraction)
     assert sums["positions"] == 26
     assert sums["selected"] == (26 if fraction == 1.0 else 2 + 1 + 3 + 1)
@@ -76,7 +79,7 @@ def test_left_padding_changes_nothing(fraction):
             n = len(sample.input_ids)
             left[name][b, width - n :] = right[name][b, :n]
             left["attention_mask"][b, width - n :] = 1
-    check(make_model(), make_model(seed=1), Batch(**left), documents, fraction)
+    check(make_model(), make_model(seed=1), Batch(**left).to(DEVICE), documents, fraction)
 
 
 @pytest.mark.parametrize("kind", ["tied", "softcap"])
@@ -89,7 +92,7 @@ def test_packed_documents_do_not_see_each_other(kind, fraction):
         ids = [token for document in sequence for token in document]
         samples.append(Sample(ids, [1] * len(ids), number, seq_lengths=list(lengths)))
         documents.append([(document, [0] + [1] * (len(document) - 1)) for document in sequence])
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     sums = check(make_model(kind), make_model(kind, seed=1), batch, documents, fraction)
     assert sums["positions"] == 14 - 3 + 11 - 2
 
@@ -97,13 +100,13 @@ def test_packed_documents_do_not_see_each_other(kind, fraction):
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 def test_chunk_size_changes_nothing(chunk_rows):
     samples, documents = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     check(make_model("untied"), make_model("untied", seed=1), batch, documents, 0.4, chunk_rows=chunk_rows)
 
 
 def test_cross_entropy_mix_and_temperature():
     samples, documents = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     check(
         make_model(), make_model(seed=1), batch, documents, 0.3, divergence="forward_kl", kd_weight=0.6, temperature=2.0
     )
@@ -111,7 +114,7 @@ def test_cross_entropy_mix_and_temperature():
 
 def test_select_everything_is_full_kd():
     samples, documents = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     sums = check(make_model(), make_model(seed=1), batch, documents, 1.0, policy="all")
     assert sums["entropy_positions"] == sums["selected"] == sums["positions"]
 
@@ -120,17 +123,18 @@ def test_a_sequence_without_targets_adds_nothing_but_keeps_every_gradient():
     sample = Sample([1, 2, 3], [0, 0, 0], 0, 3)
     student = make_model("untied")
     method = Method(ENTROPY, make_policy("top_k"), DIVERGENCES["reverse_kl"])
-    loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), Batch(**collate([sample], 122)), method)
+    loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), make_batch([sample]), method)
     loss.backward()
     assert loss == 0
     # DDP waits for a gradient of every parameter, zero or not.
     assert all(p.grad is not None and not p.grad.any() for p in student.parameters())
 
 
+@needs_kernels
 def test_vocabularies_padded_differently_use_the_common_rows():
     """Qwen2.5's sizes differ in padding rows only; those must not enter any softmax."""
     samples, _ = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     student, teacher = make_model("untied"), make_model("untied", 1)
     wide = make_model("untied", 2)
     wide.resize_token_embeddings(VOCAB + 24, mean_resizing=False)
@@ -148,11 +152,12 @@ def test_vocabularies_padded_differently_use_the_common_rows():
     torch.testing.assert_close(*losses)
 
 
+@needs_kernels
 @pytest.mark.parametrize("policy", ["top_k", "all", "random"])
 def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
     batch_size, length = 4, 64
     samples = [Sample([i % VOCAB for i in range(b, b + length)], [1] * length, b) for b in range(batch_size)]
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     student, teacher = make_model("untied"), LiveTeacher(freeze(make_model("untied", 1)))
     scoring = ENTROPY if policy == "top_k" else None
     method = Method(scoring, make_policy(policy, 0.2), DIVERGENCES["reverse_kl"], chunk_rows=16)
@@ -170,7 +175,7 @@ def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
 def check_method(args, losses_of, weights_of, step=3, kind="untied"):
     """Compare :func:`distill`, loss and gradients, with sum_b sum_t w_t l_t over dense rows."""
     samples, _ = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     student, teacher = make_model(kind), make_model(kind, 1)
     reference, dense_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     method = Method.from_config(args, VOCAB)
@@ -245,7 +250,7 @@ def test_sampled_softmax_over_the_whole_vocabulary_changes_nothing(tmp_path):
 
 def test_skipped_positions_are_never_chosen(tmp_path):
     samples, _ = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     seen = []
 
     def policy(scores, valid, fraction, step, generator):
@@ -260,7 +265,7 @@ def test_skipped_positions_are_never_chosen(tmp_path):
 def test_scores_are_combined_over_the_rows_that_may_be_chosen(tmp_path):
     """A skipped row with an extreme score must not set the scale of the others."""
     samples, _ = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     args = config(tmp_path, position_score={"student_entropy": 1.0, "kl": 1.0}, score_normalization="minmax")
     args.position_skip = 2
     seen = []
@@ -278,7 +283,7 @@ def test_scores_are_combined_over_the_rows_that_may_be_chosen(tmp_path):
 def test_a_score_that_is_not_finite_stops_every_policy(tmp_path, policy):
     """A comparison with nan chooses nothing, and the mean over nothing is a loss of 0."""
     samples, _ = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     student = make_model("untied")
     with torch.no_grad():
         student.lm_head.weight[3] = torch.nan
@@ -294,17 +299,18 @@ def test_a_score_that_is_not_finite_stops_every_policy(tmp_path, policy):
 
 def test_negatives_change_from_step_to_step(tmp_path):
     samples, _ = prompts_and_completions()
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     method = Method.from_config(config(tmp_path, class_selection="rs_kd", class_samples=9, sampled_softmax=20), VOCAB)
     student, teacher = make_model("untied"), LiveTeacher(make_model("untied", 1))
     first, again, later = (float(distill(student, teacher, batch, method, s, seeded(batch))[0]) for s in (3, 3, 4))
     assert first == again != later
 
 
+@needs_kernels
 @pytest.mark.parametrize("choices", [{"position_score": "kl"}, {"class_selection": "rs_kd", "sampled_softmax": 70}])
 def test_no_large_tensor_with_teacher_scores_or_sampled_classes(tmp_path, choices):
     samples = [Sample([i % VOCAB for i in range(b, b + 64)], [1] * 64, b) for b in range(4)]
-    batch = Batch(**collate(samples, pad_token_id=122))
+    batch = make_batch(samples)
     args = config(tmp_path, head_chunk_rows=16, position_fraction=0.2, **choices)
     with LargestTensor() as largest:
         loss, _ = distill(
@@ -320,7 +326,7 @@ def test_equals_the_dense_formula_behind_the_teachers_own_prompts(divergence, fr
     samples, student, teacher = samples_with_contexts(), make_model("untied"), make_model("untied", 1)
     reference, live = copy.deepcopy(student), LiveTeacher(freeze(copy.deepcopy(teacher)))
     method = Method(Scoring(("kl",), (1.0,)), make_policy("top_k", fraction), DIVERGENCES[divergence], chunk_rows=5)
-    batch = Batch(**collate(samples, 122))
+    batch = make_batch(samples)
     loss, sums = run_inside(student, lambda b: distill(student, live, b, method), batch)
     loss.backward()
     expected = naive_with_contexts(reference, teacher, samples, divergence, fraction)
@@ -340,7 +346,7 @@ def test_equal_prompts_are_the_plain_result_to_the_bit():
     results = []
     for samples in (plain, same):
         student = make_model("untied")
-        batch = Batch(**collate(samples, 122))
+        batch = make_batch(samples)
         assert (batch.for_teacher is batch) == (samples is plain)
         loss, _ = distill(student, LiveTeacher(make_model("untied", 1)), batch, method)
         loss.backward()
@@ -352,7 +358,7 @@ def distill_with(**choices):
     """A batch through :func:`distill` with other parts of a method."""
     samples, _ = prompts_and_completions()
     method = dataclasses.replace(Method(ENTROPY, make_policy("top_k"), DIVERGENCES["forward_kl"]), **choices)
-    return distill(make_model(), LiveTeacher(make_model(seed=1)), Batch(**collate(samples, pad_token_id=122)), method)
+    return distill(make_model(), LiveTeacher(make_model(seed=1)), make_batch(samples), method)
 
 
 @pytest.mark.parametrize(

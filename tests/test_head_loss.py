@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import LargestTensor
+from devices import needs_kernels
+from helpers import DEVICE, LargestTensor
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -94,7 +95,7 @@ def test_autocast_is_as_exact_as_without_chunks(monkeypatch, kind):
     layer = LAYERS[kind]()
 
     def run(dense):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             head = Head(layer).in_autocast_dtype()
             return squares(head(hidden), factors) if dense else loss_in_chunks(squares, head, hidden, [factors], 4)
 
@@ -116,7 +117,7 @@ def test_float16_keeps_small_gradients():
         loss, column = squares(logits, factors)
         return tiny * loss, column
 
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE.type, torch.float16):
         loss, _ = loss_in_chunks(function, Head(layer), hidden, [factors], 8)
     (loss / tiny).backward()
     assert layer.weight.grad.norm() > 1
@@ -180,12 +181,14 @@ def peak_bytes(rows, classes=2000):
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
+@needs_kernels
 def test_memory_does_not_grow_with_the_positions():
     """The logits of a chunk are gone before those of the next one."""
     states = 2 * (1024 - 128) * D * 4  # gradients of the hidden states, in pieces and joined
     assert peak_bytes(1024) <= peak_bytes(128) + states + 2**14
 
 
+@needs_kernels
 def test_the_head_runs_once_a_chunk():
     """One product for the logits and two for the gradients: nothing is computed twice."""
     hidden, factors = make_inputs()

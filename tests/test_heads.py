@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, make_model
+from helpers import ARCHITECTURES, DEVICE, make_model
 
 from sekd.heads import Head, chunked_entropy, in_chunks
 from sekd.models import get_head
@@ -55,7 +55,7 @@ def test_chunks_add_no_error_to_a_gradient_under_autocast():
 
     def gradient(chunk_rows, autocast):
         head.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             (sums,) = in_chunks(lambda h, f: ((head(h).float() * f).sum(-1),), (rows, factors), chunk_rows)
         sums.sum().backward()
         return head.weight.grad.clone()
@@ -85,7 +85,7 @@ def test_a_converted_head_is_autocasts_own_in_value_and_gradient(bias, trained):
     def value_and_gradients(convert):
         linear.zero_grad()
         rows.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             head = Head(linear, vocab=490)
             head = head.in_autocast_dtype() if convert else head
             (sums,) = in_chunks(lambda h: (head(h).square().sum(-1),), (rows * 1.5,), 8)
@@ -102,7 +102,7 @@ def test_a_converted_head_is_autocasts_own_in_value_and_gradient(bias, trained):
 def test_the_weight_is_converted_once_and_only_where_that_helps():
     linear = torch.nn.Linear(8, 30)
     assert Head(linear).in_autocast_dtype().projection is linear, "no autocast"
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         low = Head(linear).in_autocast_dtype().projection.low
         assert low.dtype == torch.bfloat16
         assert Head(linear.bfloat16()).in_autocast_dtype().projection is linear, "nothing to convert"

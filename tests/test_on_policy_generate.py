@@ -1,5 +1,6 @@
 """`sekd rollouts`: a file of the initial student's rollouts, stopped, resumed, and trained on without an engine."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from rollouts import HFEngine
 from sekd.cli import main
 from sekd.files import lock_folder
 from sekd.on_policy.schedule import RolloutSchedule
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 
 FLAGS = ["--round-size", "5", "--max_completion_length", "6", "--seed", "3", "--bf16", "false"]
 FLAGS += ["--teacher_dtype", "float32", "--dataset_train_split", "train[:16]"]
@@ -249,7 +252,7 @@ def test_a_token_that_the_teacher_lacks_is_refused(recipe, path, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)])
 def test_kill_9(recipe, path, tmp_path, tokenizer, engine):
     """Killed twice while it generates, a file equals one that nothing disturbed."""
     make_vllm_model(0).save_pretrained(tmp_path / "student")

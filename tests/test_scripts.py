@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -11,9 +12,15 @@ from pathlib import Path
 
 import datasets
 import pytest
+from devices import ELSEWHERE, TwoDevices
 from harness_helpers import make_text_lm, write_rows
 from helpers import make_vllm_model, save_pair
 from transformers.utils import logging
+
+from sekd.classes import CLASS_SELECTIONS
+from sekd.losses import DIVERGENCES
+from sekd.policies import POLICIES
+from sekd.scores import SCORES
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,6 +164,42 @@ def test_bench_peers_compares_equal_work_alone(monkeypatch, changed):
     figures[script["GKD"]] |= changed
     with pytest.raises(SystemExit, match="TRL GKDTrainer"):
         script["check"](figures)
+
+
+@pytest.mark.slow
+def test_check_gpu_runs_without_a_gpu(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = ["bash", ROOT / "scripts" / "check_gpu.sh", "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "check_gpu: PASS" in done.stdout
+    machine, steps, runs, costs = json.loads((tmp_path / "check_gpu.json").read_text()).values()
+    assert machine.startswith("cpu")
+    chosen = [row["step"].split()[-1] for row in steps]
+    assert {*chosen} >= {*POLICIES, *DIVERGENCES, *SCORES, *CLASS_SELECTIONS}
+    assert [row["largest difference of a weight"] for row in runs] == ["0.0e+00"] * 2
+    assert len(costs) == 12
+    table = (tmp_path / "check_gpu.md").read_text().splitlines()
+    assert [cell.strip() for cell in table[-1].split("|")[1:4]] == ["SE-KD_3X, from a cache", "32", "recomputed"]
+
+
+def test_check_gpu_moves_all_to_the_device(tokenizer, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = importlib.import_module("check_gpu")
+    with TwoDevices():
+        rows = list(script.measure_steps(tokenizer, ELSEWHERE, is_tiny=True))
+    assert len(rows) == 12
+
+
+@pytest.mark.parametrize("difference", [2e-4, math.nan])
+def test_check_gpu_fails_for_a_large_difference(tmp_path, monkeypatch, difference):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    report = importlib.import_module("check_gpu").Report(str(tmp_path), "a machine")
+    report.check("steps", 1e-4, [{"step": "policy all", "loss": 0.0}])
+    assert not report.failed
+    report.check("steps", 1e-4, [{"step": "policy all", "loss": 0.0, "gradient": difference}])
+    assert report.failed
+    assert json.loads((tmp_path / "check_gpu.json").read_text())["steps"][0]["at most 1e-04"] == "FAIL"
 
 
 @pytest.mark.slow

@@ -213,6 +213,7 @@ def test_an_adapter_over_half_precision_is_float32(pair, tokenizer, pairs):
 
 def test_prompts_and_completions_fit_into_the_students_positions(tmp_path, tokenizer, pairs):
     """From the configuration alone: there are no weights in the folder."""
+    pytest.importorskip("vllm")
     student = make_model("untied")
     student.config.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")

@@ -263,6 +263,7 @@ def test_quantized_students_need_an_adapter_and_the_hf_engine(tmp_path, tokenize
     with pytest.raises(ValueError, match="a quantized student cannot be trained in full: set use_peft: true"):
         make_trainer(tmp_path, tokenizer, pairs, "somewhere", None, init)
     init["peft_config"] = LoraConfig(task_type="CAUSAL_LM")
+    pytest.importorskip("vllm")
     options = dict(lmbda=1.0, rollout_engine="vllm")
     with pytest.raises(ValueError, match="rollout_engine 'vllm' cannot take a quantized student; use hf"):
         make_trainer(tmp_path, tokenizer, pairs, "somewhere", None, init, **options)

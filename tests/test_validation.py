@@ -17,6 +17,7 @@ from sekd.policies import POLICIES
 from sekd.scores import SCORES, Scoring
 from sekd.validation.inputs import check_inputs
 from sekd.validation.training import check_adapter
+from sekd.validation.values import is_installed
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,11 @@ def test_values_that_cannot_work(values, message):
             "teacher_load_in_4bit true with teacher_load_in_8bit true: a teacher has one kind of weights",
         ),
         (dict(teacher_fsdp=True, teacher_device="cpu"), "teacher_fsdp true with teacher_device 'cpu': only whole"),
-        (dict(teacher_fsdp=True, teacher_load_in_8bit=True), "teacher_fsdp true with teacher_load_in_8bit True: only"),
+        pytest.param(
+            dict(teacher_fsdp=True, teacher_load_in_8bit=True),
+            "teacher_fsdp true with teacher_load_in_8bit True: only",
+            marks=pytest.mark.skipif(not is_installed("bitsandbytes"), reason="bitsandbytes is not installed here"),
+        ),
         (dict(teacher_fsdp=True, teacher_cache="c"), "teacher_fsdp true has no effect with teacher_cache 'c'"),
         (
             dict(teacher_fsdp=True, sample_fraction=0.5, sample_score="kl"),
