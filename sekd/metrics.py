@@ -78,6 +78,7 @@ def compute_means(sums: Mapping[str, float], seconds: float, divergence: str) ->
         divergence: sums["divergence"] / selected,
         "selected_fraction": sums["selected"] / max(sums["positions"], 1),
         "tokens_per_second": sums["tokens"] / seconds,
+        "padding_share": sums["padding"] / max(sums["tokens"], 1),
     }
     if "entropy" in sums:  # a sampled softmax without scores does not compute it
         metrics["entropy"] = sums["entropy"] / max(sums["entropy_positions"], 1)

@@ -367,7 +367,9 @@ class SEKDTrainer(MeasuredTrainer):
 
     @timed("data")
     def _collate(self, samples: list[Sample]) -> dict[str, Tensor]:
-        return collate(samples, self.pad_token_id)
+        batch = collate(samples, self.pad_token_id)
+        self.count(padding=batch["input_ids"].numel() - sum(len(sample.input_ids) for sample in samples))
+        return batch
 
 
 class _EndOfStep(TrainerCallback):

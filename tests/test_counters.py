@@ -4,6 +4,7 @@ Each number stands beside its reason. Lower it when a step does less.
 """
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ CHUNK = 128  # positions of a product on a CPU
 class WorkCounter(TorchDispatchMode):
     """Counts while it is active: products with the heads, passes of the backbones, and waits for the device.
 
+    ``student_tokens`` and ``teacher_tokens`` went through a backbone, padding included.
     ``student_head`` and ``teacher_head`` are positions through a head, ``_calls`` the products. Gradients count on
     their own: of each position one product for its hidden state and one for the head's weight.
     """
@@ -47,8 +49,8 @@ class WorkCounter(TorchDispatchMode):
     def __init__(self, student, teacher):
         super().__init__()
         self.counts, self.prefix, self.is_active = Counter(), "", False
-        student.base_model.register_forward_hook(lambda *_: self.add("student_passes"))
-        teacher.base_model.register_forward_hook(lambda *_: self.add("teacher_passes"))
+        for name, model in (("student", student), ("teacher", teacher)):
+            model.base_model.register_forward_hook(partial(self.count_pass, name), with_kwargs=True)
 
     def __enter__(self):
         self.is_active = True
@@ -57,6 +59,10 @@ class WorkCounter(TorchDispatchMode):
     def __exit__(self, *error):
         self.is_active = False
         return super().__exit__(*error)
+
+    def count_pass(self, name, module, args, kwargs, output):
+        self.add(f"{name}_passes")
+        self.add(f"{name}_tokens", kwargs["input_ids"].numel())
 
     def add(self, name, number=1):
         if self.is_active:
@@ -97,16 +103,18 @@ def make_teacher():
     return LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": CLASSES, "hidden_size": TEACHER_SIZE}))
 
 
-def make_data():
+def make_data(prompts=(PROMPT,) * 2 * B):
+    """Rows whose prompts have these numbers of tokens."""
+
     def text(start, length):
         return " ".join(f"w{(start + i) % 100}" for i in range(length))
 
     return Dataset.from_list(
-        [{"prompt": text(i, PROMPT), "completion": text(7 * i, TARGETS - 1)} for i in range(2 * B)]
+        [{"prompt": text(i, n), "completion": text(7 * i, TARGETS - 1)} for i, n in enumerate(prompts)]
     )
 
 
-def run_step(folder, tokenizer, monkeypatch, **options):
+def run_step(folder, tokenizer, monkeypatch, data=None, **options):
     """The counts of one optimizer step through the trainer: from its samples to the end of its backward pass."""
     student, teacher = make_student(), make_teacher()
     counter = WorkCounter(student, teacher)
@@ -125,7 +133,7 @@ def run_step(folder, tokenizer, monkeypatch, **options):
 
     monkeypatch.setitem(ENGINES, "hf", CountedEngine)
     options = dict(max_steps=1, max_completion_length=LENGTH, **LIMITS) | options
-    trainer = make_trainer(folder / "run", tokenizer, make_data(), student, teacher, **options)
+    trainer = make_trainer(folder / "run", tokenizer, data or make_data(), student, teacher, **options)
     for name in ("get_batch_samples", "training_step"):
         monkeypatch.setattr(trainer, name, counting(counter, getattr(trainer, name)))
     trainer.train()
@@ -150,10 +158,16 @@ def head_work(model, scored, chosen, with_gradients=True):
     return work
 
 
+def backbone_work(tokens, models=("student", "teacher")):
+    """One pass of each backbone."""
+    return {f"{model}_{name}": number for model in models for name, number in (("passes", 1), ("tokens", tokens))}
+
+
 GENERATION = {
     "weight_syncs": 1,
     "generated_tokens": B * LENGTH,
     "generation_student_passes": LENGTH,
+    "generation_student_tokens": B * (PROMPT + LENGTH - 1),
     "generation_student_head": B * LENGTH,
     "generation_student_head_calls": LENGTH,
 }
@@ -204,7 +218,8 @@ def test_a_step_does_no_more(tmp_path, tokenizer, monkeypatch, name):
     counts = run_step(tmp_path, tokenizer, monkeypatch, **options)
     counts.pop("generation_waits", None)
     assert counts.pop("waits") <= waits
-    assert counts == work | {"student_passes": 1, "teacher_passes": 1}
+    completion = LENGTH if "lmbda" in options else TARGETS
+    assert counts == work | backbone_work(B * (PROMPT + completion))
 
 
 def test_a_step_from_a_cache_has_no_teacher(tmp_path, tokenizer, monkeypatch):
@@ -216,7 +231,7 @@ def test_a_step_from_a_cache_has_no_teacher(tmp_path, tokenizer, monkeypatch):
     options = dict(teacher_cache=folder, class_samples=16, sample_fraction=0.5)
     counts = run_step(tmp_path, tokenizer, monkeypatch, **options)
     assert counts.pop("waits") <= 18
-    assert counts == head_work("student", N, CHOSEN) | {"student_passes": 1}
+    assert counts == head_work("student", N, CHOSEN) | backbone_work(B * (PROMPT + TARGETS), ["student"])
 
 
 def test_more_micro_batches_and_rounds_do_no_more(tmp_path, tokenizer, monkeypatch):
@@ -228,3 +243,11 @@ def test_more_micro_batches_and_rounds_do_no_more(tmp_path, tokenizer, monkeypat
     assert counts["generation_student_passes"] == LENGTH
     assert counts["student_passes"] == counts["teacher_passes"] == 4
     assert counts["student_head"] == 2 * (ROLLED + ROLLED_CHOSEN)
+
+
+def test_rollouts_of_similar_length_share_a_micro_batch(tmp_path, tokenizer, monkeypatch):
+    """Each micro-batch is as wide as its longest rollout: those with prompts of 9 and 8 tokens, and of 3 and 2."""
+    options = dict(lmbda=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    options["train_sampling_strategy"] = "sequential"
+    counts = run_step(tmp_path, tokenizer, monkeypatch, make_data([9, 2, 8, 3]), **options)
+    assert counts["student_tokens"] == counts["teacher_tokens"] == 2 * (9 + LENGTH) + 2 * (3 + LENGTH)

@@ -49,6 +49,8 @@ def test_logged_numbers_are_what_docs_runs_says(tmp_path, tokenizer, pairs, dive
     )
     student, teacher = make_model("untied"), make_model("untied", 1)
     losses, divergences, chosen_entropies, entropies = [], [], [], []
+    lengths = sorted(len(ids) for ids in trainer.train_dataset["input_ids"])
+    batches = 4 * (lengths[3] + lengths[7])  # of the shorter and of the longer half
     for row in trainer.train_dataset:
         ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
         with torch.no_grad():
@@ -71,6 +73,7 @@ def test_logged_numbers_are_what_docs_runs_says(tmp_path, tokenizer, pairs, dive
         "entropy_selected": sum(chosen_entropies) / len(chosen_entropies),
         "entropy": sum(entropies) / len(entropies),
         "selected_fraction": len(divergences) / len(entropies),
+        "padding_share": 1 - sum(lengths) / batches,
     }
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
