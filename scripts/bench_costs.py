@@ -133,7 +133,7 @@ def main() -> None:
         for value in axis.values:
             for method, cost in measure(options, **base | {name: value}).items():
                 costs[name][method][value] = cost
-        lines = {method: summarise(by_value, axis.per) for method, by_value in costs[name].items()}
+        lines = {method: fit(by_value, axis.per) for method, by_value in costs[name].items() if len(by_value) > 1}
         rows |= {f"{name}: {method}": figures for method, figures in lines.items()}
         others = ", ".join(f"{other} {base[other]}{' %' * (other == 'k')}" for other in AXES if other != name)
         show(name, axis, costs[name], lines, f"a step against {name} ({others}), {options.dtype}")
@@ -176,18 +176,13 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def summarise(costs: dict[int, Cost], per: int) -> dict[str, float]:
-    """R² of a line through the seconds, the memory's slope, and its growth between the last two points.
-
-    Two points at least are needed; otherwise there is nothing.
-    """
-    if len(costs) < 2:
-        return {}
+def fit(costs: dict[int, Cost], per: int) -> dict[str, float]:
+    """R² of a line through the seconds, the memory's slope, and its growth between the last two points."""
     values, seconds = [*costs], [cost.seconds for cost in costs.values()]
     mib = [cost.mib for cost in costs.values()]
     return {
         "R² of seconds": float(np.corrcoef(values, seconds)[0, 1] ** 2),
-        "MiB": float(np.polyfit(values, mib, 1)[0]) * per,
+        "slope of memory": float(np.polyfit(values, mib, 1)[0]) * per,
         "growth of memory": mib[-1] / mib[-2],
     }
 
@@ -206,19 +201,23 @@ def show(name: str, axis: Axis, costs: Costs, lines: dict[str, dict[str, float]]
             *("" if cost is None else f"{cost.mib:,.0f}" for cost in cells),
         )
     table.add_section()
-    r2 = [f"R² {line['R² of seconds']:.3f}" if line else "" for line in lines.values()]
-    table.add_row(f"line, per {axis.per:,}", *r2, *(f"{line['MiB']:+,.1f}" if line else "" for line in lines.values()))
+    table.add_row(
+        f"R², MiB per {axis.per:,}",
+        *(f"{lines[method]['R² of seconds']:.3f}" if method in lines else "" for method in costs),
+        *(f"{lines[method]['slope of memory']:+,.1f}" if method in lines else "" for method in costs),
+    )
     console = Console(width=120)
     console.print(table)
     if axis.note:
         console.print(axis.note)
-    for method in axis.straight:
-        r2 = lines[method].get("R² of seconds", np.nan)
+    for method in (method for method in axis.straight if method in lines):
+        r2 = lines[method]["R² of seconds"]
         console.print(f"{method}: seconds are {'' if r2 >= 0.99 else 'not '}a straight line in {name} (R² {r2:.3f}).")
-    for method in axis.flat:
-        growth = lines[method].get("growth of memory", np.nan)
-        verdict = "flat" if growth <= 1.1 else "not flat"
-        console.print(f"{method}: memory above the backbones is {verdict} in {name} (x{growth:.2f} at the end).")
+    for method in (method for method in axis.flat if method in lines):
+        growth = lines[method]["growth of memory"]
+        verdict = f"{'' if growth <= 1.1 else 'not '}flat in {name}"
+        end = f"x{growth:.2f} from {axis.values[-2]:,} to {axis.values[-1]:,}"
+        console.print(f"{method}: memory above the backbones is {verdict} ({end}).")
     console.print()
 
 
@@ -243,14 +242,15 @@ def plot(folder: str, axes: dict[str, Axis], costs: dict[str, Costs]) -> None:
             if method != BACKBONES:
                 bottom.plot([*by_value], [cost.mib for cost in by_value.values()], **style)
         bottom.set_xlabel(axis.label)
-        bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        for scale in (bottom.xaxis, bottom.yaxis):
+            scale.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         for panel in (top, bottom):
             panel.set_ylim(bottom=0)
             panel.set_xlim(left=0)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
             panel.set_axisbelow(True)
-            panel.yaxis.set_major_locator(MaxNLocator(5))
+            panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     panels[0, 0].set_ylabel("seconds of a step")
     panels[1, 0].set_ylabel("MiB above the backbones")
     figure.align_ylabels()

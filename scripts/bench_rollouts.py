@@ -6,6 +6,8 @@
 The prompts are the first tokens of the texts. The engines take turns within a round; medians over rounds are printed.
 This script starts the server (scripts/serve_student.sh). Steps are taken by SEKDTrainer with vLLM in its process: 16
 prompts, SE-KD 20 %, reverse KL, with exact scores and the sampler's scores (score_source: rollout) in turn.
+
+`of bare` compares vLLM's engine of sekd with `LLM.generate` of the same LLM, for the same requests, in turns.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_table import write_figures
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +37,8 @@ from transformers.utils import logging
 import sekd.distill
 import sekd.on_policy.schedule
 import sekd.trainer
-from rollouts import HFEngine, VLLMEngine, VLLMServerEngine
+from rollouts import HFEngine, Sampling, VLLMEngine, VLLMServerEngine
+from rollouts.base import separate_seeds
 from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.load import load_rows
 from sekd.models import freeze, load_model
@@ -42,6 +46,8 @@ from sekd.on_policy.engines import send_weights
 from sekd.types import Batch, Positions
 
 ENGINES = ("hf", "vllm", "vllm_server")
+OF_BARE = {"of bare": 0, "of bare, with log-probabilities": 20}
+"""Names of the ratios of :func:`compare_with_bare`, and the number of log-probabilities."""
 
 
 def main() -> None:
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps with each score_source")
     parser.add_argument("--enforce_eager", action="store_true", help="vLLM without compiling the model")
+    parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -65,12 +72,16 @@ def main() -> None:
         speeds = engines(options, tokenizer, texts, folder)
         steps = step_seconds(options, tokenizer, texts, folder)
     show(options, speeds, steps)
+    write_figures(options.json, "rollouts", speeds | steps)
 
 
 def engines(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Dataset, folder: str
 ) -> dict[str, dict[Any, float]]:
-    """For each engine, the median tokens per second by number of prompts, and the seconds of a sync as ``sync``."""
+    """For each engine, the median tokens per second by number of prompts, and the seconds of a sync as ``sync``.
+
+    ``vllm`` has the ratios of :func:`compare_with_bare` too.
+    """
     needed, length = sum(options.prompts), options.prompt_tokens
     tokens = (tokenizer(row["text"])["input_ids"][:length] for row in texts)
     prompts = list(itertools.islice((ids for ids in tokens if len(ids) == length), needed))
@@ -92,9 +103,41 @@ def engines(
                     rollouts = engine.generate(prompts_by_count[count])
                     seconds = time.perf_counter() - started
                     times[name].setdefault(count, []).append(sum(len(r.completion_ids) for r in rollouts) / seconds)
+        if "vllm" in engines_by_name:
+            times["vllm"] |= compare_with_bare(options, engines_by_name["vllm"], prompts)
     return {
         name: {key: statistics.median(values[1:]) for key, values in by_key.items()} for name, by_key in times.items()
     }
+
+
+def compare_with_bare(
+    options: argparse.Namespace, engine: VLLMEngine, prompts: list[list[int]]
+) -> dict[Any, list[float]]:
+    """The engine's speed / the speed of ``LLM.generate`` of its LLM, by round, for each of ``OF_BARE``.
+
+    Both generate the same tokens, from the same seeds.
+    """
+    from vllm import SamplingParams
+
+    requests: Any = [{"prompt_token_ids": ids} for ids in prompts]
+    ratios: dict[Any, list[float]] = {name: [] for name in OF_BARE}
+    for round_, name in itertools.product(range(options.rounds + 1), OF_BARE):
+        sampling = Sampling(max_completion_length=options.new_tokens, top_logprobs=OF_BARE[name])
+        settings = sampling.for_vllm() | {"detokenize": False, "flat_logprobs": True}
+        params = [SamplingParams(**settings, seed=seed) for seed in separate_seeds(sampling, len(prompts))]
+        seconds = [0.0, 0.0]
+        for is_bare in (round_ % 2, 1 - round_ % 2):
+            engine.llm.reset_prefix_cache()
+            started = time.perf_counter()
+            if is_bare:
+                outputs = engine.llm.generate(requests, params, use_tqdm=False)
+            else:
+                rollouts = engine.generate_with(prompts, sampling)
+            seconds[is_bare] = time.perf_counter() - started
+        if [r.completion_ids for r in rollouts] != [[*output.outputs[0].token_ids] for output in outputs]:
+            raise SystemExit("the engine and LLM.generate did not generate the same tokens")
+        ratios[name].append(seconds[True] / seconds[False])
+    return ratios
 
 
 def start_engine(name: str, options: argparse.Namespace, model: Any, folder: str, running: contextlib.ExitStack) -> Any:
@@ -245,6 +288,8 @@ def show(options: argparse.Namespace, speeds: dict[str, dict[Any, float]], steps
         one = speeds[first][count]
         speed.add_row(str(count), *(f"{of[count]:,.0f} ({of[count] / one:.1f}x)" for of in speeds.values()))
     speed.add_row("sync, seconds", *(f"{of['sync']:.2f}" for of in speeds.values()))
+    for name in OF_BARE:
+        speed.add_row(name, *(f"{of[name]:.3f}" if name in of else "" for of in speeds.values()))
     step = Table("", *(f"score_source: {source}" for source in steps), title="a step", title_justify="left")
     for what in ("generation", "sync", "scoring", "teacher", "student"):
         step.add_row(what, *(f"{of[what]:.2f} s ({of[what] / of['all']:.0%})" for of in steps.values()))

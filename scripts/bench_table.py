@@ -66,6 +66,7 @@ AIMS = [
     Aim("Full KD in the trainer / GKDTrainer", "peers", TRAINER_FULL, GKD, on_any(0.90)),
     Aim("Full KD in the trainer / DistillationTrainer", "peers", TRAINER_FULL, DISTILLATION, on_any(0.79)),
     Aim("peak memory of Full KD in the trainer / TRL's least", "peers", TRAINER_FULL, "bytes_over_least", on_any(0.8)),
+    Aim("tokens a second, VLLMEngine / bare LLM", "rollouts", "vllm", "of bare", on_any(0.97), True),
     Aim("SE-KD_3X from a cache / Full KD", "3x", "SE-KD_3X, cache reused", "of Full KD", on_any(1 / 12)),
     Aim("SE-KD_3X with scoring and build / Full KD", "3x", "SE-KD_3X in all", "of Full KD", on_any(1 / 4)),
     Aim("seconds of the demo", "demo", "demo", "seconds", on_any(360)),

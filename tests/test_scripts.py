@@ -122,7 +122,7 @@ def test_bench_costs(run_here, read, tmp_path):
     growth = {name: figures["growth of memory"] for name, figures in read("costs.json").items()}
     assert growth["k: Full KD, dense logits"] == pytest.approx(1), "it has no k"
     assert f"SE-KD: memory above the backbones is {'' if growth['B: SE-KD'] <= 1.1 else 'not '}flat in B" in printed
-    assert "R² 1.000" in printed, "a line through two points"
+    assert "seconds are a straight line in V (R² 1.000)" in printed, "through two points"
     assert (tmp_path / "costs.png").stat().st_size > 10_000
     assert (tmp_path / "costs.svg").read_text().count("of the positions") > 0
 
@@ -232,18 +232,22 @@ def test_bench_3x_goes_on_where_it_stopped(run, read, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
-def test_bench_rollouts(tmp_path, tokenizer, texts):
+def test_bench_rollouts(tmp_path, tokenizer, texts, read):
     save_pair(tmp_path, tokenizer, texts)
     for name in ("student", "teacher"):
         make_vllm_model().save_pretrained(tmp_path / name)
     names = [tmp_path / name for name in ("student", "teacher", "texts.jsonl")]
     options = ["--engines", "hf", "vllm", "--prompts", "1", "8", "--rounds", "1", "--steps", "3", "--enforce_eager"]
     # A process, since the script changes functions of sekd.
-    printed = run_process("bench_rollouts.py", *names, *options, "--prompt_tokens", "4", "--new_tokens", "8")
+    options += ["--prompt_tokens", "4", "--new_tokens", "8", "--json", tmp_path / "rollouts.json"]
+    printed = run_process("bench_rollouts.py", *names, *options)
     lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
     assert "(1.0x)" in lines["8"]
     assert lines["scoring"].rstrip("│ ").endswith("0.00 s (0%)"), "none with score_source: rollout"
     assert 0 < float(lines["selection_agreement"].split("│")[3]) <= 1
+    figures = read("rollouts.json")
+    assert figures.keys() == {"hf", "vllm", "exact", "rollout"}
+    assert figures["vllm"]["of bare"] > 0 < figures["vllm"]["of bare, with log-probabilities"]
 
 
 @pytest.mark.slow
