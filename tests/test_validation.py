@@ -142,6 +142,7 @@ from sekd.validation.values import is_installed
         (dict(early_stopping_patience=2), r"early_stopping_patience 2 counts evaluations: set eval_strategy: steps"),
         (dict(early_stopping_patience=0), r"early_stopping_patience 0 must be at least 1"),
         (dict(early_stopping_patience=2, eval_strategy="epoch"), r"early_stopping_patience 2 needs metric_for_best_m"),
+        (dict(train_sampling_strategy="group_by_length"), "'group_by_length' is not supported: samples of"),
         (dict(torch_compile=True), r"torch_compile is not supported"),
         (dict(use_liger_kernel=True), r"use_liger_kernel true is not supported: sekd calls the student in parts"),
         (dict(auto_find_batch_size=True), r"auto_find_batch_size: true is not supported.*halve per_device_train"),
