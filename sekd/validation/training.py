@@ -131,8 +131,8 @@ def check_training(args: "SEKDConfig") -> None:
         )
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
-            f"train_sampling_strategy {args.train_sampling_strategy!r} is not supported: samples of similar length share "
-            "a micro-batch in any case; set it to random or sequential"
+            f"train_sampling_strategy {args.train_sampling_strategy!r} is not supported: samples of similar length "
+            "share a micro-batch in any case; set it to random or sequential"
         )
     if _is_of_bitsandbytes(args.optim) and not is_installed("bitsandbytes"):
         raise ValueError(f"optim {_spell(args.optim)} needs bitsandbytes: run `pip install bitsandbytes`")
