@@ -3,8 +3,8 @@
 
     python scripts/bench_costs.py [--output_dir runs/costs] [--T 256 512 1024 2048 4096] [--base_T 512] [--rounds 3]
 
-The models have random weights and a small body, so that every vocabulary fits. The steps, their turns and the memory
-are those of bench_step.py. The dense step is left out where it does not fit. Under each table stands what theory
+The models have random weights and a small body, so that every vocabulary fits. bench_step.py makes the steps and
+measures them. The dense step is left out where it does not fit. Under each table stands what theory
 expects, and whether it holds. Seconds are a straight line if R² of a fitted line is at least 0.99. Memory is flat if it
 grows by at most a tenth between the last two points. Before, it may grow: few positions do not fill a chunk.
 """

@@ -47,7 +47,7 @@ def test_random_samples_round_trip_through_a_batch():
 
 
 def test_micro_batches_of_similar_lengths_have_the_samples_and_sizes_of_before():
-    """The longest come first, samples of one length keep their order, and so do those of a micro-batch."""
+    """The longest samples come first. Samples of one length, and samples of a micro-batch, keep their order."""
     lengths = [[3, 7], [4, 9], [7]]
     numbers = iter(range(5))
     parts = [[Sample([5] * length, [1] * length, next(numbers)) for length in part] for part in lengths]

@@ -183,7 +183,7 @@ def peak_bytes(rows, classes=2000):
 
 @needs_kernels
 def test_memory_does_not_grow_with_the_positions():
-    """The logits of a chunk are gone before those of the next one."""
+    """The logits of a chunk are gone before the next chunk has logits."""
     states = 2 * (1024 - 128) * D * 4  # gradients of the hidden states, in pieces and joined
     assert peak_bytes(1024) <= peak_bytes(128) + states + 2**14
 

@@ -73,8 +73,8 @@ def test_gls_over_a_step_in_parts_selects_what_it_would_in_one():
             whole(torch.cat([third, fourth]), VALID.repeat(2, 1)),
         ]
         order = {3: (ranks[1], fourth), 0: (ranks[0], first), 1: (ranks[1], second), 2: (ranks[0], third)}
-        found = {place: rank(scores, VALID) for place, (rank, scores) in order.items()}
-        assert torch.equal(torch.cat([found[place] for place in range(4)]), torch.cat(expected))
+        weights = {place: rank(scores, VALID) for place, (rank, scores) in order.items()}
+        assert torch.equal(torch.cat([weights[place] for place in range(4)]), torch.cat(expected))
         if step == 0:
             assert whole.selected is ranks[0].selected is None, "no threshold yet: top_k"
         else:
