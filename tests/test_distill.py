@@ -152,26 +152,6 @@ def test_vocabularies_padded_differently_use_the_common_rows():
     torch.testing.assert_close(*losses)
 
 
-@needs_kernels
-@pytest.mark.parametrize("policy", ["top_k", "all", "random"])
-def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(policy):
-    batch_size, length = 4, 64
-    samples = [Sample([i % VOCAB for i in range(b, b + length)], [1] * length, b) for b in range(batch_size)]
-    batch = make_batch(samples)
-    student, teacher = make_model("untied"), LiveTeacher(freeze(make_model("untied", 1)))
-    scoring = ENTROPY if policy == "top_k" else None
-    method = Method(scoring, make_policy(policy, 0.2), DIVERGENCES["reverse_kl"], chunk_rows=16)
-    with LargestTensor() as largest:
-        loss, _ = distill(student, teacher, batch, method)
-        loss.backward()
-    # The head's own weight and one chunk of logits are the yardstick.
-    assert largest.elements < batch_size * length * VOCAB / 2
-
-    with LargestTensor() as dense:
-        student(input_ids=batch.input_ids)
-    assert dense.elements >= batch_size * length * VOCAB, "the probe must see a dense step"
-
-
 def check_method(args, losses_of, weights_of, step=3, kind="untied"):
     """Compare :func:`distill`, loss and gradients, with sum_b sum_t w_t l_t over dense rows."""
     samples, _ = prompts_and_completions()
@@ -307,17 +287,25 @@ def test_negatives_change_from_step_to_step(tmp_path):
 
 
 @needs_kernels
-@pytest.mark.parametrize("choices", [{"position_score": "kl"}, {"class_selection": "rs_kd", "sampled_softmax": 70}])
-def test_no_large_tensor_with_teacher_scores_or_sampled_classes(tmp_path, choices):
+@pytest.mark.parametrize(
+    "choices",
+    [{"position_policy": name} for name in ("top_k", "all", "random")]
+    + [{"position_score": "kl"}, {"class_selection": "rs_kd", "sampled_softmax": 70}],
+)
+def test_nothing_of_size_batch_tokens_vocabulary_is_ever_allocated(tmp_path, choices):
     samples = [Sample([i % VOCAB for i in range(b, b + 64)], [1] * 64, b) for b in range(4)]
     batch = make_batch(samples)
+    student, teacher = make_model("untied"), LiveTeacher(freeze(make_model("untied", 1)))
     args = config(tmp_path, head_chunk_rows=16, position_fraction=0.2, **choices)
     with LargestTensor() as largest:
-        loss, _ = distill(
-            make_model("untied"), LiveTeacher(freeze(make_model("untied", 1))), batch, Method.from_config(args, VOCAB)
-        )
+        loss, _ = distill(student, teacher, batch, Method.from_config(args, VOCAB))
         loss.backward()
+    # The head's own weight and one chunk of logits are the yardstick.
     assert largest.elements < 4 * 64 * VOCAB / 2
+
+    with LargestTensor() as dense:
+        student(input_ids=batch.input_ids)
+    assert dense.elements >= 4 * 64 * VOCAB, "the probe must see a dense step"
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
