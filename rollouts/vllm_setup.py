@@ -34,10 +34,13 @@ def set_up_vllm(kv_cache_gib: float, enforce_eager: bool = False) -> dict[str, A
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about vLLM's own code
         from vllm import LLM  # noqa: F401  # it reads the environment above
         from vllm.platforms import current_platform  # noqa: F401
+    options = {}
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # on a CPU, its saved files cannot be loaded again
         enforce_eager = enforce_eager or not _can_compile()
+        options = {"block_size": 32}  # not 128: rollouts of a prompt share whole blocks of its keys and values
     return {
+        **options,
         "enforce_eager": enforce_eager,
         "distributed_executor_backend": "uni",
         "disable_log_stats": True,

@@ -51,7 +51,8 @@ def test_on_a_cpu(started, monkeypatch, capsys):
         *("--model", "folder/student", "--host", "127.0.0.1"),
     ]
     assert command[7:] == [
-        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", "float32", "--enforce-eager"),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", "float32"),
+        *("--block-size", "32", "--enforce-eager"),
         *("--max-model-len", "768", "--port", "8001", "--enable-lora"),
     ], "the user's options come last"
     wanted = dict(VLLM_SERVER_DEV_MODE="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_LOGGING_LEVEL="WARNING")

@@ -280,6 +280,18 @@ def test_the_same_prompt_draws_different_completions(vllm):
 
 @needs_vllm
 @pytest.mark.slow
+def test_rollouts_of_a_prompt_read_it_once(vllm):
+    """Except for what comes after its last whole block."""
+    from vllm import SamplingParams
+
+    vllm.llm.reset_prefix_cache()
+    prompt = {"prompt_token_ids": [*range(40)]}
+    outputs = vllm.llm.generate([prompt] * 3, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    assert [output.num_cached_tokens for output in outputs] == [0, 32, 32]
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_more_prompt_tokens_than_one_pass_takes(vllm):
     """On a CPU, seeded requests with a prompt that vLLM splits ended in an error."""
     vllm.sync_weights(make_vllm_model(), 0)

@@ -79,6 +79,7 @@ def build_command(student: str, options: Sequence[str], on_cpu: bool) -> list[st
 
         # Where vLLM splits a prompt it rewinds the request's generator, which works on a GPU only.
         command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", "--dtype", choose_dtype(on_cpu)]
+        command += ["--block-size", "32"]  # as in rollouts/vllm_setup.py
         if not can_compile():
             command += ["--enforce-eager"]
     return [*command, *options]
