@@ -155,6 +155,7 @@ def test_bench_peers(tmp_path, tokenizer, read):
     assert selective["seconds_over_gkd"] == selective["seconds"] / gkd["seconds"]
 
 
+@pytest.mark.slow  # it imports TRL with vLLM
 @pytest.mark.parametrize("changed", [{"targets": 9}, {"first_loss": 2.01}])
 def test_bench_peers_compares_equal_work_alone(monkeypatch, changed):
     monkeypatch.syspath_prepend(ROOT / "scripts")
