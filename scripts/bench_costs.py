@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """What a step costs against T, B, V and k, one at a time around a base point: tables, a CSV file and plots.
 
-    python scripts/bench_costs.py [--output_dir runs/costs] [--T 256 512 1024 2048 4096] [--base_T 512] [--rounds 3]
+    python scripts/bench_costs.py [--output_dir runs/costs] [--T 256 512 1024 2048 4096] [--base_T 512] [--rounds 7]
 
-The models have random weights and a small body, so that every vocabulary fits. bench_step.py makes the steps and
-measures them. The dense step is left out where it does not fit. Under each table stands what theory
-expects, and whether it holds. Seconds are a straight line if R² of a fitted line is at least 0.99. Memory is flat if it
-grows by at most a tenth between the last two points. Before, it may grow: few positions do not fill a chunk.
+The models have random weights and a small body, so that every vocabulary fits. bench_step.py makes the steps. In each
+round every step of an axis runs once, so that a busy minute of the machine touches all points. The dense step is left
+out where it does not fit. Under each table stands what theory expects, and whether it holds. Seconds are a straight
+line if R² of a fitted line is at least 0.99. Memory is flat if it grows by at most a tenth between the last two points.
+Before, it may grow: few positions do not fill a chunk.
 """
 
 import argparse
 import csv
 import os
+import statistics
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,12 +26,13 @@ from bench_step import (
     DENSE,
     DTYPES,
     SEKD,
+    Steps,
     add_common_options,
     find_device,
     make_steps,
     peak_bytes,
     random_batch,
-    take_turns,
+    time_step,
 )
 from bench_table import write_figures
 from matplotlib.figure import Figure
@@ -107,6 +111,15 @@ class Cost:
     mib: float
 
 
+@dataclass(frozen=True)
+class Point:
+    """The steps of one point of an axis, by method, and their MiB as in :class:`Cost`."""
+
+    student: Qwen3ForCausalLM
+    steps: Steps
+    mib: dict[str, float]
+
+
 Costs = dict[str, dict[int, Cost]]
 """Method -> value on an axis -> cost. Where the dense step does not fit, it has no cost."""
 
@@ -119,7 +132,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of both models, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="of the student")
     parser.add_argument("--teacher_layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output_dir", default="runs/costs")
     add_common_options(parser)
     options = parser.parse_args()
@@ -129,10 +142,8 @@ def main() -> None:
     costs: dict[str, Costs] = {}
     rows = {}
     for name, axis in axes.items():
-        costs[name] = {method: {} for method in STYLES}
-        for value in axis.values:
-            for method, cost in measure(options, **base | {name: value}).items():
-                costs[name][method][value] = cost
+        points = {value: prepare(options, **base | {name: value}) for value in axis.values}
+        costs[name] = measure(points, options.rounds)
         lines = {method: fit(by_value, axis.per) for method, by_value in costs[name].items() if len(by_value) > 1}
         rows |= {f"{name}: {method}": figures for method, figures in lines.items()}
         others = ", ".join(f"{other} {base[other]}{' %' * (other == 'k')}" for other in AXES if other != name)
@@ -142,8 +153,8 @@ def main() -> None:
     write_figures(options.json, f"cost of a step, {options.dtype}", rows)
 
 
-def measure(options: argparse.Namespace, T: int, B: int, V: int, k: int) -> dict[str, Cost]:
-    """The cost of each method at one point."""
+def prepare(options: argparse.Namespace, T: int, B: int, V: int, k: int) -> Point:
+    """The steps of one point, and their memory."""
     device = find_device()
     student = make_model(options, V, options.layers).to(device).train()
     teacher = freeze(make_model(options, V, options.teacher_layers)).to(device)
@@ -151,9 +162,24 @@ def measure(options: argparse.Namespace, T: int, B: int, V: int, k: int) -> dict
     fits = free_bytes(device) > DENSE_TENSORS * 4 * B * T * V
     steps = {method: steps[method] for method in STYLES if fits or method != DENSE}
     memory = {method: peak_bytes(step, student) / MIB for method, step in steps.items()}  # warms up
-    seconds = take_turns(steps, student, options.rounds)
+    above = {method: mib - (method != BACKBONES) * memory[BACKBONES] for method, mib in memory.items()}
+    return Point(student, steps, above)
+
+
+def measure(points: dict[int, Point], rounds: int) -> Costs:
+    """The cost of each method at each point of an axis."""
+    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for value, point in points.items():
+            for method, step in point.steps.items():
+                times[method, value].append(time_step(step, point.student))
     return {
-        method: Cost(seconds[method], memory[method] - (method != BACKBONES) * memory[BACKBONES]) for method in steps
+        method: {
+            value: Cost(statistics.median(times[method, value]), point.mib[method])
+            for value, point in points.items()
+            if method in point.steps
+        }
+        for method in STYLES
     }
 
 

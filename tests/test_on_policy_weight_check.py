@@ -10,7 +10,7 @@ from serving import Served, SmallServer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rollouts import RolloutConfigError
-from sekd.on_policy.weight_check import CHECK_EVERY
+from sekd.on_policy.weight_check import CHECK_EVERY, MAX_DIFFERENCE
 
 SERVED = dict(lmbda=1.0, rollout_engine="vllm_server", max_prompt_length=16, max_steps=4, learning_rate=3e-3)
 
@@ -20,10 +20,10 @@ def train(tmp_path, tokenizer, pairs):
     """A function that trains with a server, which may ignore weight syncs."""
     servers = []
 
-    def train(model=None, takes_weights=True, before=lambda path, body: None, **options):
+    def train(model=None, takes_weights=True, before=lambda path, body: None, student=None, **options):
         servers.append(SmallServer(Served(model or make_model("untied"), takes_weights), before))
         settings = SERVED | dict(rollout_server_urls=[servers[-1].url]) | options
-        trainer = make_trainer(tmp_path, tokenizer, pairs, **settings)
+        trainer = make_trainer(tmp_path, tokenizer, pairs, student, **settings)
         try:
             trainer.train()
         finally:
@@ -61,6 +61,22 @@ def test_weights_that_do_not_change_are_no_fault(train):
 def test_a_server_with_another_model_is_refused(train):
     with pytest.raises(RolloutConfigError, match=r"after weight sync 1 .* it samples from another model: it serves"):
         train(make_model("untied", 5), takes_weights=False)
+
+
+def make_loud(seed=0):
+    """A student with logits so large that bf16 changes its log-probabilities by more than 0.1 nats."""
+    model = make_model("untied", seed)
+    with torch.no_grad():
+        model.lm_head.weight *= 100
+    return model
+
+
+def test_what_the_student_rounds_is_allowed(train):
+    """The server computes in float32."""
+    logs = train(make_loud(), student=make_loud(), bf16=True, learning_rate=1e-5)
+    assert max(log["weight_difference"] for log in logs) > MAX_DIFFERENCE
+    with pytest.raises(RolloutConfigError, match=r"after weight sync 1 .* it samples from another model: it serves"):
+        train(make_loud(5), student=make_loud(), takes_weights=False, bf16=True)
 
 
 def test_a_server_that_does_not_answer_a_check_is_asked_again_in_the_round(train):

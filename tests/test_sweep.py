@@ -65,9 +65,6 @@ def write(inputs):
     return write
 
 
-PROOF = {"grid": {"learning_rate": [1e-3, 1e-2]}, "keys": {"metric_for_best_model": "forward_kl"}}
-
-
 class Plain:
     """An engine that runs each job to its end in this process, where nothing needs to be imported again."""
 
@@ -155,20 +152,27 @@ def count_checkpoints(folder):
     return len([*(folder / "sweep").glob("*/checkpoint-*")])
 
 
+PROOF = {
+    "methods": METHODS | {"Full KD": METHODS["Full KD"] | {"grid": {"learning_rate": [1e-3, 1e-2]}}},
+    "seeds": [1],
+    "keys": {"metric_for_best_model": "forward_kl"},
+}
+
+
 @pytest.fixture(scope="module")
 def whole(write, tmp_path_factory):
-    """What an undisturbed sweep gives: 3 methods x 2 learning rates x 2 seeds."""
+    """What an undisturbed sweep gives: 3 methods, one of them with 2 learning rates."""
     folder = tmp_path_factory.mktemp("whole")
     run_plainly(write(folder, **PROOF))
     weights, rows = read_results(folder)
-    assert len(weights) == 12
-    assert len({*weights.values()}) == 12
+    assert len(weights) == 4
+    assert len({*weights.values()}) == 4
     assert {row[0] for row in rows[1:]} == {*METHODS}
     return weights, rows
 
 
-# Two of the 12 runs are under way at each of these numbers of checkpoints, of which a run has 12.
-KILLS = [("local", 5, False), ("ray", 29, False), ("local", 54, True), ("ray", 79, True)]
+# Two of the 4 runs are under way at each of these numbers of checkpoints, of which a run has 12.
+KILLS = [("local", 3, False), ("ray", 9, False), ("local", 29, True), ("ray", 35, True)]
 
 
 def test_a_sweep_that_each_engine_is_killed_in_twice_equals_one_that_ran_through(write, whole, tmp_path):
@@ -178,7 +182,8 @@ def test_a_sweep_that_each_engine_is_killed_in_twice_equals_one_that_ran_through
     for name, at, kills_runs in KILLS:
         process = start(path, "--engine", name if has_ray else "local")
         wait_for(lambda at=at, process=process: count_checkpoints(tmp_path) >= at or process.poll() is not None)
-        os.kill(process.pid, signal.SIGKILL)
+        assert process.poll() is None, (tmp_path / "printed.txt").read_text()[-3000:]
+        process.kill()
         # Ray needs a moment to end its runs, in which they could finish.
         for run in list_processes(tmp_path) if kills_runs else ():
             with contextlib.suppress(ProcessLookupError):
@@ -186,7 +191,7 @@ def test_a_sweep_that_each_engine_is_killed_in_twice_equals_one_that_ran_through
         assert process.wait() == -signal.SIGKILL
         wait_for(lambda: not list_processes(tmp_path), 30)  # no orphan writes on
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")}
-    assert 0 < len(before) < 12
+    assert 0 < len(before) < 4
     finish(path, "--engine", "ray" if has_ray else "local")
     assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished run ran again"
     states = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/sweep.json")]
@@ -235,6 +240,33 @@ def test_a_sweep_evaluates_chooses_and_compares(write, inputs, tmp_path, capsys)
     shutil.rmtree(folder / "references")
     finish(path)
     assert (folder / "table.md").read_text().splitlines() == table, "as a process of its own evaluates"
+
+
+def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys):
+    """Of 2 learning rates and 3 seeds, 4 runs; the next call has nothing to do. A method may have fewer seeds."""
+    methods = {"SE-KD": {"grid": {"learning_rate": [1e-3, 1e-2]}}, "Full KD": {"position_policy": "all", "seeds": [1]}}
+    keys = {"metric_for_best_model": "forward_kl"}
+    path = write(tmp_path, methods=methods, seeds=[1, 2, 3], grid_seeds=[1], keys=keys)
+    assert main(["sweep", path, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("run if chosen ") == 4
+    run_plainly(path)
+    weights, _ = read_results(tmp_path)
+    scores = {}
+    for rate in ("0.001", "0.01"):
+        logs = (tmp_path / "sweep" / f"SE-KD-learning_rate_{rate}-seed_1" / "metrics.jsonl").read_text().splitlines()
+        (scores[rate],) = [log["eval_forward_kl"] for log in map(json.loads, logs) if "eval_forward_kl" in log]
+    best = min(scores, key=scores.get)
+    assert weights.keys() == {
+        *(f"SE-KD-learning_rate_{rate}-seed_1" for rate in scores),
+        *(f"SE-KD-learning_rate_{best}-seed_{seed}" for seed in (2, 3)),
+        "Full_KD-seed_1",
+    }
+    table = (tmp_path / "sweep" / "table.md").read_text()
+    assert "over the seeds 1\n" in table
+    assert "not finished" not in table
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")}
+    run_plainly(path)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")} == written
 
 
 def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):

@@ -106,9 +106,13 @@ def _noting_sigterm() -> Iterator[list[int]]:
 def show_runs(sweep: Any) -> None:
     """Print each run, and what would be done with it."""
     from sekd.sweep.run_state import describe_state
+    from sekd.sweep.steps import list_first
 
+    first = list_first(sweep)
     for run in sweep.runs:
-        print(f"{describe_state(run):22} {run.name}  ->  {run.folder}")
+        state = describe_state(run)
+        state = "run if chosen" if state == "run" and run not in first else state
+        print(f"{state:22} {run.name}  ->  {run.folder}")
     for stage in ("validation", "test"):
         if (options := getattr(sweep, stage)) is not None:
             from sekd.sweep.file import as_words

@@ -13,7 +13,7 @@ from sekd.notation import read_mapping
 from sekd.parse import SAME_CHOICE, find_recipe, merge_keys, read_flags, read_recipe, recipe_folder
 
 KEYS = (
-    *("recipe", "output_dir", "keys", "methods", "grid", "seeds"),
+    *("recipe", "output_dir", "keys", "methods", "grid", "seeds", "grid_seeds"),
     *("baseline", "validation", "test", "references"),
 )
 """The keys of a sweep file."""
@@ -66,6 +66,7 @@ class Sweep:
         output_dir: the folder of all runs and of the table.
         runs: seed by seed, so that an unfinished sweep compares all methods.
         methods: their names, in the order of the table.
+        grid_seeds: the seeds that train every point of a grid. The others train the best point of each method.
         baseline: the method that the others are compared with.
         validation, test: arguments of ``sekd evaluate``; None without.
         references: models that are shown first, by name.
@@ -75,6 +76,7 @@ class Sweep:
     output_dir: str
     runs: list[SweepRun]
     methods: list[str]
+    grid_seeds: list[int]
     baseline: str
     validation: dict[str, Any] | None
     test: dict[str, Any] | None
@@ -138,6 +140,8 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     if not isinstance(output_dir, str) or not output_dir:
         raise ValueError("the sweep has no output_dir: set it to the folder of all runs")
     methods = {name: _read_mapping(f"method {name!r}", keys) for name, keys in _read_methods(content).items()}
+    seeds = _read_seeds("seeds", content.get("seeds"))
+    grid_seeds = _read_seeds("grid_seeds", content.get("grid_seeds", seeds), among=seeds)
     baseline = content.get("baseline", next(iter(methods)))
     if baseline not in methods:
         raise ValueError(f"baseline {baseline!r} is no method; choose one of {', '.join(methods)}")
@@ -151,8 +155,9 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     sweep = Sweep(
         path,
         output_dir,
-        _expand(path, content, methods, flags, output_dir),
+        _expand(path, content, methods, seeds, flags, output_dir),
         [*methods],
+        grid_seeds,
         baseline,
         stages["validation"],
         stages["test"],
@@ -163,14 +168,21 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def _expand(
-    path: str, content: dict[str, Any], methods: dict[str, dict[str, Any]], flags: dict[str, Any], output_dir: str
+    path: str,
+    content: dict[str, Any],
+    methods: dict[str, dict[str, Any]],
+    seeds: list[int],
+    flags: dict[str, Any],
+    output_dir: str,
 ) -> list[SweepRun]:
     """All runs: seeds x methods x points."""
-    seeds, keys = _read_seeds(content), _read_mapping("keys", content.get("keys"))
+    keys = _read_mapping("keys", content.get("keys"))
     runs = []
     for seed in seeds:
         for method, own in methods.items():
             own = {**own}
+            if seed not in _read_seeds(f"seeds of method {method!r}", own.pop("seeds", seeds), among=seeds):
+                continue
             recipe = _find_recipe(path, method, own.pop("recipe", content.get("recipe")))
             grid = _read_grid(method, own.pop("grid", content.get("grid")))
             for key in (*keys, *own, *grid, *flags):
@@ -246,12 +258,13 @@ def _read_mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _read_seeds(content: dict[str, Any]) -> list[int]:
-    given = content.get("seeds")
+def _read_seeds(name: str, given: Any, among: Sequence[int] | None = None) -> list[int]:
     seeds = given if isinstance(given, list) else []
     whole = {seed for seed in seeds if type(seed) is int}
     if not whole or len(whole) < len(seeds):
-        raise ValueError(f"seeds {given!r} must be a list of different whole numbers such as [1337, 1338, 1339]")
+        raise ValueError(f"{name} {given!r} must be a list of different whole numbers such as [1337, 1338, 1339]")
+    if among is not None and (others := whole - {*among}):
+        raise ValueError(f"{name} has {min(others)}, which is not among the seeds of the sweep, {[*among]}")
     return seeds
 
 

@@ -60,15 +60,20 @@ def run_sweep(sweep: Sweep, facts: dict[str, Facts], engine: str, jobs: int | No
             check_state(run)
         failures = Failures()
         with closing(ENGINES[engine].make(jobs)) as made:
-            train_all(sweep, facts, made, failures)
-            evaluate_all(sweep, facts, made, failures)
+            first = list_first(sweep)
+            train_all(first, facts, made, failures)
+            evaluate_all(sweep, facts, "validation", made, failures)
+            if later := [run for run in list_wanted(sweep, facts) if run not in first]:
+                train_all(later, facts, made, failures)
+                evaluate_all(sweep, facts, "validation", made, failures)
+            evaluate_all(sweep, facts, "test", made, failures)
         make_table(sweep, facts, failures)
     return failures
 
 
-def train_all(sweep: Sweep, facts: dict[str, Facts], engine: Engine, failures: Failures) -> None:
+def train_all(runs: Sequence[SweepRun], facts: dict[str, Facts], engine: Engine, failures: Failures) -> None:
     """Train the runs that are not finished."""
-    waiting = [run for run in sweep.runs if not is_finished(run)]
+    waiting = [run for run in runs if not is_finished(run)]
     by_name = {run.name: run for run in waiting}
 
     def make(run: SweepRun) -> Callable[[], Job]:
@@ -80,26 +85,36 @@ def train_all(sweep: Sweep, facts: dict[str, Facts], engine: Engine, failures: F
         run = by_name[job.name]
         return measure_progress(run, facts[run.folder])
 
-    run_jobs(engine, "training", [make(run) for run in waiting], len(sweep.runs), failures, measure)
+    run_jobs(engine, "training", [make(run) for run in waiting], len(runs), failures, measure)
 
 
-def evaluate_all(sweep: Sweep, facts: dict[str, Facts], engine: Engine, failures: Failures) -> None:
-    """Evaluate the finished runs: on ``validation`` to choose the points, then the chosen ones on ``test``."""
-    for stage in ("validation", "test"):
-        options = getattr(sweep, stage)
-        if options is None:
-            continue
-        models = {run.name: (run.folder, run.folder) for run in list_evaluated(sweep, facts, stage)}
-        if stage == get_shown_stage(sweep):
-            models |= {name: (model, name_reference(sweep, name)) for name, model in sweep.references.items()}
-        jobs = []
-        for name, (model, folder) in models.items():
-            output = name_output(folder, stage, options)
-            if not is_evaluated(output):
-                arguments = ("evaluate", model, *as_words(options), "--output", output)
-                log = os.path.join(folder, f"{stage}.log")
-                jobs.append(Job(f"{name} ({stage})", arguments, log, None, os.getcwd()))
-        run_jobs(engine, stage, [partial(_get, job) for job in jobs], len(models), failures)
+def evaluate_all(sweep: Sweep, facts: dict[str, Facts], stage: str, engine: Engine, failures: Failures) -> None:
+    """Evaluate the finished runs on ``validation``, which chooses the points, or the chosen ones on ``test``."""
+    options = getattr(sweep, stage)
+    if options is None:
+        return
+    models = {run.name: (run.folder, run.folder) for run in list_evaluated(sweep, facts, stage)}
+    if stage == get_shown_stage(sweep):
+        models |= {name: (model, name_reference(sweep, name)) for name, model in sweep.references.items()}
+    jobs = []
+    for name, (model, folder) in models.items():
+        output = name_output(folder, stage, options)
+        if not is_evaluated(output):
+            arguments = ("evaluate", model, *as_words(options), "--output", output)
+            log = os.path.join(folder, f"{stage}.log")
+            jobs.append(Job(f"{name} ({stage})", arguments, log, None, os.getcwd()))
+    run_jobs(engine, stage, [partial(_get, job) for job in jobs], len(models), failures)
+
+
+def list_first(sweep: Sweep) -> list[SweepRun]:
+    """The runs that wait for no choice: those of ``grid_seeds``, and of methods with one point."""
+    return [run for run in sweep.runs if run.seed in sweep.grid_seeds or len(sweep.list_places(run.method)) == 1]
+
+
+def list_wanted(sweep: Sweep, facts: dict[str, Facts]) -> list[SweepRun]:
+    """The runs of ``grid_seeds``, and those of the other seeds at the points that were chosen."""
+    chosen = choose_points(sweep, facts)
+    return [run for run in sweep.runs if run.seed in sweep.grid_seeds or chosen.get(run.method) == run.place]
 
 
 def run_jobs(
@@ -152,21 +167,29 @@ def _get(job: Job) -> Job:
 def list_evaluated(sweep: Sweep, facts: dict[str, Facts], stage: str) -> list[SweepRun]:
     """The finished runs that a stage evaluates.
 
-    ``validation`` evaluates the methods with several points; all, if there is no ``test``. ``test`` evaluates the
+    ``validation`` evaluates the runs that choose the points; all, if there is no ``test``. ``test`` evaluates the
     chosen points.
     """
     finished = [run for run in sweep.runs if is_finished(run)]
     if stage == "validation":
-        return [run for run in finished if sweep.test is None or len(sweep.list_places(run.method)) > 1]
+        return [run for run in finished if sweep.test is None or is_choosing(sweep, run)]
     chosen = choose_points(sweep, facts)
     return [run for run in finished if chosen.get(run.method) == run.place]
 
 
+def is_choosing(sweep: Sweep, run: SweepRun) -> bool:
+    """Whether the score of a run counts in the choice of its method's point."""
+    return run.seed in sweep.grid_seeds and len(sweep.list_places(run.method)) > 1
+
+
 def choose_points(sweep: Sweep, facts: dict[str, Facts]) -> dict[str, str]:
-    """The point of each method, as text, that the table shows: the best one on the validation score."""
+    """The point of each method, as text, that the table shows: the best one on the validation score.
+
+    Only ``grid_seeds`` count, so that later seeds do not change the choice.
+    """
     places = {method: sweep.list_places(method) for method in sweep.methods}
     chosen = {method: own[0] for method, own in places.items() if len(own) == 1}
-    runs = [run for run in sweep.runs if len(places[run.method]) > 1 and is_finished(run)]
+    runs = [run for run in sweep.runs if is_choosing(sweep, run) and is_finished(run)]
     if not runs:
         return chosen
     if sweep.validation is not None:
@@ -232,9 +255,12 @@ def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = 
     if stage is not None:
         notes.insert(0, f"{stage}: sekd evaluate {' '.join(as_words(getattr(sweep, stage)))}")
     if sweep.has_grid:
-        notes.append(f"the points are the best ones on {'validation' if sweep.validation else 'metric_for_best_model'}")
-    missing = len(sweep.runs) - sum(map(is_finished, sweep.runs))
-    notes += [f"{missing} of {len(sweep.runs)} runs are not finished"] * (missing > 0)
+        measure = "validation" if sweep.validation else "metric_for_best_model"
+        seeds = ", ".join(map(str, sweep.grid_seeds))
+        notes.append(f"the points are the best ones on {measure}, over the seeds {seeds}")
+    wanted = list_wanted(sweep, facts)
+    missing = len(wanted) - sum(map(is_finished, wanted))
+    notes += [f"{missing} of {len(wanted)} runs are not finished"] * (missing > 0)
     about = {"sweep": os.path.basename(sweep.path), "baseline": sweep.baseline, "stage": stage, "failures": [*failures]}
     write_table(sweep.output_dir, columns, lines, baseline, notes, about)
 
