@@ -1,7 +1,8 @@
 """Load models and reach inside them. Only this module handles wrappers, adapters and heads."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -120,6 +121,18 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside every wrapper, with its LoRA layers in place."""
     inner: Any = unwrap(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@contextmanager
+def in_own_dtype(model: nn.Module) -> Iterator[None]:
+    """Let the forward pass compute in the dtype of the weights, without the autocast that accelerate puts around it."""
+    inner = unwrap(model)
+    wrapped = vars(inner).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            inner.forward = wrapped
 
 
 def run_inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rollouts import RolloutConfigError, RolloutEngine, RolloutError, get_logprobs, get_trait
-from sekd.models import unwrap
+from sekd.models import in_own_dtype, unwrap
 from sekd.on_policy.engines import samples_from
 
 CHECK_EVERY = 10
@@ -75,7 +75,8 @@ class WeightCheck:
         limit = MAX_DIFFERENCE
         is_float32 = all(weight.dtype == torch.float32 for weight in model.parameters())
         if self.broadcast(any(_difference(logprobs, current) >= limit for logprobs in served.values())) and is_float32:
-            limit = max(limit, ROUNDINGS * _difference(self._compute(model).tolist(), current))
+            with in_own_dtype(model):
+                limit = max(limit, ROUNDINGS * _difference(self._compute(model).tolist(), current))
         error = None if engine is None else self._compare(engine, served, current, limit)
         self.earlier.append(current)
         self.broadcast(error)
