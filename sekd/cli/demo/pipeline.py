@@ -147,7 +147,7 @@ def measure_exact_match(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[dict[str, str]]
 ) -> float:
     """Share of greedy answers whose number is right, in percent."""
-    engine = HFEngine(model, temperature=0.0, max_completion_length=64, batch_size=100)
+    engine = HFEngine(model, temperature=0.0, max_completion_length=64, batch_size=200)
     prompts = tokenizer([PROMPT.replace("{prompt}", problem["question"]) for problem in problems])["input_ids"]
     texts = [tokenizer.decode(rollout.completion_ids) for rollout in engine.generate(prompts)]
     right = [extract_answer(t) == extract_answer(p["answer"]) for t, p in zip(texts, problems, strict=True)]
