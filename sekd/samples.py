@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import reduce
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from jaxtyping import Float
+from pyarrow.compute import list_value_length
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -170,12 +171,12 @@ def score_samples(
     student.eval()
     student.to(args.device)
     head, scores = get_head(student, vocab), torch.zeros(len(dataset), device=args.device)
-    size = args.per_device_eval_batch_size
+    size, longest_first = args.per_device_eval_batch_size, _sort_by_length(dataset)
     shares = range(args.process_index * size, len(dataset), args.world_size * size)
     dtype = torch.bfloat16 if args.bf16 else torch.float16
     bar = tqdm(total=len(shares) * size, desc="Scoring samples", disable=args.disable_tqdm or args.process_index > 0)
     for start in shares:
-        ids = range(start, min(start + size, len(dataset)))
+        ids = longest_first[start : start + size]
         samples = [_scorable(Sample(**row)) for row in dataset.select(ids)]
         inputs = {name: tensor.to(args.device) for name, tensor in collate(samples, 0).items()}
         batch = Batch(**inputs)
@@ -186,7 +187,7 @@ def score_samples(
                 head.in_autocast_dtype(), source, positions, scoring, args.head_chunk_rows
             )
         grid = at_positions.new_zeros(batch.valid.shape).masked_scatter(batch.valid, at_positions)
-        scores[ids.start : ids.stop] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
+        scores[ids] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(size)
     bar.close()
     student.train(was_training)
@@ -195,6 +196,13 @@ def score_samples(
         bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
         raise FloatingPointError(f"{args.sample_score} of samples {bad[:8]} is not finite; look at these samples")
     return scores
+
+
+def _sort_by_length(dataset: Dataset) -> list[int]:
+    """The places of the samples, longest first: samples of a batch are padded to the longest of them."""
+    parts = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
+    lengths = [length for part in parts for length in list_value_length(part["input_ids"]).to_pylist()]
+    return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
 
 def _scorable(sample: Sample) -> Sample:
