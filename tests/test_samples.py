@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oracles import score_oracle
 
 from sekd import SEKDConfig
+from sekd.data.batch import collate
 from sekd.data.prepare import prepare
 from sekd.fingerprints import data_fingerprint
 from sekd.samples import choose_samples, order_stream, prepare_samples, score_samples, select_samples, take_pool
@@ -57,6 +58,20 @@ def test_a_sample_scores_the_mean_over_its_rows(tmp_path, tokenizer, request, sc
             expected += score_oracle(score, q, p, ids[0, 1:][where]).tolist()
             start += length
         assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_samples_of_similar_length_share_a_batch(tmp_path, tokenizer, pairs, monkeypatch):
+    args, lengths = sample_config(tmp_path), []
+
+    def record(samples, pad):
+        lengths.append([len(sample.input_ids) for sample in samples])
+        return collate(samples, pad)
+
+    monkeypatch.setattr("sekd.samples.collate", record)
+    data = prepare(pairs.select(range(20)), tokenizer, args)
+    score_samples(data, make_model("untied"), None, args)
+    of_data = sorted((len(row["input_ids"]) for row in data), reverse=True)
+    assert [*itertools.chain(*lengths)] == of_data != [len(row["input_ids"]) for row in data]
 
 
 def test_a_prompt_without_completion_is_scored_on_its_own_tokens(tmp_path, tokenizer, pairs):
