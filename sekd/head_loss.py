@@ -91,9 +91,7 @@ class _LinearGradients:
         self.linear, self.vocab = linear, head.vocab
         self.inputs = [t for t in (hidden, linear.weight, linear.bias) if t is not None]
         self.of_hidden: list[Tensor] = []
-        self.of_weight, self.of_bias = (
-            torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (linear.weight, linear.bias)
-        )
+        self.of_weight, self.of_bias = (_make_sum(t) for t in (linear.weight, linear.bias))
 
     def project(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         with torch.no_grad():
@@ -118,7 +116,16 @@ class _LinearGradients:
 
     def collect(self) -> list[Tensor | None]:
         """The gradients of ``inputs``."""
-        return [torch.cat(self.of_hidden), self.of_weight, *([] if self.linear.bias is None else [self.of_bias])]
+        of_weights = [self.of_weight, *([] if self.linear.bias is None else [self.of_bias])]
+        gradients = [torch.cat(self.of_hidden), *of_weights]
+        return [g if g is None else g.to(t.dtype) for g, t in zip(gradients, self.inputs, strict=True)]
+
+
+def _make_sum(weight: Tensor | None) -> Tensor | None:
+    """Zeros for the gradient of a weight, at least in float32: the weight that FSDP2 gathers may be bf16."""
+    if weight is None or not weight.requires_grad:
+        return None
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 class _ModuleGradients:

@@ -124,8 +124,8 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def in_own_dtype(model: nn.Module) -> Iterator[None]:
-    """Let the forward pass compute in the dtype of the weights, without the autocast that accelerate puts around it."""
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Take off the autocast that accelerate puts around the forward pass, which then computes in the weights' dtype."""
     inner = unwrap(model)
     wrapped = vars(inner).pop("forward", None)
     try:

@@ -174,7 +174,11 @@ def score_samples(
     size, longest_first = args.per_device_eval_batch_size, _sort_by_length(dataset)
     shares = range(args.process_index * size, len(dataset), args.world_size * size)
     dtype = torch.bfloat16 if args.bf16 else torch.float16
-    bar = tqdm(total=len(shares) * size, desc="Scoring samples", disable=args.disable_tqdm or args.process_index > 0)
+    bar = tqdm(
+        total=sum(min(size, len(dataset) - i) for i in shares),
+        desc="Scoring samples",
+        disable=args.disable_tqdm or args.process_index > 0,
+    )
     for start in shares:
         ids = longest_first[start : start + size]
         samples = [_scorable(Sample(**row)) for row in dataset.select(ids)]
@@ -188,7 +192,7 @@ def score_samples(
             )
         grid = at_positions.new_zeros(batch.valid.shape).masked_scatter(batch.valid, at_positions)
         scores[ids] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
-        bar.update(size)
+        bar.update(len(ids))
     bar.close()
     student.train(was_training)
     scores = reduce(scores, "sum").cpu()
@@ -199,10 +203,10 @@ def score_samples(
 
 
 def _sort_by_length(dataset: Dataset) -> list[int]:
-    """The places of the samples, longest first: samples of a batch are padded to the longest of them."""
+    """The indices of the samples, longest first: samples of a batch are padded to the longest of them."""
     parts = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
     lengths = [length for part in parts for length in list_value_length(part["input_ids"]).to_pylist()]
-    return sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def _scorable(sample: Sample) -> Sample:

@@ -88,6 +88,11 @@ def test_all_runs_are_parsed_before_the_first_one(sweep_file, capsys):
         ({"seeds": None}, [], "seeds None must be"),
         ({"grid_seeds": [3]}, [], "grid_seeds has 3, which is not among the seeds of the sweep, [1, 2]"),
         ({"grid_seeds": []}, [], "grid_seeds [] must be a list of different whole numbers"),
+        (
+            {"grid": GRID, "grid_seeds": [1], "methods": {"A": {"seeds": [2]}}},
+            [],
+            "seeds of method 'A': none of them is in grid_seeds [1]: add one",
+        ),
         ({"methods": {"A": {"seeds": [1, 5]}}}, [], "seeds of method 'A' has 5, which is not among"),
         ({"baseline": "KD"}, [], "baseline 'KD' is no method; choose one of Full KD, SE-KD"),
         ({"grid": {"learning_rate": 1e-3}}, [], "learning_rate 0.001 must be a list of values"),

@@ -106,9 +106,9 @@ def _noting_sigterm() -> Iterator[list[int]]:
 def show_runs(sweep: Any) -> None:
     """Print each run, and what would be done with it."""
     from sekd.sweep.run_state import describe_state
-    from sekd.sweep.steps import list_first
+    from sekd.sweep.steps import list_before_choice
 
-    first = list_first(sweep)
+    first = list_before_choice(sweep)
     for run in sweep.runs:
         state = describe_state(run)
         state = "run if chosen" if state == "run" and run not in first else state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rollouts import RolloutConfigError, RolloutEngine, RolloutError, get_logprobs, get_trait
-from sekd.models import in_own_dtype, unwrap
+from sekd.models import without_autocast, unwrap
 from sekd.on_policy.engines import samples_from
 
 CHECK_EVERY = 10
@@ -22,9 +22,10 @@ PROBE_TOKENS = 64
 MAX_DIFFERENCE = 0.1
 """Largest mean difference of log-probabilities: rounding to bf16 makes about 0.03, and another model much more."""
 
-ROUNDINGS = 2.0
-"""A student with large logits rounds more, 0.3 with every second layer cut out of SmolLM2. So a difference is allowed,
-too, if it is below this multiple of the difference between the student in autocast's dtype and in its own."""
+ROUNDING_FACTOR = 2.0
+"""A student with large logits rounds more, 0.3 with every second layer cut out of SmolLM2. So a difference is also
+allowed below this multiple of the student's own rounding: its log-probabilities in autocast's dtype against float32.
+Only float32 weights can tell that; FSDP2 gathers them in bf16, where the allowance is 0."""
 
 STALE_DIFFERENCE = 0.03
 """From this difference on, an engine is refused whose log-probabilities are far nearer to earlier weights' than to the
@@ -75,8 +76,8 @@ class WeightCheck:
         limit = MAX_DIFFERENCE
         is_float32 = all(weight.dtype == torch.float32 for weight in model.parameters())
         if self.broadcast(any(_difference(logprobs, current) >= limit for logprobs in served.values())) and is_float32:
-            with in_own_dtype(model):
-                limit = max(limit, ROUNDINGS * _difference(self._compute(model).tolist(), current))
+            with without_autocast(model):
+                limit = max(limit, ROUNDING_FACTOR * _difference(self._compute(model).tolist(), current))
         error = None if engine is None else self._compare(engine, served, current, limit)
         self.earlier.append(current)
         self.broadcast(error)

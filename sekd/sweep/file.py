@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,7 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     sweep = Sweep(
         path,
         output_dir,
-        _expand(path, content, methods, seeds, flags, output_dir),
+        _expand(path, content, methods, seeds, grid_seeds, flags, output_dir),
         [*methods],
         grid_seeds,
         baseline,
@@ -172,6 +173,7 @@ def _expand(
     content: dict[str, Any],
     methods: dict[str, dict[str, Any]],
     seeds: list[int],
+    grid_seeds: list[int],
     flags: dict[str, Any],
     output_dir: str,
 ) -> list[SweepRun]:
@@ -181,10 +183,13 @@ def _expand(
     for seed in seeds:
         for method, own in methods.items():
             own = {**own}
-            if seed not in _read_seeds(f"seeds of method {method!r}", own.pop("seeds", seeds), among=seeds):
-                continue
+            own_seeds = _read_seeds(f"seeds of method {method!r}", own.pop("seeds", seeds), among=seeds)
             recipe = _find_recipe(path, method, own.pop("recipe", content.get("recipe")))
             grid = _read_grid(method, own.pop("grid", content.get("grid")))
+            if math.prod(map(len, grid.values())) > 1 and not {*own_seeds} & {*grid_seeds}:
+                raise ValueError(
+                    f"seeds of method {method!r} has none of grid_seeds {grid_seeds}, so no point is chosen"
+                )
             for key in (*keys, *own, *grid, *flags):
                 if key in SET_BY_SWEEP:
                     use = SET_BY_SWEEP[key]
@@ -198,7 +203,7 @@ def _expand(
                 raise ValueError(
                     f"--{min(hidden)} has no effect, since method {method!r} or its grid sets it; change the sweep file"
                 )
-            for values in itertools.product(*grid.values()):
+            for values in itertools.product(*grid.values()) if seed in own_seeds else ():
                 point = dict(zip(grid, values, strict=True))
                 folder = os.path.join(output_dir, _name_folder(method, point, seed))
                 own_keys = {**own, **point, "seed": seed, "output_dir": folder}

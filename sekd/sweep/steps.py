@@ -60,10 +60,9 @@ def run_sweep(sweep: Sweep, facts: dict[str, Facts], engine: str, jobs: int | No
             check_state(run)
         failures = Failures()
         with closing(ENGINES[engine].make(jobs)) as made:
-            first = list_first(sweep)
-            train_all(first, facts, made, failures)
+            train_all(list_before_choice(sweep), facts, made, failures)
             evaluate_all(sweep, facts, "validation", made, failures)
-            if later := [run for run in list_wanted(sweep, facts) if run not in first]:
+            if later := list_after_choice(sweep, facts):
                 train_all(later, facts, made, failures)
                 evaluate_all(sweep, facts, "validation", made, failures)
             evaluate_all(sweep, facts, "test", made, failures)
@@ -106,15 +105,17 @@ def evaluate_all(sweep: Sweep, facts: dict[str, Facts], stage: str, engine: Engi
     run_jobs(engine, stage, [partial(_get, job) for job in jobs], len(models), failures)
 
 
-def list_first(sweep: Sweep) -> list[SweepRun]:
+def list_before_choice(sweep: Sweep) -> list[SweepRun]:
     """The runs that wait for no choice: those of ``grid_seeds``, and of methods with one point."""
     return [run for run in sweep.runs if run.seed in sweep.grid_seeds or len(sweep.list_places(run.method)) == 1]
 
 
-def list_wanted(sweep: Sweep, facts: dict[str, Facts]) -> list[SweepRun]:
-    """The runs of ``grid_seeds``, and those of the other seeds at the points that were chosen."""
-    chosen = choose_points(sweep, facts)
-    return [run for run in sweep.runs if run.seed in sweep.grid_seeds or chosen.get(run.method) == run.place]
+def list_after_choice(sweep: Sweep, facts: dict[str, Facts]) -> list[SweepRun]:
+    """The runs of the other seeds, at the points that were chosen. A method waits until its whole grid is finished."""
+    first, chosen = list_before_choice(sweep), choose_points(sweep, facts)
+    waiting = {run.method for run in first if not is_finished(run)}
+    later = [run for run in sweep.runs if run not in first and run.method not in waiting]
+    return [run for run in later if chosen.get(run.method) == run.place]
 
 
 def run_jobs(
@@ -258,7 +259,7 @@ def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = 
         measure = "validation" if sweep.validation else "metric_for_best_model"
         seeds = ", ".join(map(str, sweep.grid_seeds))
         notes.append(f"the points are the best ones on {measure}, over the seeds {seeds}")
-    wanted = list_wanted(sweep, facts)
+    wanted = [*list_before_choice(sweep), *list_after_choice(sweep, facts)]
     missing = len(wanted) - sum(map(is_finished, wanted))
     notes += [f"{missing} of {len(wanted)} runs are not finished"] * (missing > 0)
     about = {"sweep": os.path.basename(sweep.path), "baseline": sweep.baseline, "stage": stage, "failures": [*failures]}
