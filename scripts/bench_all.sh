@@ -5,14 +5,24 @@
 #
 # OUT (runs/bench) gets a JSON file and a log of each benchmark. The names are step, peers, costs, rollouts, 3x, cache and
 # demo; all by default. Those that are not named keep their figures of before. One that fails is named at once, and has
-# no figures. Nothing else should run on the machine meanwhile.
+# no figures; the exit status is 1 then. Nothing else should run on the machine meanwhile.
 set -euo pipefail
+if (($# < 3)); then
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+unset PYTHONDONTWRITEBYTECODE # or each benchmark would compile what it imports
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 student=$1 teacher=$2 text=$3 out=${4:-runs/bench}
+known=" step peers costs rollouts 3x cache demo "
 names=" ${*:5} "
+failed=0
+for name in ${names}; do
+    [[ $known == *" $name "* ]] || { echo "bench_all: no benchmark $name; the names are$known" >&2 && exit 2; }
+done
 mkdir -p "$out"
 
 measure() { # NAME COMMAND...: runs the command, if the name is wanted
@@ -20,8 +30,8 @@ measure() { # NAME COMMAND...: runs the command, if the name is wanted
     shift
     [[ $names == "  " || $names == *" $name "* ]] || return 0
     echo "$name"
-    rm -rf "$out/$name" "$out/$name.json"
-    "$@" >"$out/$name.log" 2>&1 || echo "failed: $out/$name.log"
+    rm -f "$out/$name.json"
+    "$@" >"$out/$name.log" 2>&1 || { echo "failed: $out/$name.log" && failed=1; }
 }
 
 bench() { # NAME ARGUMENTS...: runs bench_NAME.py
@@ -38,8 +48,9 @@ bench step "$student" "$teacher"
 bench peers "$student" "$teacher"
 bench costs --output_dir "$out/costs"
 bench rollouts "$student" "$teacher" "$text"
-bench 3x "$student" "$teacher" "$text" --output_dir "$out/3x"
+bench 3x "$student" "$teacher" "$text" --output_dir "$out/3x" # it keeps the seeds that are finished
 bench cache "$student" "$teacher" "$text"
 measure demo demo
 
 "$python" "$root/scripts/bench_table.py" "$out"
+exit "$failed"

@@ -34,8 +34,6 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-import sekd.distill
-import sekd.on_policy.schedule
 import sekd.trainer
 from rollouts import HFEngine, Sampling, VLLMEngine, VLLMServerEngine
 from rollouts.base import separate_seeds
@@ -43,6 +41,7 @@ from sekd import SEKDConfig, SEKDTrainer
 from sekd.data.load import load_rows
 from sekd.models import freeze, load_model
 from sekd.on_policy.engines import send_weights
+from sekd.timing import untimed
 from sekd.types import Batch, Positions
 
 ENGINES = ("hf", "vllm", "vllm_server")
@@ -175,35 +174,34 @@ def serve(options: argparse.Namespace, folder: str) -> Iterator[str]:
 
 
 class Clock(TrainerCallback):
-    """The seconds that each part of a step takes. A part inside another part is not counted twice."""
+    """The seconds of each step, and of its parts as :mod:`sekd.timing` knows them."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self.now: dict[str, float] = {}
-        self.inner, self.started = 0.0, 0.0
+        self.agreement, self.started = 0.0, 0.0
         self.trainer: Any = None
 
-    def around(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            outer, self.inner, started = self.inner, 0.0, time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                seconds = time.perf_counter() - started
-                self.now[what] = self.now.get(what, 0.0) + seconds - self.inner
-                self.inner = outer + seconds
+    def around_agreement(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its seconds kept apart: it is for this script's table alone."""
 
-        return timed
+        def measure(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            with untimed():
+                result = function(*args, **kwargs)
+            self.agreement += time.perf_counter() - started
+            return result
+
+        return measure
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self.steps.append({**self.now, "all": now - self.started})
+        seconds = time.perf_counter() - self.started - self.agreement
+        self.steps.append(self.trainer.stopwatch.take() | {"all": seconds})
         engine, exact = self.trainer.engine, state.global_step % 2  # the next one
         engine.sampling = replace(engine.sampling, top_logprobs=0 if exact else self.trainer.args.score_logprobs)
-        self.now, self.started = {}, time.perf_counter()
+        self.agreement, self.started = 0.0, time.perf_counter()
 
 
 def step_seconds(
@@ -230,32 +228,19 @@ def step_seconds(
     student = load_model(options.student, dtype=torch.float32)
     teacher: Any = freeze(load_model(options.teacher, dtype=torch.bfloat16))
     clock.trainer = trainer = SEKDTrainer(student, teacher, args, texts, processing_class=tokenizer, callbacks=[clock])
-    parts = {
-        (sekd.distill, "score_positions"): "scoring",
-        (sekd.trainer, "measure_agreement"): "agreement",
-        (sekd.on_policy.schedule.RolloutSchedule, "_request"): "generation",
-        (sekd.on_policy.schedule, "send_weights"): "sync",
-        (trainer.teacher, "read"): "teacher",
-        (trainer.teacher, "logits"): "teacher",
-    }
-    kept = {where: getattr(*where) for where in parts}
-    one_sequence = kept[sekd.trainer, "measure_agreement"]
-    kept_every, sekd.trainer.AGREEMENT_STEPS = sekd.trainer.AGREEMENT_STEPS, 1
-    for where, what in parts.items():
-        setattr(*where, clock.around(what, kept[where] if what != "agreement" else of_all(one_sequence)))
+    one_sequence, every = sekd.trainer.measure_agreement, sekd.trainer.AGREEMENT_STEPS
+    sekd.trainer.measure_agreement = clock.around_agreement(of_all(one_sequence))
+    sekd.trainer.AGREEMENT_STEPS = 1
     try:
         trainer.train()
     finally:
-        sekd.trainer.AGREEMENT_STEPS = kept_every
-        for where, function in kept.items():
-            setattr(*where, function)
+        sekd.trainer.measure_agreement, sekd.trainer.AGREEMENT_STEPS = one_sequence, every
         trainer.close()
     (log,) = (log for log in trainer.state.log_history if "loss" in log)
     found = {}
     for first, source in ((3, "exact"), (2, "rollout")):  # the first two warm up
-        steps = [dict.fromkeys(SHARES, 0.0) | step for step in clock.steps[first::2]]
-        for step in steps:  # agreement is for this table alone
-            step["all"] -= step.pop("agreement", 0.0)
+        steps = clock.steps[first::2]
+        for step in steps:
             step["student"] = step["all"] - sum(step[what] for what in SHARES)
         found[source] = {what: statistics.median(step[what] for step in steps) for what in (*SHARES, "student", "all")}
     found["exact"]["agreement"], found["rollout"]["agreement"] = 1.0, log["selection_agreement"]

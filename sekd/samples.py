@@ -174,11 +174,8 @@ def score_samples(
     size, longest_first = args.per_device_eval_batch_size, _sort_by_length(dataset)
     shares = range(args.process_index * size, len(dataset), args.world_size * size)
     dtype = torch.bfloat16 if args.bf16 else torch.float16
-    bar = tqdm(
-        total=sum(min(size, len(dataset) - i) for i in shares),
-        desc="Scoring samples",
-        disable=args.disable_tqdm or args.process_index > 0,
-    )
+    total = sum(min(size, len(dataset) - start) for start in shares)
+    bar = tqdm(total=total, desc="Scoring samples", disable=args.disable_tqdm or args.process_index > 0)
     for start in shares:
         ids = longest_first[start : start + size]
         samples = [_scorable(Sample(**row)) for row in dataset.select(ids)]
@@ -187,9 +184,8 @@ def score_samples(
         with torch.autocast(args.device.type, dtype, enabled=bool(args.bf16 or args.fp16)):
             hidden, targets = hidden_states(student, batch)[batch.valid], batch.targets[batch.valid]
             positions = Positions(hidden, targets, source.read(batch) if source else {})
-            at_positions, _ = score_positions(
-                head.in_autocast_dtype(), source, positions, scoring, args.head_chunk_rows
-            )
+            head = head.in_autocast_dtype()  # once: later batches find it converted
+            at_positions, _ = score_positions(head, source, positions, scoring, args.head_chunk_rows)
         grid = at_positions.new_zeros(batch.valid.shape).masked_scatter(batch.valid, at_positions)
         scores[ids] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(len(ids))

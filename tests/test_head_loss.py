@@ -87,6 +87,23 @@ def test_equals_the_plain_sum_in_value_and_gradient(kind, chunk_rows, vocab):
             torch.testing.assert_close(a, b)
 
 
+def test_a_bf16_weight_adds_up_its_gradient_in_float32():
+    """As FSDP2 gathers it. 256 chunks add up to the gradient of one dense product."""
+    hidden, factors = make_inputs(rows=1024)
+    layer = LAYERS["bias"]()
+
+    def measure(layer, run):
+        return [p.float() for p in value_and_gradients(run, hidden, layer)[-2:]]
+
+    low, rows = nn.Linear(D, V, dtype=torch.bfloat16), hidden.bfloat16()
+    low.load_state_dict(layer.state_dict())
+    exact = measure(layer, lambda: squares(Head(layer)(hidden), factors))
+    whole = measure(low, lambda: squares(Head(low)(rows), factors))
+    chunked = measure(low, lambda: loss_in_chunks(squares, Head(low), rows, [factors], 4))
+    for a, b, c in zip(exact, whole, chunked, strict=True):
+        assert (c - a).norm() <= 1.2 * (b - a).norm(), "each product of a chunk is rounded to bf16 too"
+
+
 @pytest.mark.parametrize("kind", ["linear", "bias", "frozen"])
 def test_autocast_is_as_exact_as_without_chunks(monkeypatch, kind):
     """Against float64, the error of bf16 products is that of one dense product: chunks add up in float32."""

@@ -91,11 +91,22 @@ def test_bench_all_measures_what_is_named(tmp_path, run, read):
     (tmp_path / "texts.jsonl").unlink()  # so that bench_3x.py fails
     (tmp_path / "out" / "3x.json").write_text("figures of before")
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]
     assert done.stdout.splitlines()[:3] == ["step", "3x", f"failed: {tmp_path / 'out' / '3x.log'}"]
     assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"peers.json", "step.json"}
     ratio = read("out/step.json")["Full KD in chunks"]["of dense"]
     assert f"| Full KD in chunks / dense                                | ≤ 0.97   | {ratio:.3g}" in done.stdout
+
+
+def test_bench_all_knows_its_benchmarks():
+    for arguments, message in (
+        (["S", "T", "X", "out", "stp"], "no benchmark stp; the names are step peers"),
+        ([], "OUT"),
+    ):
+        command = ["bash", str(ROOT / "scripts" / "bench_all.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 @pytest.mark.slow

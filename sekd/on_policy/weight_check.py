@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rollouts import RolloutConfigError, RolloutEngine, RolloutError, get_logprobs, get_trait
-from sekd.models import without_autocast, unwrap
+from sekd.models import unwrap, without_autocast
 from sekd.on_policy.engines import samples_from
 
 CHECK_EVERY = 10

@@ -187,9 +187,7 @@ def _expand(
             recipe = _find_recipe(path, method, own.pop("recipe", content.get("recipe")))
             grid = _read_grid(method, own.pop("grid", content.get("grid")))
             if math.prod(map(len, grid.values())) > 1 and not {*own_seeds} & {*grid_seeds}:
-                raise ValueError(
-                    f"seeds of method {method!r} has none of grid_seeds {grid_seeds}, so no point is chosen"
-                )
+                raise ValueError(f"seeds of method {method!r}: none of them is in grid_seeds {grid_seeds}: add one")
             for key in (*keys, *own, *grid, *flags):
                 if key in SET_BY_SWEEP:
                     use = SET_BY_SWEEP[key]
