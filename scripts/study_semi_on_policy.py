@@ -63,7 +63,6 @@ def run_method(name: str, folder: str, pair: str, seed: int, learning_rate: floa
         "dataset_name": os.path.join(pair, "train.jsonl"),
         "output_dir": os.path.join(folder, "run"),
         "rollout_engine": choose_engine(),
-        "max_steps": "75",
         "seed": str(seed),
         "learning_rate": str(learning_rate),
         **changes,
