@@ -31,7 +31,9 @@ measure() { # NAME COMMAND...: runs the command, if the name is wanted
     [[ $names == "  " || $names == *" $name "* ]] || return 0
     echo "$name"
     rm -f "$out/$name.json"
-    "$@" >"$out/$name.log" 2>&1 || { echo "failed: $out/$name.log" && failed=1; }
+    "$@" >"$out/$name.log" 2>&1 && return
+    echo "failed: $out/$name.log: $(grep -aE '^[A-Za-z_.]*(Error|error|Exception):' "$out/$name.log" | tail -n 1 || true)"
+    failed=1
 }
 
 bench() { # NAME ARGUMENTS...: runs bench_NAME.py

@@ -28,6 +28,7 @@ from bench_step import (
     SEKD,
     Steps,
     add_common_options,
+    at_least,
     find_device,
     make_steps,
     peak_bytes,
@@ -127,18 +128,18 @@ Costs = dict[str, dict[int, Cost]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, axis in AXES.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=axis.values, help=axis.label)
-        parser.add_argument(f"--base_{name}", type=int, default=axis.base, help=f"{name} on the other axes")
+        parser.add_argument(f"--{name}", type=at_least(1), nargs="+", default=axis.values, help=axis.label)
+        parser.add_argument(f"--base_{name}", type=at_least(1), default=axis.base, help=f"{name} on the other axes")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of both models, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="of the student")
     parser.add_argument("--teacher_layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--output_dir", default="runs/costs")
     add_common_options(parser)
     options = parser.parse_args()
     os.makedirs(options.output_dir, exist_ok=True)
     base = {name: getattr(options, f"base_{name}") for name in AXES}
-    axes = {name: replace(axis, values=tuple(getattr(options, name))) for name, axis in AXES.items()}
+    axes = {name: replace(axis, values=tuple(sorted({*getattr(options, name)}))) for name, axis in AXES.items()}
     costs: dict[str, Costs] = {}
     rows = {}
     for name, axis in axes.items():

@@ -54,10 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student")
     parser.add_argument("teacher")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--batch", type=at_least(1), default=2)
+    parser.add_argument("--tokens", type=at_least(2), default=512)
     parser.add_argument("--fraction", type=float, default=0.2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     add_common_options(parser)
     options = parser.parse_args()
     device, dtype = find_device(), DTYPES[options.dtype]
@@ -85,6 +85,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk_rows", type=int, default=256, help="positions of a chunk on a GPU")
     parser.add_argument("--dtype", choices=DTYPES, default=fastest, help=f"{fastest} is the faster one here")
     parser.add_argument("--json", help="file for the figures")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least} on")
+        return int(text)
+
+    return read
 
 
 def find_device() -> torch.device:

@@ -94,11 +94,16 @@ def main() -> None:
 
 
 def read_figures(folder: Path) -> dict[tuple[str, str, str], float]:
-    """The figures in the folder's JSON files, by file, row and column."""
+    """The figures in the folder's JSON files, by file, row and column. A file that is none is named and left out."""
+    if not folder.is_dir():
+        raise SystemExit(f"bench_table: no such folder: {folder}")
     figures = {}
     for path in folder.glob("*.json"):
-        for row in json.loads(path.read_text())["rows"]:
-            figures |= {(path.stem, row["name"], column): value for column, value in row["figures"].items()}
+        try:
+            for row in json.loads(path.read_text())["rows"]:
+                figures |= {(path.stem, row["name"], column): value for column, value in row["figures"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            print(f"bench_table: {path} has no figures of a benchmark: delete it, or measure again")
     return figures
 
 

@@ -248,7 +248,9 @@ def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys):
     keys = {"metric_for_best_model": "forward_kl"}
     path = write(tmp_path, methods=methods, seeds=[1, 2, 3], grid_seeds=[1], keys=keys)
     assert main(["sweep", path, "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("run if chosen ") == 4
+    printed = capsys.readouterr().out
+    assert printed.count("run if chosen ") == 4
+    assert "3 runs choose the points of the grids; then 2 of 4 follow there" in printed
     run_plainly(path)
     weights, _ = read_results(tmp_path)
     scores = {}

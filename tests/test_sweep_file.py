@@ -86,6 +86,12 @@ def test_all_runs_are_parsed_before_the_first_one(sweep_file, capsys):
         ({"methds": {}}, [], "unknown key 'methds' in the sweep; the nearest key is 'methods'"),
         ({"seeds": [1, 1]}, [], "seeds [1, 1] must be a list of different whole numbers"),
         ({"seeds": None}, [], "seeds None must be"),
+        ({"grid_seeds": [1]}, [], "grid_seeds has no effect without a grid"),
+        (
+            {"methods": {"A": {"seeds": [1]}, "B": {"seeds": [2]}}},
+            [],
+            "seeds of method 'B': the baseline 'A' has none of them",
+        ),
         ({"grid_seeds": [3]}, [], "grid_seeds has 3, which is not among the seeds of the sweep, [1, 2]"),
         ({"grid_seeds": []}, [], "grid_seeds [] must be a list of different whole numbers"),
         (

@@ -113,6 +113,9 @@ def show_runs(sweep: Any) -> None:
         state = describe_state(run)
         state = "run if chosen" if state == "run" and run not in first else state
         print(f"{state:22} {run.name}  ->  {run.folder}")
+    if waiting := [run for run in sweep.runs if run not in first]:
+        chosen = len({(run.method, run.seed) for run in waiting})
+        print(f"{len(first)} runs choose the points of the grids; then {chosen} of {len(waiting)} follow there")
     for stage in ("validation", "test"):
         if (options := getattr(sweep, stage)) is not None:
             from sekd.sweep.file import as_words

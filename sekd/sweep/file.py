@@ -165,6 +165,12 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
         {str(name): str(model) for name, model in references.items()},
     )
     _check_folders(sweep)
+    if "grid_seeds" in content and not sweep.has_grid:
+        raise ValueError("grid_seeds has no effect without a grid: add one, or leave grid_seeds out")
+    of_baseline = {run.seed for run in sweep.runs if run.method == baseline}
+    for method in methods:
+        if not any(run.seed in of_baseline for run in sweep.runs if run.method == method):
+            raise ValueError(f"seeds of method {method!r}: the baseline {baseline!r} has none of them: add one")
     return sweep
 
 
