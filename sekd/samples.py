@@ -187,11 +187,11 @@ def score_samples(
             head = head.in_autocast_dtype()  # once: later batches find it converted
             at_positions, _ = score_positions(head, source, positions, scoring, args.head_chunk_rows)
         grid = at_positions.new_zeros(batch.valid.shape).masked_scatter(batch.valid, at_positions)
-        scores[ids] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
+        scores[start : start + len(ids)] = grid.sum(1) / batch.valid.sum(1).clamp(min=1)
         bar.update(len(ids))
     bar.close()
     student.train(was_training)
-    scores = reduce(scores, "sum").cpu()
+    scores = reduce(scores, "sum").cpu()[torch.tensor(longest_first).argsort()]
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
         raise FloatingPointError(f"{args.sample_score} of samples {bad[:8]} is not finite; look at these samples")
