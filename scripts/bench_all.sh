@@ -11,7 +11,7 @@ if (($# < 3)); then
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-unset PYTHONDONTWRITEBYTECODE # or each benchmark would compile what it imports
+unset PYTHONDONTWRITEBYTECODE # or each benchmark would compile its imports again
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
@@ -30,7 +30,7 @@ measure() { # NAME COMMAND...: runs the command, if the name is wanted
     shift
     [[ $names == "  " || $names == *" $name "* ]] || return 0
     echo "$name"
-    rm -f "$out/$name.json"
+    if [[ -e $out/$name.json ]]; then rm -rf "$out/$name" "$out/$name.json"; fi # one that was stopped goes on
     "$@" >"$out/$name.log" 2>&1 && return
     echo "failed: $out/$name.log: $(grep -aE '^[A-Za-z_.]*(Error|error|Exception):' "$out/$name.log" | tail -n 1 || true)"
     failed=1
@@ -50,7 +50,7 @@ bench step "$student" "$teacher"
 bench peers "$student" "$teacher"
 bench costs --output_dir "$out/costs"
 bench rollouts "$student" "$teacher" "$text"
-bench 3x "$student" "$teacher" "$text" --output_dir "$out/3x" # it keeps the seeds that are finished
+bench 3x "$student" "$teacher" "$text" --output_dir "$out/3x"
 bench cache "$student" "$teacher" "$text"
 measure demo demo
 

@@ -100,7 +100,7 @@ EOF
 esac
 
 wait
-# Where Python may not keep what it compiles, each start would compile all that it imports.
+# Where Python may not keep compiled modules, each start would compile all imports again.
 if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true; fi
 complete || { say "a package is missing after the install: one of ${modules[*]}" >&2; exit 1; }
 .venv/bin/python - <<'EOF'

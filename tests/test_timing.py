@@ -258,3 +258,10 @@ def test_rates_are_measured_once():
     assert rates.bytes > 0
     assert measure_rates(CPU, torch.float32) is rates
     assert isinstance(rates, Rates)
+
+
+def test_measuring_the_machine_draws_no_numbers_that_training_would_draw():
+    before = torch.get_rng_state()
+    measure_rates.cache_clear()
+    measure_rates(CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)

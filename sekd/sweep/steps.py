@@ -106,7 +106,7 @@ def evaluate_all(sweep: Sweep, facts: dict[str, Facts], stage: str, engine: Engi
 
 
 def list_before_choice(sweep: Sweep) -> list[SweepRun]:
-    """The runs that wait for no choice: those of ``grid_seeds``, and of methods with one point."""
+    """The runs that need no choice: all runs of ``grid_seeds``, and all runs of methods with one point."""
     return [run for run in sweep.runs if run.seed in sweep.grid_seeds or len(sweep.list_places(run.method)) == 1]
 
 
