@@ -3,8 +3,8 @@
 import os
 import signal
 from functools import partial
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from cache_helpers import config, contents
@@ -71,16 +71,16 @@ def models(tmp_path, tokenizer, texts):
     return tmp_path
 
 
+def is_actor(pid):
+    try:
+        return "ray::_Actor" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:  # it ended
+        return False
+
+
 def actors():
-    """The processes of Ray's actors of ours."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::_Actor"):
-                found.append(int(path.parent.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
+    """The processes of Ray's actors that this process started: another test may run its own beside it."""
+    return [process.pid for process in psutil.Process().children(recursive=True) if is_actor(process.pid)]
 
 
 @pytest.mark.slow
@@ -109,6 +109,7 @@ def test_ray_builds_the_same_bytes_although_a_worker_is_killed(models, capsys, m
     assert len(started) == 2
     assert killed
     assert not actors()
+    assert not any(is_actor(pid) for pid in started)
     assert main([*build, "--output", str(models / "here")]) == 0
     assert len(list((models / "ray").glob("shard-*.arrow"))) > 8
     assert contents(models / "ray") == contents(models / "here")
