@@ -58,7 +58,7 @@ def check_runs(sweep: Sweep) -> dict[str, Facts]:
     with tempfile.TemporaryDirectory() as folder, _without_warnings():  # each run gives its own
         for run in sweep.runs:
             path = os.path.join(folder, RECIPE)
-            _write_recipe(path, run)
+            write_recipe(path, run)
             if run.keys.get("import_modules") and run.modules not in sys.path:
                 sys.path.append(run.modules)
             try:
@@ -153,7 +153,7 @@ def begin(run: SweepRun) -> list[str]:
         {"keys": _list_keys(run), "resumed": resumes, "finished": False, "memory": None},
     )
     path = os.path.join(run.folder, RECIPE)
-    _write_recipe(path, run)
+    write_recipe(path, run)
     flag = "--resume_from_checkpoint" if resumes else "--overwrite_output_dir"
     return ["train", path, flag, "true"]
 
@@ -228,5 +228,5 @@ def _list_keys(run: SweepRun) -> dict[str, Any]:
     return json.loads(json.dumps(keys, default=str))
 
 
-def _write_recipe(path: str, run: SweepRun) -> None:
+def write_recipe(path: str, run: SweepRun) -> None:
     write_atomically(path, yaml.safe_dump(run.keys, sort_keys=False, allow_unicode=True))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -190,21 +191,9 @@ def choose_points(sweep: Sweep, facts: dict[str, Facts]) -> dict[str, str]:
     """
     places = {method: sweep.list_places(method) for method in sweep.methods}
     chosen = {method: own[0] for method, own in places.items() if len(own) == 1}
-    runs = [run for run in sweep.runs if is_choosing(sweep, run) and is_finished(run)]
-    if not runs:
-        return chosen
-    if sweep.validation is not None:
-        results = [load_evaluation(run.folder, run.folder, "validation", sweep.validation) for run in runs]
-        columns = make_columns(results, list_suites(sweep.validation))
-        column = next((column for column in columns if column.is_main and column.shown), None)
-    else:
-        metric = str(facts[runs[0].folder].metric)
-        logs = [read_evaluation_logs(run.folder, facts[run.folder]) for run in runs]
-        higher = facts[runs[0].folder].greater_is_better
-        column = Column(metric, MetricKind(higher), [log.get(metric) for log in logs], [None] * len(runs))
+    column, lines = score_grid(sweep, facts)
     if column is None:
         return chosen
-    lines = make_lines(runs)
     return chosen | choose_places(lines, column, column.kind.higher_is_better is not False)
 
 
@@ -234,27 +223,12 @@ def make_lines(runs: Iterable[SweepRun]) -> list[Line]:
 
 def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = ()) -> None:
     """Print and write the table of what is finished."""
-    stage, chosen = get_shown_stage(sweep), choose_points(sweep, facts)
-    runs = [run for run in sweep.runs if is_finished(run) and chosen.get(run.method) == run.place]
-    lines, references = make_lines(runs), dict[str, str]()
-    if stage is None:
-        logs = [read_evaluation_logs(run.folder, facts[run.folder]) for run in runs]
-        columns = make_log_columns(logs, facts[sweep.runs[0].folder].metric)
-    else:
-        options = getattr(sweep, stage)
-        results = [load_evaluation(run.folder, run.folder, stage, options) for run in runs]
-        references = sweep.references
-        for name, model in references.items():
-            results.append(load_evaluation(name_reference(sweep, name), model, stage, options))
-        columns = make_columns(results, list_suites(options))
-    columns += [*make_cost_columns(runs, len(references))]
-    before = [Line(name, "", {None: len(runs) + i}) for i, name in enumerate(references)]
-    order = {method: place for place, method in enumerate(sweep.methods)}
-    lines = [*before, *sorted(lines, key=lambda line: order[line.method])]
+    stage = get_shown_stage(sweep)
+    columns, lines = gather_scores(sweep, facts)
     baseline = next((line for line in lines if line.method == sweep.baseline and None not in line.models), None)
     notes = [note.format(baseline=sweep.baseline, pairs="seeds and items" if stage else "seeds") for note in NOTES]
     if stage is not None:
-        notes.insert(0, f"{stage}: sekd evaluate {' '.join(as_words(getattr(sweep, stage)))}")
+        notes.insert(0, f"{stage}: sekd evaluate {shlex.join(as_words(getattr(sweep, stage)))}")
     if sweep.has_grid:
         measure = "validation" if sweep.validation else "metric_for_best_model"
         seeds = ", ".join(map(str, sweep.grid_seeds))
@@ -264,6 +238,46 @@ def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = 
     notes += [f"{missing} of {len(wanted)} runs are not finished"] * (missing > 0)
     about = {"sweep": os.path.basename(sweep.path), "baseline": sweep.baseline, "stage": stage, "failures": [*failures]}
     write_table(sweep.output_dir, columns, lines, baseline, notes, about)
+
+
+def gather_scores(sweep: Sweep, facts: dict[str, Facts]) -> tuple[list[Column], list[Line]]:
+    """The scores and costs of the finished runs at the chosen points: references first, then methods in their order."""
+    stage, chosen = get_shown_stage(sweep), choose_points(sweep, facts)
+    runs = [run for run in sweep.runs if is_finished(run) and chosen.get(run.method) == run.place]
+    references = sweep.references if stage is not None else {}
+    if stage is None:
+        logs = [read_evaluation_logs(run.folder, facts[run.folder]) for run in runs]
+        columns = make_log_columns(logs, facts[sweep.runs[0].folder].metric)
+    else:
+        options = getattr(sweep, stage)
+        results = [load_evaluation(run.folder, run.folder, stage, options) for run in runs]
+        for name, model in references.items():
+            results.append(load_evaluation(name_reference(sweep, name), model, stage, options))
+        columns = make_columns(results, list_suites(options))
+    before = [Line(name, "", {None: len(runs) + i}) for i, name in enumerate(references)]
+    order = {method: place for place, method in enumerate(sweep.methods)}
+    lines = sorted(make_lines(runs), key=lambda line: order[line.method])
+    return [*columns, *make_cost_columns(runs, len(references))], [*before, *lines]
+
+
+def score_grid(sweep: Sweep, facts: dict[str, Facts]) -> tuple[Column | None, list[Line]]:
+    """What chooses the points: the score, and each point of each method with its runs of ``grid_seeds``.
+
+    The score is None if there are no such runs, or if none of them has it.
+    """
+    runs = [run for run in sweep.runs if is_choosing(sweep, run) and is_finished(run)]
+    if not runs:
+        return None, []
+    if sweep.validation is not None:
+        results = [load_evaluation(run.folder, run.folder, "validation", sweep.validation) for run in runs]
+        columns = make_columns(results, list_suites(sweep.validation))
+        column = next((column for column in columns if column.is_main and column.shown), None)
+    else:
+        metric = str(facts[runs[0].folder].metric)
+        logs = [read_evaluation_logs(run.folder, facts[run.folder]) for run in runs]
+        higher = facts[runs[0].folder].greater_is_better
+        column = Column(metric, MetricKind(higher), [log.get(metric) for log in logs], [None] * len(runs))
+    return column, make_lines(runs)
 
 
 def make_cost_columns(runs: Sequence[SweepRun], references: int) -> list[Column]:

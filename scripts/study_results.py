@@ -1,0 +1,210 @@
+"""Make the tables and the picture of docs/results.md from the files in docs/data.
+
+    python scripts/study_results.py            # rewrites them
+    python scripts/study_results.py --check    # exits with 1 if a table in the page is not what the files say
+
+scripts/study_data.py makes the files. A table stands between the lines `<!-- table NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent / "docs"
+FULL, RANDOM = "Full KD", "RandomPos 20%"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A sweep of the study, and how its table is shown.
+
+    Attributes:
+        title: in the picture.
+        score: the main score, as the files name it.
+        label: how it is called.
+        factor: 100 for shares in percent.
+        digits: of the main score, after the point.
+        beside: other scores of the table: label -> name, factor and digits.
+    """
+
+    title: str
+    score: str
+    label: str
+    factor: float
+    digits: int
+    beside: Mapping[str, tuple[str, float, int]]
+
+
+OF_TASK = {
+    "reverse KL": ("rollouts reverse_kl", 1.0, 3),
+    "KL": ("text forward_kl", 1.0, 3),
+    "ECE %": ("text ece", 100.0, 2),
+}
+REGIMES = {
+    "heal": Regime(
+        "prune and heal: KL on new documents",
+        "text forward_kl",
+        "KL",
+        1.0,
+        3,
+        {"perplexity": ("text perplexity", 1.0, 1), "ECE %": ("text ece", 100.0, 2)},
+    ),
+    "task_off_policy_good": Regime(
+        "task, off-policy, good start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
+    ),
+    "task_on_policy_good": Regime(
+        "task, on-policy, good start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
+    ),
+    "task_off_policy_poor": Regime(
+        "task, off-policy, poor start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
+    ),
+    "task_on_policy_poor": Regime(
+        "task, on-policy, poor start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
+    ),
+}
+SHORTER = re.compile(r"Full KD, (\d+) steps")
+"""Methods that are Full KD with fewer steps: what Full KD reaches in other seconds."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """The figures of a method: its scores by name, and its seconds.
+
+    Attributes:
+        values: of the main score, a value a seed.
+        seconds: of a whole run, on a quiet machine; None for models that were not trained.
+    """
+
+    name: str
+    point: str
+    rows: Mapping[str, Mapping[str, str]]
+    values: Sequence[float]
+    per_step: float | None
+    seconds: float | None
+
+
+def read_methods(name: str, regime: Regime) -> dict[str, Method]:
+    """The methods of a regime, in the order of its table."""
+    rows: dict[str, dict[str, dict[str, str]]] = {}
+    for row in read_csv(DOCS / "data" / f"{name}.csv"):
+        rows.setdefault(row["method"], {})[row["score"]] = row
+    times = {row["method"]: row for row in read_csv(DOCS / "data" / f"{name}_seconds.csv")}
+    methods = {}
+    for method, scores in rows.items():
+        main, time = scores[regime.score], times.get(method)
+        methods[method] = Method(
+            method,
+            main["point"].removeprefix("learning_rate "),
+            scores,
+            [float(value) for value in main["values"].split()],
+            None if time is None else float(time["seconds_per_step"]),
+            None if time is None else float(time["seconds"]),
+        )
+    return methods
+
+
+def at_seconds(methods: Mapping[str, Method], seconds: float) -> list[float] | None:
+    """What Full KD reaches in so many seconds, a value a seed: on a line between its runs of different lengths.
+
+    None outside the lengths that were run.
+    """
+    runs = sorted(
+        (m.seconds, m.values) for m in methods.values() if m.seconds and (m.name == FULL or SHORTER.fullmatch(m.name))
+    )
+    for (low, first), (high, second) in pairwise(runs):
+        if low <= seconds <= high:
+            share = (seconds - low) / (high - low)
+            return [a + share * (b - a) for a, b in zip(first, second, strict=False)]
+    return None
+
+
+def compare_at_equal_seconds(methods: Mapping[str, Method], method: Method) -> tuple[float, float | None] | None:
+    """The mean difference to Full KD at the method's own seconds, paired by seeds, and its standard error."""
+    if method.seconds is None or (others := at_seconds(methods, method.seconds)) is None:
+        return None
+    differences = [a - b for a, b in zip(method.values, others, strict=False)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return statistics.fmean(differences), error
+
+
+def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
+    """A regime's table in Markdown."""
+    number = max(len(method.values) for method in methods.values())
+    header = [
+        f"method ({number} seeds)",
+        "learning rate",
+        regime.label,
+        "- Full KD",
+        "- RandomPos 20 %",
+        *regime.beside,
+        "s a step",
+        "- Full KD, equal seconds",
+    ]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for method in methods.values():
+        main = method.rows[regime.score]
+        name = method.name
+        if method.seconds is not None and len(method.values) < number:
+            name += f" ({len(method.values)})"
+        cells = [name.replace("%", " %"), method.point, show(main["mean"], main["deviation"], regime)]
+        for other, itself in (("baseline", FULL), ("random", RANDOM)):
+            difference, error = main[f"difference_to_{other}"], main[f"stderr_to_{other}"]
+            compared = method.seconds is not None and method.name != itself
+            cells.append(show(difference, error, regime, "+") if compared else "")
+        for score, factor, digits in regime.beside.values():
+            cells.append(f"{factor * float(method.rows[score]['mean']):.{digits}f}" if score in method.rows else "")
+        cells.append("" if method.per_step is None else f"{method.per_step:.2f}")
+        equal = compare_at_equal_seconds(methods, method)
+        cells.append("" if equal is None or method.name == FULL else show(*equal, regime, "+"))
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def show(value: str | float | None, spread: str | float | None, regime: Regime, sign: str = "") -> str:
+    """A score with its spread, in the regime's digits."""
+    if value in (None, ""):
+        return ""
+    text = f"{regime.factor * float(value):{sign}.{regime.digits}f}"
+    return text if spread in (None, "") else f"{text} ± {regime.factor * float(spread):.{regime.digits}f}"
+
+
+def fill_tables(page: str) -> str:
+    """The page, with its tables made again."""
+
+    def make(found: re.Match[str]) -> str:
+        regime = REGIMES[found[1]]
+        return f"<!-- table {found[1]} -->\n{make_table(regime, read_methods(found[1], regime))}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?\n<!-- end -->", make, page, flags=re.DOTALL)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, by its header; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is not up to date")
+    options = parser.parse_args()
+    path = DOCS / "results.md"
+    page = path.read_text()
+    filled = fill_tables(page)
+    if options.check:
+        return int(filled != page)
+    path.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
