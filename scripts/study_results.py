@@ -185,6 +185,56 @@ def fill_tables(page: str) -> str:
     return re.sub(r"<!-- table (\w+) -->\n.*?\n<!-- end -->", make, page, flags=re.DOTALL)
 
 
+FAMILIES = (
+    ("Full KD", "#222222", "o", re.compile(r"Full KD(, \d+ steps)?")),
+    ("SE-KD, 1 to 50 %", "#1f77b4", "o", re.compile(r"SE-KD \d+%")),
+    ("random positions, 1 to 50 %", "#d62728", "s", re.compile(r"RandomPos \d+%")),
+    ("other scores and policies, 20 %", "#2ca02c", "^", re.compile(r"(Reverse KL|CE ratio|GLS|TIP|Pos RS.*|Cur.*) 20%")),
+    ("AT-KD", "#9467bd", "D", re.compile("AT-KD")),
+    ("selected samples or sampled classes", "#ff7f0e", "v", re.compile(r".*TopSmp.*|RS-KD|SE-KD_3X.*")),
+)
+"""Kinds of methods in the picture: label, colour, marker, names. Full KD, SE-KD and random have a line over budgets."""
+
+
+def draw(path: Path) -> None:
+    """Draw quality against cost: a panel a regime, a point a method, with the standard deviation over the seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {name: methods for name in REGIMES if (methods := read_methods(name, REGIMES[name]))}
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.8), squeeze=False)
+    for axis, (name, methods) in zip(axes[0], shown.items(), strict=True):
+        regime, whole = REGIMES[name], methods[FULL].seconds or 1.0
+        for label, colour, marker, names in FAMILIES:
+            points = sorted(
+                (m.seconds / whole, m.values, m.name) for m in methods.values() if m.seconds and names.fullmatch(m.name)
+            )
+            if not points:
+                continue
+            costs = [cost for cost, _, _ in points]
+            means = [regime.factor * statistics.fmean(values) for _, values, _ in points]
+            spreads = [regime.factor * statistics.stdev(v) if len(v) > 1 else 0.0 for _, v, _ in points]
+            axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls="", capsize=3, label=label, ms=6)
+        before = methods.get("Student before")
+        if before is not None:
+            axis.axhline(regime.factor * before.values[0], color="#999999", ls=":", lw=1)
+            axis.annotate(
+                "student before", (0.01, regime.factor * before.values[0]), xycoords=("axes fraction", "data"),
+                va="bottom", fontsize=8, color="#777777",
+            )  # fmt: skip
+        axis.set_title(regime.title, fontsize=11)
+        axis.set_xlabel("seconds of training, of Full KD's")
+        axis.set_ylabel(regime.label + (" (lower is better)" if regime.factor == 1 else ""))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(path, dpi=130)
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a file, by its header; none if there is no such file."""
     if not path.exists():
@@ -203,6 +253,7 @@ def main() -> int:
     if options.check:
         return int(filled != page)
     path.write_text(filled)
+    draw(DOCS / "results.png")
     return 0
 
 
