@@ -58,7 +58,7 @@ def ta(scores, valid, fraction=0.2, step=0, generator=None):
 
 
 def tip_of_batch(scores, valid, fraction=0.2, step=0, generator=None):
-    """The highest h + d - h d, both scaled over the batch, with the top 2 % of entropies cut (TIP, arXiv 2604.14084)."""
+    """The highest h + d - h d, both scaled over the batch, the top 2 % of entropies cut (TIP, arXiv 2604.14084)."""
     h, d = scale(scores[..., 0], valid, 0.0, 0.98), scale(scores[..., 1], valid, 0.0, 1.0)
     return top_k(h + d - h * d, valid, fraction)
 

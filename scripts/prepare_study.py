@@ -4,11 +4,16 @@
     python scripts/prepare_study.py heal runs/study/heal --model HuggingFaceTB/SmolLM2-135M-Instruct \\
       --text 'text/*.jsonl'
 
-Both write `teacher`, `start` (the student before), `train.jsonl`, `validation.jsonl` and `test.jsonl` into the folder,
+    python scripts/prepare_study.py expert runs/study/expert --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+Each writes `teacher`, `start` (the student before), `train.jsonl`, `validation.jsonl` and `test.jsonl` into the folder,
 where the sweep then runs.
 
 `task`: the demo's word problems (4,000 to train, 500 to validate, 1,000 to test), its teacher, and a student whose
 training on the answers was stopped early. Prints how many of the test problems both solve.
+
+`expert`: the same problems; the teacher is the model after training on their answers, and the student the same model
+after a few steps of it.
 
 `heal`: the model and, as `start`, the same without five of its layers; and documents, a tenth to validate, a tenth to
 test, the others to train.
@@ -22,10 +27,19 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
-from sekd.cli.demo.pipeline import STUDENT, TEACHER, make_model, make_task, measure_exact_match, train_from_scratch
+from sekd.cli.demo.pipeline import (
+    STUDENT,
+    TEACHER,
+    TRAIN,
+    make_model,
+    make_task,
+    measure_exact_match,
+    train_on_answers,
+)
+from sekd.cli.demo.word_problems import make_problems
 from sekd.data.load import load_rows
 from sekd.tables import print_facts
 
@@ -34,6 +48,11 @@ VALIDATION, TEST = 500, 1000
 TEACHER_STEPS = 300
 START_STEPS = {"good": 160, "poor": 100}
 """Steps of cross-entropy before the task's distillation."""
+EXPERT_STEPS = {"teacher": 150, "start": 15}
+"""Steps of cross-entropy of a language model."""
+EXPERT_BATCH, EXPERT_RATE = 16, 1e-4
+ANSWER_TOKENS = 128
+"""The longest answer, in tokens of a language model."""
 REMOVED = range(14, 19)
 """Layers whose removal costs the least cross-entropy on FineWeb-Edu, chosen one by one: 17, 14, 16, 18, 15."""
 
@@ -47,11 +66,29 @@ def prepare_task(folder: str, start: str) -> None:
     matches = {}
     for name, size, steps in (("teacher", TEACHER, TEACHER_STEPS), ("start", STUDENT, START_STEPS[start])):
         model = make_model(tokenizer, size["hidden"], size["layers"], size["heads"], SEED)
-        train_from_scratch(model, tokenizer, train, steps, SEED, f"{name}: cross-entropy")
+        train_on_answers(model, tokenizer, train, steps, SEED, f"{name}: cross-entropy")
         model.save_pretrained(os.path.join(folder, name))
         tokenizer.save_pretrained(os.path.join(folder, name))
         matches[name] = f"{measure_exact_match(model, tokenizer, test):.1f} %"
     print_facts(f"exact match on {TEST} test problems", matches)
+
+
+def prepare_expert(folder: str, model_name: str) -> None:
+    """Write the problems and the two models, and print their exact match on the first problems of the test."""
+    set_seed(SEED)
+    problems = make_problems(TRAIN + VALIDATION + TEST, SEED)
+    parts = {"train": problems[:TRAIN], "validation": problems[TRAIN:-TEST], "test": problems[-TEST:]}
+    for name, part in parts.items():
+        write_rows(os.path.join(folder, f"{name}.jsonl"), part)
+    train, tokenizer = os.path.join(folder, "train.jsonl"), AutoTokenizer.from_pretrained(model_name)
+    matches = {}
+    for name, steps in EXPERT_STEPS.items():
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        train_on_answers(model, tokenizer, train, steps, SEED, f"{name}: cross-entropy", EXPERT_BATCH, EXPERT_RATE)
+        model.to(torch.bfloat16).save_pretrained(os.path.join(folder, name))
+        tokenizer.save_pretrained(os.path.join(folder, name))
+        matches[name] = f"{measure_exact_match(model, tokenizer, parts['test'][:100], ANSWER_TOKENS, 50):.1f} %"
+    print_facts("exact match on 100 test problems", matches)
 
 
 def prepare_heal(folder: str, model_name: str, text: str) -> None:
@@ -86,13 +123,13 @@ def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("regime", choices=["task", "heal"])
+    parser.add_argument("regime", choices=["task", "expert", "heal"])
     parser.add_argument("folder", help="gets the models and the data")
     parser.add_argument("--start", choices=list(START_STEPS), help="the student of `task`")
-    parser.add_argument("--model", help="the teacher of `heal`")
+    parser.add_argument("--model", help="the language model of `expert` or `heal`")
     parser.add_argument("--text", help="the documents of `heal`: a file, or a pattern, with a column `text`")
     options = parser.parse_args()
-    needed = {"task": ("start",), "heal": ("model", "text")}[options.regime]
+    needed = {"task": ("start",), "expert": ("model",), "heal": ("model", "text")}[options.regime]
     for name in ("start", "model", "text"):
         if (getattr(options, name) is None) == (name in needed):
             parser.error(f"--{name} is {'needed' if name in needed else 'of no use'} for {options.regime}")
@@ -101,6 +138,8 @@ def main() -> None:
     os.makedirs(options.folder, exist_ok=True)
     if options.regime == "task":
         prepare_task(options.folder, options.start)
+    elif options.regime == "expert":
+        prepare_expert(options.folder, options.model)
     else:
         prepare_heal(options.folder, options.model, options.text)
 

@@ -189,7 +189,12 @@ FAMILIES = (
     ("Full KD", "#222222", "o", re.compile(r"Full KD(, \d+ steps)?")),
     ("SE-KD, 1 to 50 %", "#1f77b4", "o", re.compile(r"SE-KD \d+%")),
     ("random positions, 1 to 50 %", "#d62728", "s", re.compile(r"RandomPos \d+%")),
-    ("other scores and policies, 20 %", "#2ca02c", "^", re.compile(r"(Reverse KL|CE ratio|GLS|TIP|Pos RS.*|Cur.*) 20%")),
+    (
+        "other scores and policies, 20 %",
+        "#2ca02c",
+        "^",
+        re.compile(r"(Reverse KL|CE ratio|GLS|TIP|Pos RS.*|Cur.*) 20%"),
+    ),
     ("AT-KD", "#9467bd", "D", re.compile("AT-KD")),
     ("selected samples or sampled classes", "#ff7f0e", "v", re.compile(r".*TopSmp.*|RS-KD|SE-KD_3X.*")),
 )

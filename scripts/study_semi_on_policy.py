@@ -26,7 +26,7 @@ from sekd.cli.demo.pipeline import (
     make_model,
     make_task,
     measure_exact_match,
-    train_from_scratch,
+    train_on_answers,
 )
 
 HELD_OUT = 1000
@@ -48,7 +48,7 @@ def make_pair(folder: str, seed: int) -> None:
     tokenizer, data, _ = make_task(folder, seed, HELD_OUT)
     for name, size in (("teacher", TEACHER), ("student", STUDENT)):
         model = make_model(tokenizer, size["hidden"], size["layers"], size["heads"], seed)
-        train_from_scratch(model, tokenizer, data, size["steps"], seed, name)
+        train_on_answers(model, tokenizer, data, size["steps"], seed, name)
         model.save_pretrained(os.path.join(folder, name))
         tokenizer.save_pretrained(os.path.join(folder, name))
 

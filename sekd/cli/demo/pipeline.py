@@ -44,7 +44,7 @@ def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
     for name, size in (("teacher", TEACHER), ("student", STUDENT)):
         phase_started = time.monotonic()
         model = make_model(tokenizer, size["hidden"], size["layers"], size["heads"], seed)
-        train_from_scratch(model, tokenizer, data, size["steps"], seed, f"{name}: cross-entropy")
+        train_on_answers(model, tokenizer, data, size["steps"], seed, f"{name}: cross-entropy")
         model.save_pretrained(os.path.join(folder, name))
         tokenizer.save_pretrained(os.path.join(folder, name))
         label = "teacher" if name == "teacher" else "student before"
@@ -110,7 +110,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, hea
     return Qwen3ForCausalLM(config)
 
 
-def train_from_scratch(
+def train_on_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str,
@@ -144,10 +144,14 @@ def train_from_scratch(
 
 
 def measure_exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[dict[str, str]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[dict[str, str]],
+    max_completion_length: int = 64,
+    batch_size: int = 200,
 ) -> float:
     """Share of greedy answers whose number is right, in percent."""
-    engine = HFEngine(model, temperature=0.0, max_completion_length=64, batch_size=200)
+    engine = HFEngine(model, temperature=0.0, max_completion_length=max_completion_length, batch_size=batch_size)
     prompts = tokenizer([PROMPT.replace("{prompt}", problem["question"]) for problem in problems])["input_ids"]
     texts = [tokenizer.decode(rollout.completion_ids) for rollout in engine.generate(prompts)]
     right = [extract_answer(t) == extract_answer(p["answer"]) for t, p in zip(texts, problems, strict=True)]
