@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_table(table: Table) -> None:
-    """Print a table. Brackets and colons in its title and cells are no markup."""
-    Console(markup=False, emoji=False).print(table)
+def print_table(table: Table, width: int | None = None) -> None:
+    """Print a table, in ``width`` columns or else those of the window. Brackets and colons are no markup."""
+    Console(markup=False, emoji=False, width=width).print(table)
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -146,7 +147,9 @@ def test_completions_give_the_dense_numbers_of_each_prompt(tokenizer):
     assert items[2].metrics.keys() == {"length", "cut_off"}
     assert items[2].weight == 0
     result = make_result("rollouts", items, {}, 1.0)
-    assert result.main == "reverse_kl"
+    assert result.main == "math_verify"
+    ungraded = [replace(i, metrics={k: v for k, v in i.metrics.items() if k != "math_verify"}) for i in items]
+    assert make_result("rollouts", ungraded, {}, 1.0).main == "reverse_kl"
     assert result.scores["reverse_kl"].value == pytest.approx(mean([o["reverse_kl"] for o in positions]), rel=1e-4)
     assert result.scores["length"].value == pytest.approx((3 + 2.5 + 0) / 3)
     sharpened = measure_completions(pair, samples, rollouts, tokenizer, samples_as_is=False)

@@ -5,12 +5,13 @@ import statistics
 
 import numpy as np
 import pytest
+from rich.text import Text
 
 from sekd.eval.records import Item, Score, TaskResult
 from sekd.eval.statistics import compare_scores, estimate_together, find_seed_errors, summarize
 from sekd.metric_kinds import MetricKind
 from sekd.sweep.scores import Column, make_columns, make_log_columns
-from sekd.sweep.table import Line, as_csv, choose_places, make_cell, make_rows
+from sekd.sweep.table import Line, as_csv, choose_places, make_cell, make_rows, show_rows
 
 RIGHT = {  # by model: which of six items each answers rightly
     "full 1": [1, 0, 1, 1, 0, 0],
@@ -141,6 +142,33 @@ def test_rows_and_csv(columns):
     csv = as_csv(columns, lines, LINES[0]).splitlines()
     assert csv[1] == "Teacher,,arc_easy acc,0.5,,1,True,,,,"
     assert csv[3].startswith("SE-KD,,arc_easy acc,0.6666")
+
+
+def test_a_grid_of_one_key_names_it_in_the_header(columns):
+    lines = [Line("Teacher", "", {None: 0}), *(Line(line.method, "lr 0.1", line.models) for line in LINES)]
+    rows = make_rows(columns, lines, lines[1])
+    assert rows[0][:3] == ["method", "lr", "seeds"]
+    assert [row[1] for row in rows[1:]] == ["", "0.1", "0.1"]
+    lines = [Line("Teacher", "", {None: 0}), *(Line(line.method, "lr 0.1, k 2", line.models) for line in LINES)]
+    rows = make_rows(columns, lines, lines[1])
+    assert [row[1] for row in rows] == ["point", "", "lr 0.1, k 2", "lr 0.1, k 2"]
+
+
+def test_a_narrow_window_shows_whole_columns(monkeypatch, capsys):
+    rows = [
+        ["method", "seeds", *(f"score {i}" for i in range(9))],
+        ["SE-KD 20%", "3", *["43.5 ± 1.1 (+0.8 ± 0.4)"] * 9],
+    ]
+    show_rows(rows, [])
+    whole = capsys.readouterr().out
+    assert whole.count("43.5 ± 1.1") == whole.count("(+0.8 ± 0.4)") == 9
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    show_rows(rows, [])
+    narrow = capsys.readouterr().out
+    assert narrow.count("43.5 ± 1.1") == narrow.count("(+0.8 ± 0.4)") == 2
+    assert max(len(Text.from_ansi(line)) for line in narrow.splitlines()) <= 60
+    assert "the window has room for 4 of 11 columns; table.md has all" in narrow
 
 
 def test_logs_are_paired_by_seed():

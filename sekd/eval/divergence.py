@@ -20,7 +20,7 @@ from sekd.eval.statistics import count_passes, summarize
 from sekd.metrics import add_sums
 
 TEXT, ROLLOUTS = "text", "rollouts"
-MAIN = {TEXT: ("forward_kl", "perplexity"), ROLLOUTS: ("reverse_kl", "math_verify", "length")}
+MAIN = {TEXT: ("forward_kl", "perplexity"), ROLLOUTS: ("math_verify", "reverse_kl", "length")}
 """The main score of each task: the first one that its items give."""
 ANSWER = re.compile(r"####|\\boxed\{|^[-+]?[$€£]?\d[\d,]*(\.\d+)?%?$")
 """What a text with a mathematical answer has."""
@@ -141,9 +141,10 @@ def get_answers(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -
 
 
 def make_result(task: str, items: list[Item], settings: dict[str, Any], seconds: float) -> TaskResult:
-    """The result of a task with the scores of its items. Its main score is the reverse KL of rollouts, else forward KL.
+    """The result of a task with the scores of its items.
 
-    Without a teacher's whole distribution it is the perplexity, or the share of right answers.
+    Its main score is the first of ``MAIN`` that it has: of rollouts the share of right answers if answers are known,
+    else the reverse KL; of texts the forward KL, or without a teacher's whole distribution the perplexity.
     """
     scores = summarize(items)
     main = next((name for name in MAIN[task] if name in scores), MAIN[task][-1])

@@ -228,7 +228,8 @@ def make_table(sweep: Sweep, facts: dict[str, Facts], failures: Sequence[str] = 
     baseline = next((line for line in lines if line.method == sweep.baseline and None not in line.models), None)
     notes = [note.format(baseline=sweep.baseline, pairs="seeds and items" if stage else "seeds") for note in NOTES]
     if stage is not None:
-        notes.insert(0, f"{stage}: sekd evaluate {shlex.join(as_words(getattr(sweep, stage)))}")
+        command = shlex.join(as_words(getattr(sweep, stage))).replace("\n", "\\n")
+        notes.insert(0, f"{stage}: sekd evaluate {command}")
     if sweep.has_grid:
         measure = "validation" if sweep.validation else "metric_for_best_model"
         seeds = ", ".join(map(str, sweep.grid_seeds))

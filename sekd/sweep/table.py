@@ -8,9 +8,10 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from sekd.eval.compare import LARGEST
@@ -123,31 +124,51 @@ def _format(kind: MetricKind, value: float, spread: float | None, sign: str = ""
 
 
 def make_rows(columns: Sequence[Column], lines: Sequence[Line], baseline: Line | None) -> list[list[str]]:
-    """The header and the rows of the table of shown scores, as texts."""
-    shown = [column for column in columns if column.shown]
-    has_places = any(line.place for line in lines)
-    header = ["method", *["point"] * has_places, "seeds"]
+    """The header and the rows of the table of shown scores, as texts. Main scores come first."""
+    shown = sorted((column for column in columns if column.shown), key=lambda column: not column.is_main)
+    places = [line.place for line in lines if line.place]
+    keys = {place.rpartition(" ")[0] for place in places}
+    key = keys.pop() if len(keys) == 1 else ""
+    key = "" if "," in key else key  # of a grid of one key, the cells have the values alone
+    header = ["method", *[key or "point"] * bool(places), "seeds"]
     for column in shown:
         header.append(column.label + " %" * column.kind.is_share + " ↓" * (column.kind.higher_is_better is False))
     rows = [header]
     for line in lines:
         number = "" if None in line.models else str(len(line.models))
-        row = [line.method, *[line.place] * has_places, number]
+        row = [line.method, *[line.place.removeprefix(f"{key} ")] * bool(places), number]
         compared = None if None in line.models else baseline
         rows.append(row + [format_cell(column.kind, make_cell(column, line, compared)) for column in shown])
     return rows
 
 
 def show_rows(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
-    """Print a table, with a difference below its score."""
+    """Print a table, with a difference below its score. Columns that a window has no room for are left out."""
+    texts = [[escape_controls(cell).replace(" (", "\n(") for cell in row] for row in rows]
+    widths = [
+        3 + max(len(part) for row in texts for part in _split_cell(row[i], row is texts[0]))
+        for i in range(len(texts[0]))
+    ]
+    console, number = Console(), len(widths)
+    if console.is_terminal:
+        while sum(widths[:number]) >= console.width and number > rows[0].index("seeds") + 2:
+            number -= 1
     table = Table()
-    for place, name in enumerate(rows[0]):
-        table.add_column(escape_controls(name), overflow="fold", justify="left" if place == 0 else "right")
-    for row in rows[1:]:
-        table.add_row(*(escape_controls(cell).replace(" (", "\n(") for cell in row))
-    print_table(table)
+    for place, name in enumerate(texts[0][:number]):
+        justify: Literal["left", "right"] = "left" if place == 0 else "right"
+        table.add_column(name, overflow="fold", justify=justify, width=widths[place] - 3)
+    for row in texts[1:]:
+        table.add_row(*row[:number])
+    print_table(table, console.width if console.is_terminal else sum(widths) + 1)
+    if number < len(widths):
+        print(f"the window has room for {number} of {len(widths)} columns; table.md has all")
     for note in notes:
         print(escape_controls(note))
+
+
+def _split_cell(text: str, is_header: bool) -> list[str]:
+    """The parts of a cell that stay on one line."""
+    return text.split() if is_header else text.split("\n")
 
 
 def as_markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
