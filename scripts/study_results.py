@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 FULL, RANDOM = "Full KD", "RandomPos 20%"
@@ -167,6 +168,25 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+GRADIENTS = {
+    "share of the KL": ("kl_share", 100.0, 1),
+    "cosine to Full KD": ("cosine", 1.0, 3),
+    "the same, to other batches": ("cosine_to_mean", 1.0, 3),
+    "norm, of Full KD's": ("norm", 1.0, 2),
+    "of SE-KD's positions": ("overlap", 100.0, 0),
+}
+"""Columns of the table of gradients: label -> column of the file, factor and digits."""
+
+
+def make_gradients(name: str) -> str:
+    """The table of the first gradients of a regime's methods in Markdown."""
+    lines = [["method", *GRADIENTS], ["---", *["---:"] * len(GRADIENTS)]]
+    for row in read_csv(DOCS / "data" / f"{name}_gradients.csv"):
+        cells = [f"{factor * float(row[column]):.{digits}f}" for column, factor, digits in GRADIENTS.values()]
+        lines.append([row["method"].replace("%", " %"), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def show(value: str | float | None, spread: str | float | None, regime: Regime, sign: str = "") -> str:
     """A score with its spread, in the regime's digits."""
     if value in (None, ""):
@@ -179,10 +199,14 @@ def fill_tables(page: str) -> str:
     """The page, with its tables made again."""
 
     def make(found: re.Match[str]) -> str:
-        regime = REGIMES[found[1]]
-        return f"<!-- table {found[1]} -->\n{make_table(regime, read_methods(found[1], regime))}\n<!-- end -->"
+        kind, name = found[1], found[2]
+        if kind == "gradients":
+            table = make_gradients(name)
+        else:
+            table = make_table(REGIMES[name], read_methods(name, REGIMES[name]))
+        return f"<!-- {kind} {name} -->\n{table}\n<!-- end -->"
 
-    return re.sub(r"<!-- table (\w+) -->\n.*?\n<!-- end -->", make, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|gradients) (\w+) -->\n.*?<!-- end -->", make, page, flags=re.DOTALL)
 
 
 FAMILIES = (
@@ -209,35 +233,71 @@ def draw(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = {name: methods for name in REGIMES if (methods := read_methods(name, REGIMES[name]))}
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.8), squeeze=False)
-    for axis, (name, methods) in zip(axes[0], shown.items(), strict=True):
-        regime, whole = REGIMES[name], methods[FULL].seconds or 1.0
-        for label, colour, marker, names in FAMILIES:
-            points = sorted(
-                (m.seconds / whole, m.values, m.name) for m in methods.values() if m.seconds and names.fullmatch(m.name)
-            )
-            if not points:
-                continue
-            costs = [cost for cost, _, _ in points]
-            means = [regime.factor * statistics.fmean(values) for _, values, _ in points]
-            spreads = [regime.factor * statistics.stdev(v) if len(v) > 1 else 0.0 for _, v, _ in points]
-            axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls="", capsize=3, label=label, ms=6)
-        before = methods.get("Student before")
-        if before is not None:
-            axis.axhline(regime.factor * before.values[0], color="#999999", ls=":", lw=1)
-            axis.annotate(
-                "student before", (0.01, regime.factor * before.values[0]), xycoords=("axes fraction", "data"),
-                va="bottom", fontsize=8, color="#777777",
-            )  # fmt: skip
-        axis.set_title(regime.title, fontsize=11)
-        axis.set_xlabel("seconds of training, of Full KD's")
-        axis.set_ylabel(regime.label + (" (lower is better)" if regime.factor == 1 else ""))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4.6 * (len(shown) + 1), 4.6), squeeze=False)
+    for axis, (name, methods) in zip(axes[0], shown.items(), strict=False):
+        draw_costs(axis, REGIMES[name], methods)
+    draw_rates(axes[0][-1], "task_off_policy_good")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="lower left", ncols=3, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=130)
+
+
+def draw_costs(axis: Any, regime: Regime, methods: Mapping[str, Method]) -> None:
+    """Quality against seconds: a point a method."""
+    whole = methods[FULL].seconds or 1.0
+    for label, colour, marker, names in FAMILIES:
+        points = [m for m in methods.values() if m.seconds and names.fullmatch(m.name) and len(m.values) > 1]
+        if not points:
+            continue
+        costs = [(m.seconds or 0) / whole for m in points]
+        means = [regime.factor * statistics.fmean(m.values) for m in points]
+        spreads = [regime.factor * statistics.stdev(m.values) for m in points]
+        axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls="", capsize=3, label=label, ms=6)
+    if (before := methods.get("Student before")) is not None:
+        height = regime.factor * before.values[0]
+        axis.axhline(height, color="#999999", ls=":", lw=1)
+        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#777777"}
+        axis.annotate("student before", (0.01, height), **place)
+    axis.set_title(regime.title, fontsize=11)
+    axis.set_xlabel("seconds of training, Full KD = 1")
+    axis.set_ylabel(regime.label + (" (lower is better)" if regime.factor == 1 else ""))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+RATES = {
+    FULL: ("#222222", "o"),
+    "Full KD, clipped at 0.2": ("#888888", "o"),
+    "SE-KD 20%": ("#1f77b4", "o"),
+    "SE-KD 20%, clipped at 4.8": ("#7fb8e6", "o"),
+    "GLS 20%": ("#2ca02c", "^"),
+    RANDOM: ("#d62728", "s"),
+}
+"""Methods whose learning rates are drawn: colour and marker."""
+
+
+def draw_rates(axis: Any, name: str) -> None:
+    """The validation score at each learning rate."""
+    rows = read_csv(DOCS / "data" / f"{name}_grid.csv")
+    for method, (colour, marker) in RATES.items():
+        points = [
+            (
+                float(row["point"].removeprefix("learning_rate ")),
+                100 * statistics.fmean(map(float, row["values"].split())),
+            )
+            for row in rows
+            if row["method"] == method
+        ]
+        if points:
+            axis.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, label=method.replace("%", " %"))
+    axis.set_xscale("log")
+    axis.set_title("learning rate: task, off-policy, good start, seed 0", fontsize=11)
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("exact match % on the validation problems")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from helpers import make_pairs, make_tokenizer, save_pair
 from sekd.cli import main
 from sekd.files import lock_folder
 from sekd.sweep.engines import ENGINES, EngineKind
+from sekd.sweep.file import read_sweep
 from sekd.sweep.run_state import finish as note_end
 
 # Dozens of processes; one worker runs them all, since they share an undisturbed sweep.
@@ -223,7 +225,7 @@ def test_a_sweep_evaluates_chooses_and_compares(write, inputs, tmp_path, capsys)
     assert scores[chosen] == max(scores.values())
     table = (folder / "table.md").read_text().splitlines()
     assert table[0].startswith(
-        "| method | point | seeds | arc_easy acc % | arc_easy ece % ↓ | training s | memory GB |"
+        "| method | learning_rate | seeds | arc_easy acc % | arc_easy ece % ↓ | training s | memory GB |"
     )
     assert [line.split("|")[1].strip() for line in table[2:5]] == ["The teacher", "Full KD", "SE-KD"]
     assert "(" in table[4]
@@ -242,7 +244,7 @@ def test_a_sweep_evaluates_chooses_and_compares(write, inputs, tmp_path, capsys)
     assert (folder / "table.md").read_text().splitlines() == table, "as a process of its own evaluates"
 
 
-def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys):
+def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys, monkeypatch):
     """Of 2 learning rates and 3 seeds, 4 runs; the next call has nothing to do. A method may have fewer seeds."""
     methods = {"SE-KD": {"grid": {"learning_rate": [1e-3, 1e-2]}}, "Full KD": {"position_policy": "all", "seeds": [1]}}
     keys = {"metric_for_best_model": "forward_kl"}
@@ -269,6 +271,28 @@ def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys):
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")}
     run_plainly(path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/model.safetensors")} == written
+
+    # What the study in docs/results.md takes from a sweep.
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    script, sweep, output = importlib.import_module("study_data"), read_sweep(path), str(tmp_path / "study")
+    script.write_scores(sweep, output)
+    script.write_seconds(sweep, output, steps=1, rounds=1)
+    files = [[*csv.DictReader(open(f"{output}{end}.csv"))] for end in ("", "_grid", "_seconds")]  # noqa: SIM115
+    of_study, grid, seconds = files
+    of_table = [*csv.DictReader((tmp_path / "sweep" / "table.csv").open())]
+    for own, shown in zip(of_study, of_table, strict=True):
+        assert [own[name] for name in ("method", "point", "score", "mean", "seeds")] == [
+            shown[name] for name in ("method", "point", "score", "mean", "seeds")
+        ]
+        assert own["deviation"] == shown["standard_deviation"]
+        assert (own["difference_to_baseline"], own["stderr_to_baseline"]) == (
+            shown["difference"],
+            shown["difference_stderr"],
+        )
+        assert own["difference_to_random"] == ""
+    assert {row["point"].split()[1]: float(row["values"]) for row in grid} == scores
+    for row in seconds:
+        assert float(row["seconds"]) == float(row["seconds_per_step"]) * 48 > 0
 
 
 def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):
