@@ -152,13 +152,12 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
     for method in methods.values():
         main = method.rows[regime.score]
         name = method.name
-        if method.seconds is not None and len(method.values) < number:
+        if method.point and len(method.values) < number:
             name += f" ({len(method.values)})"
         cells = [name.replace("%", " %"), method.point, show(main["mean"], main["deviation"], regime)]
         for other, itself in (("baseline", FULL), ("random", RANDOM)):
             difference, error = main[f"difference_to_{other}"], main[f"stderr_to_{other}"]
-            compared = method.seconds is not None and method.name != itself
-            cells.append(show(difference, error, regime, "+") if compared else "")
+            cells.append(show(difference, error, regime, "+") if method.point and method.name != itself else "")
         for score, factor, digits in regime.beside.values():
             cells.append(f"{factor * float(method.rows[score]['mean']):.{digits}f}" if score in method.rows else "")
         cells.append("" if method.per_step is None else f"{method.per_step:.2f}")
