@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from sekd.recipe import Run
 from sekd.sweep.file import Sweep, SweepRun, read_sweep
 from sekd.sweep.run_state import check_runs, write_recipe
-from sekd.sweep.steps import choose_points, gather_scores, score_grid
+from sekd.sweep.steps import gather_scores, score_grid
 from sekd.sweep.table import make_cell
 
 RANDOM = "RandomPos 20%"
@@ -66,9 +66,8 @@ def write_scores(sweep: Sweep, output: str) -> None:
 
 
 def write_seconds(sweep: Sweep, output: str, steps: int, rounds: int) -> None:
-    """Write the seconds of a step of each method, at its chosen point."""
-    chosen = choose_points(sweep, check_runs(sweep))
-    runs = {run.method: run for run in sweep.runs if chosen.get(run.method) == run.place}
+    """Write the seconds of a step of each method. They do not depend on the point of the grid."""
+    runs = {run.method: run for run in sweep.runs}
     seconds = defaultdict[str, list[float]](list)
     names = list(runs)
     for round_ in range(rounds):

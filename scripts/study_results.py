@@ -49,25 +49,11 @@ OF_TASK = {
     "ECE %": ("text ece", 100.0, 2),
 }
 REGIMES = {
-    "heal": Regime(
-        "prune and heal: KL on new documents",
-        "text forward_kl",
-        "KL",
-        1.0,
-        3,
-        {"perplexity": ("text perplexity", 1.0, 1), "ECE %": ("text ece", 100.0, 2)},
-    ),
     "task_off_policy_good": Regime(
         "task, off-policy, good start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
     ),
     "task_on_policy_good": Regime(
         "task, on-policy, good start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
-    ),
-    "task_off_policy_poor": Regime(
-        "task, off-policy, poor start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
-    ),
-    "task_on_policy_poor": Regime(
-        "task, on-policy, poor start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
     ),
 }
 SHORTER = re.compile(r"Full KD, (\d+) steps")
@@ -116,9 +102,11 @@ def at_seconds(methods: Mapping[str, Method], seconds: float) -> list[float] | N
 
     None outside the lengths that were run.
     """
-    runs = sorted(
-        (m.seconds, m.values) for m in methods.values() if m.seconds and (m.name == FULL or SHORTER.fullmatch(m.name))
-    )
+    full = methods[FULL]
+    steps = {m.name: int(found[1]) for m in methods.values() if (found := SHORTER.fullmatch(m.name))}
+    # A step of a shorter run is a step of Full KD: one measured time stands for all.
+    shorter = [((full.per_step or 0.0) * number, methods[name].values) for name, number in steps.items()]
+    runs = sorted([*shorter, (full.seconds or 0.0, full.values)])
     for (low, first), (high, second) in pairwise(runs):
         if low <= seconds <= high:
             share = (seconds - low) / (high - low)
@@ -138,6 +126,7 @@ def compare_at_equal_seconds(methods: Mapping[str, Method], method: Method) -> t
 def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
     """A regime's table in Markdown."""
     number = max(len(method.values) for method in methods.values())
+    has_seconds = any(method.seconds for method in methods.values())
     header = [
         f"method ({number} seeds)",
         "learning rate",
@@ -145,8 +134,7 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
         "- Full KD",
         "- RandomPos 20 %",
         *regime.beside,
-        "s a step",
-        "- Full KD, equal seconds",
+        *["s a step", "- Full KD, equal seconds"] * has_seconds,
     ]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for method in methods.values():
@@ -160,9 +148,10 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
             cells.append(show(difference, error, regime, "+") if method.point and method.name != itself else "")
         for score, factor, digits in regime.beside.values():
             cells.append(f"{factor * float(method.rows[score]['mean']):.{digits}f}" if score in method.rows else "")
-        cells.append("" if method.per_step is None else f"{method.per_step:.2f}")
-        equal = compare_at_equal_seconds(methods, method)
-        cells.append("" if equal is None or method.name == FULL else show(*equal, regime, "+"))
+        if has_seconds:
+            cells.append("" if method.per_step is None else f"{method.per_step:.2f}")
+            equal = compare_at_equal_seconds(methods, method)
+            cells.append("" if equal is None or method.name == FULL else show(*equal, regime, "+"))
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
