@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def read_methods(name: str, regime: Regime) -> dict[str, Method]:
             None if time is None else float(time["seconds_per_step"]),
             None if time is None else float(time["seconds"]),
         )
+    # A step of a shorter run is a step of Full KD: one measured time stands for all lengths.
+    per_step = methods[FULL].per_step if FULL in methods else None
+    for own in [*methods.values()]:
+        if per_step is not None and (found := SHORTER.fullmatch(own.name)):
+            methods[own.name] = replace(own, per_step=per_step, seconds=per_step * int(found[1]))
     return methods
 
 
@@ -102,11 +107,9 @@ def at_seconds(methods: Mapping[str, Method], seconds: float) -> list[float] | N
 
     None outside the lengths that were run.
     """
-    full = methods[FULL]
-    steps = {m.name: int(found[1]) for m in methods.values() if (found := SHORTER.fullmatch(m.name))}
-    # A step of a shorter run is a step of Full KD: one measured time stands for all.
-    shorter = [((full.per_step or 0.0) * number, methods[name].values) for name, number in steps.items()]
-    runs = sorted([*shorter, (full.seconds or 0.0, full.values)])
+    runs = sorted(
+        (m.seconds, m.values) for m in methods.values() if m.seconds and (m.name == FULL or SHORTER.fullmatch(m.name))
+    )
     for (low, first), (high, second) in pairwise(runs):
         if low <= seconds <= high:
             share = (seconds - low) / (high - low)
@@ -151,7 +154,8 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
         if has_seconds:
             cells.append("" if method.per_step is None else f"{method.per_step:.2f}")
             equal = compare_at_equal_seconds(methods, method)
-            cells.append("" if equal is None or method.name == FULL else show(*equal, regime, "+"))
+            is_full = method.name == FULL or SHORTER.fullmatch(method.name)
+            cells.append("" if equal is None or is_full else show(*equal, regime, "+"))
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -213,6 +217,15 @@ FAMILIES = (
 """Kinds of methods in the picture: label, colour, marker, names. Full KD, SE-KD and random have a line over budgets."""
 
 
+LABELS = {
+    "Full KD, 32 steps": "32 steps",
+    "Full KD, 36 steps": "36 steps",
+    FULL: "40 steps",
+    **{f"{name} {k}%": f"{k} %" for name in ("SE-KD", "RandomPos") for k in (1, 5, 20, 50)},
+}
+"""What stands beside a point."""
+
+
 def draw(path: Path) -> None:
     """Draw quality against cost: a panel a regime, a point a method, with the standard deviation over the seeds."""
     import matplotlib as mpl
@@ -236,12 +249,17 @@ def draw_costs(axis: Any, regime: Regime, methods: Mapping[str, Method]) -> None
     whole = methods[FULL].seconds or 1.0
     for label, colour, marker, names in FAMILIES:
         points = [m for m in methods.values() if m.seconds and names.fullmatch(m.name) and len(m.values) > 1]
+        points.sort(key=lambda method: method.seconds or 0)
         if not points:
             continue
         costs = [(m.seconds or 0) / whole for m in points]
         means = [regime.factor * statistics.fmean(m.values) for m in points]
         spreads = [regime.factor * statistics.stdev(m.values) for m in points]
-        axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls="", capsize=3, label=label, ms=6)
+        line = "-" if label == FULL else ""
+        axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls=line, capsize=3, label=label, ms=6)
+        for method, cost, mean in zip(points, costs, means, strict=True):
+            if text := LABELS.get(method.name):
+                axis.annotate(text, (cost, mean), (7, -3), textcoords="offset points", fontsize=8, color=colour)
     if (before := methods.get("Student before")) is not None:
         height = regime.factor * before.values[0]
         axis.axhline(height, color="#999999", ls=":", lw=1)
@@ -259,7 +277,6 @@ RATES = {
     "Full KD, clipped at 0.2": ("#888888", "o"),
     "SE-KD 20%": ("#1f77b4", "o"),
     "SE-KD 20%, clipped at 4.8": ("#7fb8e6", "o"),
-    "GLS 20%": ("#2ca02c", "^"),
     RANDOM: ("#d62728", "s"),
 }
 """Methods whose learning rates are drawn: colour and marker."""
@@ -278,14 +295,18 @@ def draw_rates(axis: Any, name: str) -> None:
             if row["method"] == method
         ]
         if points:
-            axis.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, label=method.replace("%", " %"))
+            points.sort()
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker)
+            text = method.replace("%", " %")
+            axis.annotate(text, points[-1], (7, -3), textcoords="offset points", fontsize=8.5, color=colour)
     axis.set_xscale("log")
     axis.set_title("learning rate: task, off-policy, good start, seed 0", fontsize=11)
     axis.set_xlabel("learning rate")
     axis.set_ylabel("exact match % on the validation problems")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    axis.margins(x=0.06)
+    axis.set_xlim(right=axis.get_xlim()[1] * 3.5)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -92,7 +92,7 @@ def test_equal_seconds_lie_on_the_line_between_runs_of_full_kd(script):
         m.name: m
         for m in (
             make("Full KD", [10.0, 20.0], 100.0),
-            make("Full KD, 7 steps", [6.0, 10.0], 66.0),  # 70 s at the speed of Full KD
+            make("Full KD, 7 steps", [6.0, 10.0], 70.0),
             make("SE-KD 20%", [9.0, 18.0], 85.0),
             make("AT-KD", [9.0, 16.0], 101.0),
         )
