@@ -7,8 +7,9 @@ Writes two files.
 
 OUTPUT_gradients.csv: the gradient of each method, for the student before training, on the same batches. `cosine` is to
 Full KD's gradient on the same batch, `cosine_to_mean` to Full KD's mean gradient over other batches: does the step go
-where the whole data wants to go? `norm` is its norm, over that of Full KD's. `kl_share` is the share of KL(p||q) that
-lies at the chosen positions, `overlap` the share of SE-KD's positions that are chosen, `fraction` that of all.
+where the whole data wants to go? `norm` is its norm, `norm_over_full` that over Full KD's. `kl_share` is the share of
+KL(p||q) that lies at the chosen positions, `overlap` the share of SE-KD's positions that are chosen, `fraction` that of
+all. Policies that learn from steps (gls) are left out, since no step is taken.
 
 OUTPUT_positions.csv: KL(p||q), KL(q||p) and student entropy on held-out data, before and after, at the fifth of the
 positions of each sequence where the student was the least certain *before*, and at the others. Means over the seeds.
@@ -67,16 +68,19 @@ def measure_gradients(sweep: Sweep, methods: Sequence[str], batches: int, others
     by_entropy = [choose_by_entropy(trainer, Batch.from_inputs(batch)) for batch in inputs[:batches]]
     for method in methods:
         trainer = make_trainer(runs[method])
+        if trainer.method.policy.has_state:  # it learns from steps, and none is taken here
+            continue
         values = []
-        for batch, of_full, kl, certain in zip(inputs, full, divergences, by_entropy, strict=False):
+        for batch, of_full, kl, uncertain in zip(inputs, full, divergences, by_entropy, strict=False):
             step = take_step(trainer, batch)
             values.append(
                 (
                     torch.cosine_similarity(step.gradient, of_full.gradient, dim=0),
                     torch.cosine_similarity(step.gradient, mean, dim=0),
+                    step.gradient.norm(),
                     step.gradient.norm() / of_full.gradient.norm(),
                     kl[step.chosen].sum() / kl.sum(),
-                    (step.chosen & certain).sum() / certain.sum(),
+                    (step.chosen & uncertain).sum() / uncertain.sum(),
                     step.chosen.float().mean(),
                 )
             )
@@ -89,22 +93,22 @@ def measure_students(sweep: Sweep, methods: Sequence[str]) -> Iterator[list[Any]
     runs = [run for run in sweep.runs if is_finished(run) and chosen.get(run.method) == run.place]
     trainer = make_trainer(next(run for run in sweep.runs if run.method == sweep.baseline))
     batches = [Batch.from_inputs(inputs) for inputs in make_batches(trainer, trainer.eval_dataset)]
-    certain = torch.cat([choose_by_entropy(trainer, batch) for batch in batches])
-    yield ["Student before", *summarize(trainer, batches, certain)]
+    uncertain = torch.cat([choose_by_entropy(trainer, batch) for batch in batches])
+    yield ["Student before", *summarize(trainer, batches, uncertain)]
     for method in methods:
         values = []
         for run in runs:
             if run.method == method:
                 trainer.model = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32).eval()
-                values.append(summarize(trainer, batches, certain))
+                values.append(summarize(trainer, batches, uncertain))
         if values:
             yield [method, *torch.tensor(values).mean(0).tolist()]
 
 
-def summarize(trainer: SEKDTrainer, batches: Sequence[Batch], certain: Bool[Tensor, " N"]) -> list[float]:
+def summarize(trainer: SEKDTrainer, batches: Sequence[Batch], uncertain: Bool[Tensor, " N"]) -> list[float]:
     """The means of NAMES at the uncertain positions, then at the others."""
     columns = [torch.cat(parts) for parts in zip(*(measure_positions(trainer, b) for b in batches), strict=True)]
-    return [float(column[mask].mean()) for mask in (certain, ~certain) for column in columns]
+    return [float(column[mask].mean()) for mask in (uncertain, ~uncertain) for column in columns]
 
 
 def make_trainer(run: SweepRun) -> SEKDTrainer:
@@ -181,7 +185,7 @@ def main() -> None:
     alike = [name for name, own in keys.items() if own.get("sample_fraction", 1) == 1]
     methods = options.methods or alike
     if options.only != "positions":
-        header = ["method", "cosine", "cosine_to_mean", "norm", "kl_share", "overlap", "fraction"]
+        header = ["method", "cosine", "cosine_to_mean", "norm", "norm_over_full", "kl_share", "overlap", "fraction"]
         write_csv(
             f"{options.output}_gradients.csv",
             header,

@@ -8,18 +8,22 @@
 seed, and the differences to the baseline and to RandomPos 20 %, paired by seeds and items, with their standard errors.
 It also writes OUTPUT_grid.csv: the validation score at each learning rate.
 
-`seconds` trains each method alone for some steps, in an order that turns each round, and writes OUTPUT_seconds.csv: the
-median seconds of a step, and the seconds of the steps that the method has in the sweep. Nothing else should run.
+`seconds` trains each method for some steps, alone and in random order. It writes OUTPUT_seconds.csv: the median seconds
+of a step, its quartiles, the seconds of scoring samples before the first step, and those of the whole run in the sweep.
+Nothing else should run meanwhile.
 """
 
 import argparse
 import csv
+import json
 import os
+import random
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -66,32 +70,56 @@ def write_scores(sweep: Sweep, output: str) -> None:
 
 
 def write_seconds(sweep: Sweep, output: str, steps: int, rounds: int) -> None:
-    """Write the seconds of a step of each method. They do not depend on the point of the grid."""
-    runs = {run.method: run for run in sweep.runs}
-    seconds = defaultdict[str, list[float]](list)
-    names = list(runs)
-    for round_ in range(rounds):
-        for method in tqdm(names[round_ % len(names) :] + names[: round_ % len(names)], desc=f"round {round_ + 1}"):
-            seconds[method] += time_steps(runs[method], steps)
+    """Write the seconds of each method. Methods whose steps do the same work share one time.
+
+    Learning rate, clipping and the number of steps change no work. ``scoring_seconds`` is the time before the first
+    step that a run takes longer than one which chooses no samples.
+    """
+    works: dict[str, SweepRun] = {}
+    names = {run.method: describe_work(run) for run in sweep.runs}
+    for run in sweep.runs:
+        works.setdefault(names[run.method], run)
+    per_step, before = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    order = [*works] * rounds
+    random.Random(0).shuffle(order)
+    for work in tqdm(order, desc="seconds"):
+        first, rest = time_run(works[work], steps)
+        per_step[work] += rest
+        before[work].append(first)
     rows = []
-    for method, run in runs.items():
-        median = statistics.median(seconds[method])
-        rows.append([method, median, run.keys["max_steps"], median * run.keys["max_steps"]])
-    write_csv(f"{output}_seconds.csv", ["method", "seconds_per_step", "steps", "seconds"], rows)
+    for method, run in {run.method: run for run in sweep.runs}.items():
+        work = names[method]
+        median, number = statistics.median(per_step[work]), run.keys["max_steps"]
+        scoring = 0.0
+        if run.keys.get("sample_fraction", 1) < 1:
+            others = [s for other, s in before.items() if works[other].keys.get("sample_fraction", 1) == 1]
+            scoring = statistics.median(before[work]) - statistics.median(chain(*others))
+        low, _, high = statistics.quantiles(per_step[work], n=4)
+        rows.append([method, median, low, high, number, scoring, scoring + median * number])
+    header = ["method", "seconds_per_step", "lower_quartile", "upper_quartile", "steps", "scoring_seconds", "seconds"]
+    write_csv(f"{output}_seconds.csv", header, rows)
 
 
-def time_steps(run: SweepRun, steps: int) -> list[float]:
-    """The seconds of each step of a short run, without its first ones."""
+def describe_work(run: SweepRun) -> str:
+    """The keys of a run that change the work of a step, as text."""
+    free = ("learning_rate", "max_grad_norm", "max_steps", "warmup_steps", "seed", "output_dir")
+    return json.dumps({key: value for key, value in sorted(run.keys.items()) if key not in free}, default=str)
+
+
+def time_run(run: SweepRun, steps: int) -> tuple[float, list[float]]:
+    """The seconds before a short run's first step, and those of each step after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "recipe.yaml")
         write_recipe(path, run)
         flags = ["--output_dir", os.path.join(folder, "run"), "--max_steps", str(WARM_UP + steps)]
+        started = time.perf_counter()
         trainer = Run.parse(path, [*flags, "--eval_strategy", "no", "--disable_tqdm", "true"]).trainer()
+        before = time.perf_counter() - started
         clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
         trainer.close()
-    return clock.seconds[WARM_UP:]
+    return before, clock.seconds[WARM_UP:]
 
 
 class StepClock(TrainerCallback):

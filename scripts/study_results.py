@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,29 @@ def read_methods(name: str, regime: Regime) -> dict[str, Method]:
     rows: dict[str, dict[str, dict[str, str]]] = {}
     for row in read_csv(DOCS / "data" / f"{name}.csv"):
         rows.setdefault(row["method"], {})[row["score"]] = row
+    rates: dict[str, list[float]] = {}
+    for row in read_csv(DOCS / "data" / f"{name}_grid.csv"):
+        rates.setdefault(row["method"], []).append(float(row["point"].removeprefix("learning_rate ")))
     times = {row["method"]: row for row in read_csv(DOCS / "data" / f"{name}_seconds.csv")}
     methods = {}
     for method, scores in rows.items():
         main, time = scores[regime.score], times.get(method)
         methods[method] = Method(
             method,
-            main["point"].removeprefix("learning_rate "),
+            mark_edge(main["point"].removeprefix("learning_rate "), rates.get(method, [])),
             scores,
             [float(value) for value in main["values"].split()],
             None if time is None else float(time["seconds_per_step"]),
             None if time is None else float(time["seconds"]),
         )
-    # A step of a shorter run is a step of Full KD: one measured time stands for all lengths.
-    per_step = methods[FULL].per_step if FULL in methods else None
-    for own in [*methods.values()]:
-        if per_step is not None and (found := SHORTER.fullmatch(own.name)):
-            methods[own.name] = replace(own, per_step=per_step, seconds=per_step * int(found[1]))
     return methods
+
+
+def mark_edge(rate: str, rates: Sequence[float]) -> str:
+    """A learning rate, with a mark if it is the lowest or the highest of the grid: a better one may lie beyond."""
+    if not rates:
+        return rate
+    return "≤ " * (float(rate) == min(rates)) + "≥ " * (float(rate) == max(rates)) + rate
 
 
 def at_seconds(methods: Mapping[str, Method], seconds: float) -> list[float] | None:
@@ -134,10 +139,10 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
         f"method ({number} seeds)",
         "learning rate",
         regime.label,
-        "- Full KD",
-        "- RandomPos 20 %",
+        "minus Full KD",
+        "minus RandomPos 20 %",
         *regime.beside,
-        *["s a step", "- Full KD, equal seconds"] * has_seconds,
+        *["s a step", "minus Full KD, equal seconds"] * has_seconds,
     ]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for method in methods.values():
@@ -161,11 +166,13 @@ def make_table(regime: Regime, methods: Mapping[str, Method]) -> str:
 
 
 GRADIENTS = {
-    "share of the KL": ("kl_share", 100.0, 1),
-    "cosine to Full KD": ("cosine", 1.0, 3),
-    "the same, to other batches": ("cosine_to_mean", 1.0, 3),
-    "norm, of Full KD's": ("norm", 1.0, 2),
-    "of SE-KD's positions": ("overlap", 100.0, 0),
+    "positions chosen %": ("fraction", 100.0, 1),
+    "SE-KD's positions chosen %": ("overlap", 100.0, 0),
+    "share of the KL %": ("kl_share", 100.0, 1),
+    "cosine": ("cosine", 1.0, 3),
+    "cosine to other batches": ("cosine_to_mean", 1.0, 3),
+    "norm": ("norm", 1.0, 2),
+    "norm / Full KD's": ("norm_over_full", 1.0, 2),
 }
 """Columns of the table of gradients: label -> column of the file, factor and digits."""
 

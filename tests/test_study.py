@@ -127,13 +127,13 @@ def sweep(tmp_path, tokenizer, texts):
 def test_gradients_are_those_of_the_written_out_losses(script, sweep):
     explain = script("explain_selection")
     rows = {row[0]: row[1:] for row in explain.measure_gradients(sweep, sweep.methods, batches=1, others=2)}
-    cosine, to_mean, norm, kl_share, overlap, fraction = rows["Full KD"]
+    cosine, to_mean, length, norm, kl_share, overlap, fraction = rows["Full KD"]
     assert [cosine, norm, kl_share, overlap, fraction] == pytest.approx([1.0] * 5, abs=1e-5)
     assert 0 < to_mean < 1
-    assert rows["SE-KD 20%"][4] == rows["Half"][4] == 1.0
-    assert rows["SE-KD 20%"][5] < rows["Half"][5] < 0.6
-    assert rows["SE-KD 20%"][3] < rows["Half"][3] < 1
-    assert rows["RandomPos 20%"][4] < 1
+    assert rows["SE-KD 20%"][5] == rows["Half"][5] == 1.0
+    assert rows["SE-KD 20%"][6] < rows["Half"][6] < 0.6
+    assert rows["SE-KD 20%"][4] < rows["Half"][4] < 1
+    assert rows["RandomPos 20%"][5] < 1
 
     # The same batch, with all logits, in float64.
     trainer = explain.make_trainer(sweep.runs[0])
@@ -161,8 +161,10 @@ def test_gradients_are_those_of_the_written_out_losses(script, sweep):
         shares.append(float((kl.detach() * chosen).sum() / (kl.detach() * batch.valid).sum()))
     full, selective = gradients
     assert rows["SE-KD 20%"][0] == pytest.approx(float(torch.cosine_similarity(full, selective, dim=0)), abs=1e-4)
-    assert rows["SE-KD 20%"][2] == pytest.approx(float(selective.norm() / full.norm()), rel=1e-4)
-    assert rows["SE-KD 20%"][3] == pytest.approx(shares[1], rel=1e-4)
+    assert length == pytest.approx(float(full.norm()), rel=1e-4)
+    assert rows["SE-KD 20%"][2] == pytest.approx(float(selective.norm()), rel=1e-4)
+    assert rows["SE-KD 20%"][3] == pytest.approx(float(selective.norm() / full.norm()), rel=1e-4)
+    assert rows["SE-KD 20%"][4] == pytest.approx(shares[1], rel=1e-4)
 
 
 def test_uncertain_and_other_positions_together_are_the_held_out_means(script, sweep):

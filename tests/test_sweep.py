@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -276,7 +277,7 @@ def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys, monke
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     script, sweep, output = importlib.import_module("study_data"), read_sweep(path), str(tmp_path / "study")
     script.write_scores(sweep, output)
-    script.write_seconds(sweep, output, steps=1, rounds=1)
+    script.write_seconds(sweep, output, steps=2, rounds=1)
     files = [[*csv.DictReader(open(f"{output}{end}.csv"))] for end in ("", "_grid", "_seconds")]  # noqa: SIM115
     of_study, grid, seconds = files
     of_table = [*csv.DictReader((tmp_path / "sweep" / "table.csv").open())]
@@ -293,6 +294,16 @@ def test_other_seeds_train_the_chosen_point_alone(write, tmp_path, capsys, monke
     assert {row["point"].split()[1]: float(row["values"]) for row in grid} == scores
     for row in seconds:
         assert float(row["seconds"]) == float(row["seconds_per_step"]) * 48 > 0
+        assert float(row["lower_quartile"]) <= float(row["seconds_per_step"]) <= float(row["upper_quartile"])
+    explain = importlib.import_module("explain_selection")
+    before, after = explain.measure_students(sweep, ["SE-KD"])
+    assert (before[0], after[0]) == ("Student before", "SE-KD")
+    logs = [(tmp_path / "sweep" / f"SE-KD-learning_rate_{best}-seed_{n}" / "metrics.jsonl") for n in (1, 2, 3)]
+    means = [json.loads(path.read_text().splitlines()[-2])["eval_forward_kl"] for path in logs]
+    uncertain, others = after[1], after[4]
+    share = (statistics.fmean(means) - others) / (uncertain - others)
+    assert 0.2 <= share < 0.3, "the two parts make up the mean over all positions"
+    assert after[1:] != before[1:]
 
 
 def test_a_failed_run_is_reported_and_the_others_continue(write, tmp_path):
