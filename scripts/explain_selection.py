@@ -27,6 +27,7 @@ import datasets
 import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float
+from study_data import describe_work
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -58,6 +59,9 @@ class Step:
 def measure_gradients(sweep: Sweep, methods: Sequence[str], batches: int, others: int) -> Iterator[list[Any]]:
     """A row of OUTPUT_gradients.csv for each method."""
     runs = {run.method: run for run in sweep.runs}
+    works: dict[str, str] = {}
+    for method in methods:
+        works.setdefault(describe_work(runs[method]), method)
     trainer = make_trainer(runs[sweep.baseline])
     rows = trainer.train_dataset.shuffle(seed=0)
     size = trainer.args.per_device_train_batch_size
@@ -66,7 +70,7 @@ def measure_gradients(sweep: Sweep, methods: Sequence[str], batches: int, others
     mean = torch.stack([take_step(trainer, batch).gradient for batch in inputs[batches:]]).mean(0)
     divergences = [measure_positions(trainer, Batch.from_inputs(batch))[0] for batch in inputs[:batches]]
     by_entropy = [choose_by_entropy(trainer, Batch.from_inputs(batch)) for batch in inputs[:batches]]
-    for method in methods:
+    for method in works.values():
         trainer = make_trainer(runs[method])
         if trainer.method.policy.has_state:  # it learns from steps, and none is taken here
             continue
