@@ -240,7 +240,8 @@ def draw(path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {name: methods for name in REGIMES if (methods := read_methods(name, REGIMES[name]))}
+    shown = {name: read_methods(name, regime) for name, regime in REGIMES.items()}
+    shown = {name: methods for name, methods in shown.items() if methods[FULL].seconds}  # where times were measured
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4.6 * (len(shown) + 1), 4.6), squeeze=False)
     for axis, (name, methods) in zip(axes[0], shown.items(), strict=False):
         draw_costs(axis, REGIMES[name], methods)
@@ -266,7 +267,8 @@ def draw_costs(axis: Any, regime: Regime, methods: Mapping[str, Method]) -> None
         axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls=line, capsize=3, label=label, ms=6)
         for method, cost, mean in zip(points, costs, means, strict=True):
             if text := LABELS.get(method.name):
-                axis.annotate(text, (cost, mean), (7, -3), textcoords="offset points", fontsize=8, color=colour)
+                place = (-9, -15) if label == FULL else (7, -3)
+                axis.annotate(text, (cost, mean), place, textcoords="offset points", fontsize=8, color=colour)
     if (before := methods.get("Student before")) is not None:
         height = regime.factor * before.values[0]
         axis.axhline(height, color="#999999", ls=":", lw=1)
