@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -19,6 +20,9 @@ from helpers import DEVICE, make_pairs, make_tokenizer, save_pair, words
 from hub_server import Hub, serve_hub
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from sekd.policies import POLICIES
+from sekd.scores import SCORES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,3 +114,15 @@ def recipe(tmp_path, tokenizer, pairs):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(keys))
     return str(path)
+
+
+@pytest.fixture
+def own_strategies() -> Iterator[None]:
+    """Forget afterwards what recipes/newer_scores.py adds, so that the next test imports it again."""
+    scores, policies = {**SCORES}, {**POLICIES}
+    yield
+    sys.modules.pop("newer_scores", None)
+    SCORES.clear()
+    POLICIES.clear()
+    SCORES.update(scores)
+    POLICIES.update(policies)

@@ -7,20 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sekd.policies import POLICIES, make_policy
-from sekd.scores import SCORES, Rows
+from sekd.policies import make_policy
+from sekd.scores import Rows
 
 N, V = 30, 40
 
 
 @pytest.fixture
-def newer(monkeypatch):
+def newer(monkeypatch, own_strategies):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "recipes")
-    scores, policies = {**SCORES}, {**POLICIES}
-    yield importlib.reload(importlib.import_module("newer_scores"))
-    for kept, before in ((SCORES, scores), (POLICIES, policies)):
-        kept.clear()
-        kept.update(before)
+    return importlib.import_module("newer_scores")
 
 
 @pytest.fixture

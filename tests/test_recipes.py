@@ -9,6 +9,7 @@ from helpers import make_model, make_vllm_model
 
 from sekd.cli import main
 from sekd.parse import find_recipe, list_recipes, parse_recipe, read_recipe, recipe_folder
+from sekd.sweep.file import read_sweep
 
 RECIPES = [*list_recipes()]
 FAST = ["fineweb_edu_sekd", "gsm8k_off_policy_sekd_3x", "gsm8k_on_policy_qlora", "gsm8k_self_distillation"]
@@ -31,12 +32,10 @@ def test_every_recipe_parses_and_names_its_command(name):
 
 
 @pytest.mark.parametrize(("path", "method"), SWEEPS)
-def test_every_row_of_a_sweep_parses(path, method, tmp_path):
-    sweep = yaml.safe_load(path.read_text())
-    own = sweep["methods"][method]
-    keys = read_recipe(find_recipe(own.get("recipe", sweep["recipe"]), str(path.parent)))
-    keys |= {key: value for key, value in own.items() if key != "recipe"}
-    (tmp_path / "row.yaml").write_text(yaml.safe_dump(keys))
+def test_every_row_of_a_sweep_parses(path, method, tmp_path, own_strategies, monkeypatch):
+    run = next(run for run in read_sweep(str(path)).runs if run.method == method)
+    monkeypatch.syspath_prepend(run.modules)
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump(run.keys))
     parse_recipe(str(tmp_path / "row.yaml"))
 
 

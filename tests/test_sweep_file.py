@@ -182,7 +182,7 @@ def test_the_last_error_of_a_log(tmp_path):
     assert read_last_error(str(log)) == "ValueError: the reason"
 
 
-def test_every_shipped_sweep_parses_and_names_its_command(capsys):
+def test_every_shipped_sweep_parses_and_names_its_command(capsys, own_strategies):
     assert main(["sweep"]) == 0
     listed = capsys.readouterr().out
     for name, path in list_sweeps().items():

@@ -1,6 +1,7 @@
 """Means, deviations, paired differences and the choice of a point, against arithmetic that is written out here."""
 
 import math
+import os
 import statistics
 
 import numpy as np
@@ -163,6 +164,8 @@ def test_a_narrow_window_shows_whole_columns(monkeypatch, capsys):
     whole = capsys.readouterr().out
     assert whole.count("43.5 ± 1.1") == whole.count("(+0.8 ± 0.4)") == 9
     monkeypatch.setenv("COLUMNS", "60")
+    # datasets may have replaced os.environ, and rich keeps the object of its import.
+    monkeypatch.setattr("rich.console.Console._environ", os.environ)
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     show_rows(rows, [])
     narrow = capsys.readouterr().out
