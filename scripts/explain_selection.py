@@ -1,7 +1,7 @@
 """Why do the methods of a sweep end where they end? Measure their first steps, and what their students learned where.
 
     cd runs/study/task_good
-    python scripts/explain_selection.py study_task_off_policy --output docs/data/task_off_policy_good
+    python ../../../scripts/explain_selection.py study_task_off_policy --output off_policy
 
 Writes two files.
 
@@ -16,8 +16,6 @@ positions of each sequence where the student was the least certain *before*, and
 """
 
 import argparse
-import csv
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ import datasets
 import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float
-from study_data import describe_work
+from study_data import describe_work, make_trainer, write_csv
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -37,9 +35,8 @@ from sekd.heads import in_chunks
 from sekd.losses import forward_kl, reverse_kl
 from sekd.models import get_head, hidden_states
 from sekd.policies import make_policy
-from sekd.recipe import Run
 from sekd.sweep.file import Sweep, SweepRun, read_sweep
-from sekd.sweep.run_state import check_runs, is_finished, write_recipe
+from sekd.sweep.run_state import check_runs, is_finished
 from sekd.sweep.steps import choose_points
 from sekd.trainer import SEKDTrainer
 from sekd.types import Batch, Positions
@@ -62,7 +59,7 @@ def measure_gradients(sweep: Sweep, methods: Sequence[str], batches: int, others
     works: dict[str, str] = {}
     for method in methods:
         works.setdefault(describe_work(runs[method]), method)
-    trainer = make_trainer(runs[sweep.baseline])
+    trainer = load_run(runs[sweep.baseline])
     rows = trainer.train_dataset.shuffle(seed=0)
     size = trainer.args.per_device_train_batch_size
     inputs = make_batches(trainer, rows.take((batches + others) * size))
@@ -71,7 +68,7 @@ def measure_gradients(sweep: Sweep, methods: Sequence[str], batches: int, others
     divergences = [measure_positions(trainer, Batch.from_inputs(batch))[0] for batch in inputs[:batches]]
     by_entropy = [choose_by_entropy(trainer, Batch.from_inputs(batch)) for batch in inputs[:batches]]
     for method in works.values():
-        trainer = make_trainer(runs[method])
+        trainer = load_run(runs[method])
         if trainer.method.policy.has_state:  # it learns from steps, and none is taken here
             continue
         values = []
@@ -95,7 +92,7 @@ def measure_students(sweep: Sweep, methods: Sequence[str]) -> Iterator[list[Any]
     """A row of OUTPUT_positions.csv for the student before training, and for each method."""
     chosen = choose_points(sweep, check_runs(sweep))
     runs = [run for run in sweep.runs if is_finished(run) and chosen.get(run.method) == run.place]
-    trainer = make_trainer(next(run for run in sweep.runs if run.method == sweep.baseline))
+    trainer = load_run(next(run for run in sweep.runs if run.method == sweep.baseline))
     batches = [Batch.from_inputs(inputs) for inputs in make_batches(trainer, trainer.eval_dataset)]
     uncertain = torch.cat([choose_by_entropy(trainer, batch) for batch in batches])
     yield ["Student before", *summarize(trainer, batches, uncertain)]
@@ -115,13 +112,10 @@ def summarize(trainer: SEKDTrainer, batches: Sequence[Batch], uncertain: Bool[Te
     return [float(column[mask].mean()) for mask in (uncertain, ~uncertain) for column in columns]
 
 
-def make_trainer(run: SweepRun) -> SEKDTrainer:
-    """The trainer of a run, with dropout off and weights that no autocast rounds."""
+def load_run(run: SweepRun) -> SEKDTrainer:
+    """The trainer of a run, in float32 throughout."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "recipe.yaml")
-        write_recipe(path, run)
-        flags = ["--output_dir", os.path.join(folder, "run"), "--disable_tqdm", "true", "--bf16", "false"]
-        return Run.parse(path, flags).trainer()
+        return make_trainer(run, folder, "--bf16", "false")
 
 
 def make_batches(trainer: SEKDTrainer, rows: Dataset) -> list[dict[str, Tensor]]:
@@ -161,16 +155,6 @@ def choose_by_entropy(trainer: SEKDTrainer, batch: Batch) -> Bool[Tensor, " N"]:
     """SE-KD's choice: the fifth of the positions of each sequence with the highest student entropy."""
     scores = torch.zeros(batch.valid.shape).masked_scatter(batch.valid, measure_positions(trainer, batch)[2])
     return (make_policy("top_k", FRACTION)(scores, batch.valid) > 0)[batch.valid]
-
-
-def write_csv(path: str, header: Sequence[str], rows: Iterator[list[Any]]) -> None:
-    """Write rows as they come."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow(row)
-            print(row[0], *(f"{value:.4g}" for value in row[1:]), flush=True)
 
 
 def main() -> None:

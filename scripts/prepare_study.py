@@ -3,7 +3,6 @@
     python scripts/prepare_study.py task runs/study/task_good --start good
     python scripts/prepare_study.py heal runs/study/heal --model HuggingFaceTB/SmolLM2-135M-Instruct \\
       --text 'text/*.jsonl'
-
     python scripts/prepare_study.py expert runs/study/expert --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 Each writes `teacher`, `start` (the student before), `train.jsonl`, `validation.jsonl` and `test.jsonl` into the folder,

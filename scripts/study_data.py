@@ -1,15 +1,15 @@
-"""Take the figures of a sweep of the study into a folder, as the files behind docs/results.md.
+"""Write the figures of a sweep of the study into files: docs/data has those that docs/results.md shows.
 
     cd runs/study/task_good
-    python scripts/study_data.py scores study_task_off_policy --output docs/data/task_off_policy_good
-    python scripts/study_data.py seconds study_task_off_policy --output docs/data/task_off_policy_good
+    python ../../../scripts/study_data.py scores study_task_off_policy --output off_policy
+    python ../../../scripts/study_data.py seconds study_task_off_policy --output off_policy
 
 `scores` writes OUTPUT.csv, a line a method and score: mean and standard deviation over the seeds, the value of each
 seed, and the differences to the baseline and to RandomPos 20 %, paired by seeds and items, with their standard errors.
 It also writes OUTPUT_grid.csv: the validation score at each learning rate.
 
 `seconds` trains each method for some steps, alone and in random order. It writes OUTPUT_seconds.csv: the median seconds
-of a step, its quartiles, the seconds of scoring samples before the first step, and those of the whole run in the sweep.
+of a step, its quartiles, the seconds of scoring samples before the first step, and the seconds of the whole run.
 Nothing else should run meanwhile.
 """
 
@@ -35,6 +35,7 @@ from sekd.sweep.file import Sweep, SweepRun, read_sweep
 from sekd.sweep.run_state import check_runs, write_recipe
 from sekd.sweep.steps import gather_scores, score_grid
 from sekd.sweep.table import make_cell
+from sekd.trainer import SEKDTrainer
 
 RANDOM = "RandomPos 20%"
 WARM_UP = 2
@@ -107,19 +108,23 @@ def describe_work(run: SweepRun) -> str:
 
 
 def time_run(run: SweepRun, steps: int) -> tuple[float, list[float]]:
-    """The seconds before a short run's first step, and those of each step after the warm-up."""
+    """The seconds until a short run is ready to train, and the seconds of each step after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "recipe.yaml")
-        write_recipe(path, run)
-        flags = ["--output_dir", os.path.join(folder, "run"), "--max_steps", str(WARM_UP + steps)]
         started = time.perf_counter()
-        trainer = Run.parse(path, [*flags, "--eval_strategy", "no", "--disable_tqdm", "true"]).trainer()
+        trainer = make_trainer(run, folder, "--max_steps", str(WARM_UP + steps), "--eval_strategy", "no")
         before = time.perf_counter() - started
         clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
         trainer.close()
     return before, clock.seconds[WARM_UP:]
+
+
+def make_trainer(run: SweepRun, folder: str, *flags: str) -> SEKDTrainer:
+    """The trainer of a run, which writes into a folder of its own."""
+    path = os.path.join(folder, "recipe.yaml")
+    write_recipe(path, run)
+    return Run.parse(path, ["--output_dir", os.path.join(folder, "run"), "--disable_tqdm", "true", *flags]).trainer()
 
 
 class StepClock(TrainerCallback):
@@ -144,8 +149,8 @@ def join(values: Iterable[float | None]) -> str:
 
 
 def write_csv(path: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a file with a header."""
-    with open(path, "w", newline="") as file:
+    """Write a file with a header, and each row as it comes."""
+    with open(path, "w", newline="", buffering=1) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

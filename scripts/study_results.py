@@ -57,7 +57,7 @@ REGIMES = {
     ),
 }
 SHORTER = re.compile(r"Full KD, (\d+) steps")
-"""Methods that are Full KD with fewer steps: what Full KD reaches in other seconds."""
+"""Methods that are Full KD with fewer steps."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def mark_edge(rate: str, rates: Sequence[float]) -> str:
 
 
 def at_seconds(methods: Mapping[str, Method], seconds: float) -> list[float] | None:
-    """What Full KD reaches in so many seconds, a value a seed: on a line between its runs of different lengths.
+    """The scores of Full KD after so many seconds, one a seed: on a line between its runs of different lengths.
 
     None outside the lengths that were run.
     """
@@ -221,7 +221,7 @@ FAMILIES = (
     ("AT-KD", "#9467bd", "D", re.compile("AT-KD")),
     ("selected samples or sampled classes", "#ff7f0e", "v", re.compile(r".*TopSmp.*|RS-KD|SE-KD_3X.*")),
 )
-"""Kinds of methods in the picture: label, colour, marker, names. Full KD, SE-KD and random have a line over budgets."""
+"""Kinds of methods in the picture: label, colour, marker, names. A line connects the lengths of Full KD."""
 
 
 LABELS = {
@@ -272,8 +272,8 @@ def draw_costs(axis: Any, regime: Regime, methods: Mapping[str, Method]) -> None
     if (before := methods.get("Student before")) is not None:
         height = regime.factor * before.values[0]
         axis.axhline(height, color="#999999", ls=":", lw=1)
-        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#777777"}
-        axis.annotate("student before", (0.01, height), **place)
+        style = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8, "color": "#777777"}
+        axis.annotate("student before", (0.01, height), **style)
     axis.set_title(regime.title, fontsize=11)
     axis.set_xlabel("seconds of training, Full KD = 1")
     axis.set_ylabel(regime.label + (" (lower is better)" if regime.factor == 1 else ""))

@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def print_table(table: Table, width: int | None = None) -> None:
-    """Print a table, in ``width`` columns or else those of the window. Brackets and colons are no markup."""
+    """Print a table, ``width`` characters wide or else as wide as the window. Brackets and colons are no markup."""
     Console(markup=False, emoji=False, width=width).print(table)
 
 

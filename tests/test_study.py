@@ -136,7 +136,7 @@ def test_gradients_are_those_of_the_written_out_losses(script, sweep):
     assert rows["RandomPos 20%"][5] < 1
 
     # The same batch, with all logits, in float64.
-    trainer = explain.make_trainer(sweep.runs[0])
+    trainer = explain.load_run(sweep.runs[0])
     samples = trainer.data_collator(list(trainer.train_dataset.shuffle(seed=0).take(4)))
     batch = Batch(**collate(samples, trainer.pad_token_id))
     student, teacher = trainer.model.double(), trainer.teacher.model.double()
@@ -171,7 +171,7 @@ def test_uncertain_and_other_positions_together_are_the_held_out_means(script, s
     explain = script("explain_selection")
     ((name, *values),) = explain.measure_students(sweep, [])
     assert name == "Student before"
-    trainer = explain.make_trainer(sweep.runs[0])
+    trainer = explain.load_run(sweep.runs[0])
     metrics = trainer.evaluate()
     batches = [Batch.from_inputs(inputs) for inputs in explain.make_batches(trainer, trainer.eval_dataset)]
     share = float(torch.cat([explain.choose_by_entropy(trainer, batch) for batch in batches]).float().mean())
