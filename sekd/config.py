@@ -251,6 +251,13 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     )
     log_completions_steps: int = field(default=50, metadata=help_("Print a few rollouts every N steps; 0 is never."))
 
+    record_selection: int = field(
+        default=4,
+        metadata=help_(
+            "Sequences whose chosen positions are kept for `sekd report`, at the start, after each quarter of the "
+            "steps, and at the end; 0 keeps none."
+        ),
+    )
     profile: int = field(
         default=0,
         metadata=help_(

@@ -21,16 +21,16 @@ class DamagedFile(ValueError):
     """A file that a run reads is missing or damaged. The message names it, and says what to do."""
 
 
-def write_atomically(path: str, text: str, is_shared: bool = False) -> None:
-    """Write a text file. If the process dies meanwhile, the previous file stays, and a file ``.tmp`` beside it.
+def write_atomically(path: str, content: str | bytes, is_shared: bool = False) -> None:
+    """Write a file. If the process dies meanwhile, the previous file stays, and a file ``.tmp`` beside it.
 
     The next write replaces the latter, unless ``is_shared``: other processes may write the same file at the same time.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if is_shared else f"{path}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

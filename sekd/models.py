@@ -282,6 +282,17 @@ def common_vocab(student: nn.Module, teacher: nn.Module) -> int:
     return min(count_classes(student), count_classes(teacher))
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode: no dropout. It returns to its mode after the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def freeze(model: M) -> M:
     """Freeze a model: no gradients, no dropout."""
     return model.eval().requires_grad_(False)

@@ -53,7 +53,7 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 
-LEFTOVERS = ("metrics.jsonl", "recipe.yaml", "versions.json", RUN_FILE)
+LEFTOVERS = ("selection/*.safetensors", "metrics.jsonl", "recipe.yaml", "versions.json", RUN_FILE)
 """What belongs to a run, but is no result of value without a checkpoint or a model. They are deleted in this order: if
 the process dies meanwhile, the folder is still known as a run's."""
 
@@ -61,7 +61,7 @@ MAY_CHANGE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_on_signal", "merge_adapter"),
     *("samples_file", "head_chunk_rows", "import_modules", "rollouts", "rollout_server_urls"),
     *("rollout_timeout", "rollout_transfer", "per_device_eval_batch_size", "max_eval_samples"),
-    *("project", "run_name", "report_to", "profile", "use_cpu", "disable_tqdm", "local_rank"),
+    *("project", "run_name", "report_to", "profile", "record_selection", "use_cpu", "disable_tqdm", "local_rank"),
     *("debug", "skip_memory_metrics", "torch_empty_cache_steps", "push_to_hub", "do_train", "do_eval"),
     *("do_predict", "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "teacher_cache"),
     *("model_name_or_path", "model_revision", "teacher_model_name_or_path", "teacher_model_revision"),

@@ -27,12 +27,13 @@ from sekd.eval.agreement import AGREEMENT_STEPS, measure_agreement
 from sekd.eval.during import Evaluation
 from sekd.eval.early_stopping import make_early_stopping, resume_early_stopping
 from sekd.eval.held_out import Pair
+from sekd.eval.selection import make_recorder
 from sekd.fingerprints import check_same_weights
 from sekd.floor import Floor
 from sekd.measured import MeasuredTrainer
 from sekd.metrics import add_sums
 from sekd.model_card import CardSource
-from sekd.models import check_head, check_head_columns, log_dtypes, run_inside, unwrap
+from sekd.models import check_head, check_head_columns, evaluating, log_dtypes, run_inside, unwrap
 from sekd.on_policy.sampler import RepeatSampler
 from sekd.on_policy.schedule import RolloutSchedule
 from sekd.on_policy.weights import check_mergeable
@@ -173,6 +174,7 @@ class SEKDTrainer(MeasuredTrainer):
             self.evaluation.count_tokens(self.model),
         )
         self.evaluation.connect(self.accelerator, self.schedule, compute_metrics)
+        self.recorder = make_recorder(args, processing_class, eval_dataset if self.teacher.has_logits else None)
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         self.pad_token_id: int = pad if pad is not None else eos or 0
         local = not engine_trait(args, rollout_engine, "uses_servers")
@@ -203,6 +205,7 @@ class SEKDTrainer(MeasuredTrainer):
 
         with self.waiting():
             micro_batches = self.schedule.next_step(self.state.global_step, self.state.max_steps, pull)
+        self.record_selection([sample for samples in micro_batches for sample in samples])
         if not self.method.divergence.reads_batch:
             micro_batches = group_by_length(micro_batches)
         batches = [self._collate(samples) for samples in micro_batches]
@@ -218,8 +221,7 @@ class SEKDTrainer(MeasuredTrainer):
     ) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean over the sequences of the optimizer step."""
         batch, step = Batch.from_inputs(inputs), self.state.global_step
-        repeats_ids = self.args.rollouts_per_prompt > 1 or isinstance(self.train_dataset, IterableDataset)
-        generators = make_generators(batch, self.args.seed, step, by_targets=repeats_ids)
+        generators = self._make_generators(batch)
         inspect = None
         if batch.student_entropy is not None and step % AGREEMENT_STEPS == 0:
             fraction, chunk_rows = self.method.policy.fraction.value(step), self.args.head_chunk_rows
@@ -241,6 +243,11 @@ class SEKDTrainer(MeasuredTrainer):
         add_sums(self._sums, sums)
         self.floor.count_batch(batch, step, sums)
         return loss
+
+    def _make_generators(self, batch: Batch) -> list[torch.Generator]:
+        """The generator of each sequence at the next step."""
+        repeats_ids = self.args.rollouts_per_prompt > 1 or isinstance(self.train_dataset, IterableDataset)
+        return make_generators(batch, self.args.seed, self.state.global_step, by_targets=repeats_ids)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As ``Trainer.training_step``; with gls, also rescale the accumulated gradient after the last micro-batch.
@@ -297,6 +304,7 @@ class SEKDTrainer(MeasuredTrainer):
             load_state(self.method.policy, self.args.position_policy, checkpoint)
             resume_early_stopping(self.callback_handler.callbacks, self.state)
         self.schedule.begin(checkpoint)
+        self.recorder.begin()
 
     def save_state(self, folder: str) -> None:
         """Write the policy's state, and the rollouts that were not trained on yet, into a checkpoint."""
@@ -313,6 +321,14 @@ class SEKDTrainer(MeasuredTrainer):
         else:
             super().write_student(written, folder)
 
+    def record_selection(self, samples: Sequence[Sample] = (), is_end: bool = False) -> None:
+        """Keep what the student would choose now of a few sequences, if that is due (``record_selection``).
+
+        ``samples`` are those of the next step. Nothing that training draws or learns depends on this.
+        """
+        with self.uncounted():
+            self.recorder.record(self.pair, self.method, self._make_generators, self.state, samples, is_end)
+
     def close(self) -> None:
         """End the rollout engine."""
         self.schedule.close()
@@ -323,6 +339,16 @@ class SEKDTrainer(MeasuredTrainer):
     def engine(self) -> RolloutEngine | None:
         """The rollout engine; None before the first round."""
         return self.schedule.engine
+
+    @property
+    def pair(self) -> Pair:
+        """The student in its wrappers and the teacher, as an evaluation reads them."""
+        return Pair(
+            *(self.model_wrapped, self.teacher, self.method.vocab, self.args.device, self.pad_token_id),
+            autocast=self.accelerator.autocast,
+            batch_size=self.args.per_device_eval_batch_size,
+            chunk_rows=self.method.chunk_rows,
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -340,22 +366,8 @@ class SEKDTrainer(MeasuredTrainer):
         if data is not None and "input_ids" not in next(iter(data)):
             data = prepare(data, self.processing_class, self.args)
         samples = None if data is None else _make_samples(list(data))
-        model = self.model_wrapped
-        pair = Pair(
-            model,
-            self.teacher,
-            self.method.vocab,
-            self.args.device,
-            pad_token_id=self.pad_token_id,
-            autocast=self.accelerator.autocast,
-            batch_size=self.args.per_device_eval_batch_size,
-            chunk_rows=self.method.chunk_rows,
-        )
-        was_training = model.training
-        model.eval()
-        with self.uncounted():
-            metrics = self.evaluation.measure(pair, samples, with_suite=eval_dataset is None)
-        model.train(was_training)
+        with self.uncounted(), evaluating(self.model_wrapped):
+            metrics = self.evaluation.measure(self.pair, samples, with_suite=eval_dataset is None)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -378,6 +390,9 @@ class _EndOfStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.end_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.record_selection(is_end=True)
 
 
 def _make_samples(rows: list[dict[str, Any]]) -> list[Sample]:

@@ -158,6 +158,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "save_total_limit",
         "save_only_model",
         "save_on_signal",
+        "record_selection",
         "profile",
         "report_to",
         "run_name",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rollouts import RolloutConfigError, RolloutEngine, RolloutError, get_logprobs, get_trait
-from sekd.models import unwrap, without_autocast
+from sekd.models import evaluating, unwrap, without_autocast
 from sekd.on_policy.engines import samples_from
 
 CHECK_EVERY = 10
@@ -85,10 +85,9 @@ class WeightCheck:
     def _compute(self, model: nn.Module) -> Tensor:
         """The student's log-probability of each token but the first."""
         student = unwrap(model)
-        was_training, device = student.training, next(student.parameters()).device
-        student.eval()
-        logits = student(input_ids=torch.tensor([self.ids], device=device), use_cache=False).logits[0]
-        student.train(was_training)
+        device = next(student.parameters()).device
+        with evaluating(student):
+            logits = student(input_ids=torch.tensor([self.ids], device=device), use_cache=False).logits[0]
         return logits.float().log_softmax(-1)[:-1].cpu().gather(1, torch.tensor(self.ids[1:])[:, None])[:, 0]
 
     def _compare(

@@ -26,7 +26,7 @@ AT_LEAST = {
     **dict.fromkeys(("dataset_num_proc", "max_tokens"), 1),
     **dict.fromkeys(("early_stopping_threshold", "shuffle_buffer"), 0),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"), 0),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed", "profile"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "seed", "data_seed", "profile", "record_selection"), 0),
 }
 """The lowest value of numbers that transformers checks late or not at all."""
 

@@ -1,0 +1,76 @@
+"""Files that keep which positions a student would have chosen of a few sequences, after some steps.
+
+A run writes them into ``output_dir/selection``, and a report reads them. Each is a safetensors file.
+"""
+
+import glob
+import json
+import os
+from dataclasses import asdict, dataclass
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sekd.data.batch import Sample
+from sekd.files import DamagedFile, write_atomically
+
+FOLDER = "selection"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run kept at one step.
+
+    Attributes:
+        step: the number of optimizer steps before it.
+        of_steps: the number of steps of the run.
+        source: where the sequences come from, for a reader.
+        scores: the names of the scores.
+        samples: the sequences.
+        texts: the text of each token id that occurs.
+        columns: what :func:`sekd.eval.selection.measure_selection` gives of each valid position; and ``sample``, the
+            sequence's place in ``samples``, and ``position``, the place of the token before the predicted one.
+    """
+
+    step: int
+    of_steps: int
+    source: str
+    scores: list[str]
+    samples: list[Sample]
+    texts: dict[int, str]
+    columns: dict[str, Tensor]
+
+
+def write_snapshot(folder: str, snapshot: Snapshot) -> None:
+    """Write a snapshot into a folder, whole or not at all."""
+    facts = {name: value for name, value in vars(snapshot).items() if name not in ("samples", "columns")}
+    metadata = {**facts, "version": VERSION, "samples": [asdict(sample) for sample in snapshot.samples]}
+    content = save(dict(snapshot.columns), {"sekd": json.dumps(metadata)})
+    write_atomically(os.path.join(folder, f"{snapshot.step:07}.safetensors"), content)
+
+
+def read_snapshot(path: str) -> Snapshot:
+    """The snapshot in a file.
+
+    Raises:
+        DamagedFile: the file is damaged, or another version of sekd wrote it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("sekd", "{}"))
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFile(f"{path!r} is damaged: {error}") from error
+    if (version := facts.pop("version", None)) != VERSION:
+        raise DamagedFile(f"{path!r} was written by another version of sekd (its format is {version}, not {VERSION})")
+    facts["samples"] = [Sample(**fields) for fields in facts["samples"]]
+    facts["texts"] = {int(token): text for token, text in facts["texts"].items()}
+    return Snapshot(**facts, columns=columns)
+
+
+def list_snapshots(folder: str) -> dict[int, str]:
+    """The paths of the snapshots in a folder, by step."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    return {int(name): path for path in paths if (name := os.path.basename(path).split(".")[0]).isdecimal()}
