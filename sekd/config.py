@@ -9,10 +9,7 @@ from transformers import TrainingArguments
 from rollouts import ENGINES
 from sekd.classes import CLASS_SELECTIONS
 from sekd.hardware import choose_dtype
-from sekd.losses import DIVERGENCES
-from sekd.policies import POLICIES
 from sekd.registry import check_records, import_module
-from sekd.scores import Scoring, make_scoring
 from sekd.selection_config import SelectionConfig, help_
 from sekd.validation import check_config
 from sekd.validation.selection import check_names
@@ -363,23 +360,3 @@ class SEKDConfig(SelectionConfig, TrainingArguments):
     def teacher_context(self) -> list[str]:
         """The set fields that give the teacher another prompt than the student."""
         return [n for n in ("teacher_system_prompt", "teacher_prompt_prefix") if getattr(self, n) is not None]
-
-    @property
-    def scoring(self) -> Scoring | None:
-        """The scores that the position policy reads; None if it needs no score."""
-        policy = POLICIES[self.position_policy]
-        if policy.reads is not None:
-            return Scoring(policy.reads) if policy.reads else None
-        if policy.uniform_if_all and self.fraction_schedule.lowest == 1:
-            return None
-        return make_scoring(self.position_score, self.score_normalization)
-
-    @property
-    def policy_options(self) -> dict[str, float]:
-        """The options of the position policy, from their fields."""
-        return {name: getattr(self, o.field) for name, o in POLICIES[self.position_policy].options.items()}
-
-    @property
-    def divergence_options(self) -> dict[str, float]:
-        """The options of the divergence, from their fields."""
-        return {name: getattr(self, o.field) for name, o in DIVERGENCES[str(self.divergence)].options.items()}

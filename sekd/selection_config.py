@@ -8,7 +8,7 @@ from sekd.losses import DIVERGENCES
 from sekd.policies import POLICIES
 from sekd.registry import all_options
 from sekd.schedules import Schedule, Scheduled, make_schedule
-from sekd.scores import NORMALIZATIONS, RANDOM, SCORES
+from sekd.scores import NORMALIZATIONS, RANDOM, SCORES, Scoring, make_scoring
 
 
 def help_(text: str) -> dict:
@@ -154,3 +154,23 @@ class SelectionConfig:
     def all_on_policy(self) -> bool:
         """Whether every step is on-policy: the run reads no completion of the data."""
         return self.lmbda_schedule.lowest == 1
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """The scores that the position policy reads; None if it needs no score."""
+        policy = POLICIES[self.position_policy]
+        if policy.reads is not None:
+            return Scoring(policy.reads) if policy.reads else None
+        if policy.uniform_if_all and self.fraction_schedule.lowest == 1:
+            return None
+        return make_scoring(self.position_score, self.score_normalization)
+
+    @property
+    def policy_options(self) -> dict[str, float]:
+        """The options of the position policy, from their fields."""
+        return {name: getattr(self, o.field) for name, o in POLICIES[self.position_policy].options.items()}
+
+    @property
+    def divergence_options(self) -> dict[str, float]:
+        """The options of the divergence, from their fields."""
+        return {name: getattr(self, o.field) for name, o in DIVERGENCES[str(self.divergence)].options.items()}

@@ -13,9 +13,10 @@ from transformers import TrainerState
 
 from sekd.classes import CLASS_SELECTIONS, ClassSelection
 from sekd.cli import main
-from sekd.model_card import MARK, CardSource, describe_selection, make_card
+from sekd.model_card import MARK, CardSource, make_card
 from sekd.policies import POLICIES, Policy
 from sekd.policies.stateless import all_positions
+from sekd.selection_words import describe_selection
 
 NASTY = "a|b `c` ``d``\n---\ntags: [x]\n<script>"
 

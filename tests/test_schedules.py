@@ -7,10 +7,10 @@ import torch
 import yaml
 from helpers import config, make_model, make_trainer
 
-from sekd.model_card import describe_selection
 from sekd.on_policy.schedule import is_on_policy
 from sekd.policies import POLICIES, make_policy
 from sekd.schedules import make_schedule
+from sekd.selection_words import describe_selection
 
 STEPS = {0: 1.0, 2: 0.5, 5: 0.2}
 
