@@ -1,6 +1,8 @@
 """What this machine's hardware computes well."""
 
 import functools
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,3 +66,11 @@ def _time_best(work: Callable[[], object], times: int, device: torch.device) -> 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def measure_memory() -> int:
+    """The most bytes that this process had at once: allocated on its GPU if it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

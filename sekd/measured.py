@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sekd.floor import Floor
+from sekd.hardware import measure_memory
 from sekd.metrics import add_sums, compute_means, compute_speed, name_divergence, sum_all, sum_up_time
 from sekd.profiling import Profiling
 from sekd.resumable import ResumableTrainer
@@ -83,11 +84,13 @@ class MeasuredTrainer(ResumableTrainer):
             logs |= compute_means(sums, seconds, name_divergence(self.args)) | compute_speed(sums, seconds)
             logs |= self.more_logs()
             self._add_to_run(_of_run(sums, seconds))
+            logs["train_seconds"] = self._run_sums["seconds"]
             self._sums.clear()
             self._last_log = time.monotonic()
         elif "train_loss" in logs:
             rest = _of_run(*self._sum_up())
             logs |= sum_up_time({name: self._run_sums[name] + value for name, value in rest.items()})
+            logs["peak_memory_gb"] = measure_memory() / 1e9
         super().log(logs, start_time)
 
     def _sum_up(self) -> tuple[dict[str, float], float]:

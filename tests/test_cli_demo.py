@@ -53,7 +53,11 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     assert [*matches] == ["teacher", "student before", "student after SE-KD 20 %", "student after Full KD"]
     for folder, policy in (("sekd", "top_k"), ("full_kd", "all")):
         assert yaml.safe_load((tmp_path / folder / "recipe.yaml").read_text())["position_policy"] == policy
+    page = (tmp_path / "report.html").read_text()
+    assert "SE-KD 20 %" in page
+    assert f"{matches['student after Full KD']:.1f}" in page
     out = capsys.readouterr().out
+    assert "report.html" in out
     assert "exact match on 20 held-out problems" in out
     for label in matches:
         assert label in out

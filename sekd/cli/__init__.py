@@ -16,6 +16,8 @@ COMMANDS = {
     "cache": ("sekd.cli.cache", "build, check and share an offline cache of a teacher"),
     "evaluate": ("sekd.cli.evaluate", "evaluate models on benchmarks, and compare them"),
     "sweep": ("sekd.cli.sweep", "run methods x grid x seeds, evaluate them, and compare"),
+    "report": ("sekd.cli.report", "show runs on one page: results, curves, chosen positions"),
+    "watch": ("sekd.cli.watch", "show a run in the terminal while it trains"),
     "serve": ("sekd.cli.serve", "serve a student for rollouts with vLLM"),
     "recipes": ("sekd.cli.recipes", "list the recipes that sekd ships"),
 }

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import signal
 import sys
 
@@ -20,22 +19,13 @@ def end_with(parent: int) -> None:
             os._exit(128 + signal.SIGKILL)
 
 
-def measure_memory() -> int:
-    """The most bytes that this process had at once: allocated on its GPU if it used one, else resident."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def run(arguments: list[str]) -> int:
     """Run a command. The arguments are the parent's id, the folder of the run that is finished then, the command."""
     parent, finished, *command = arguments
     end_with(int(parent))
     status = main(command)
     if status == 0 and finished:
+        from sekd.hardware import measure_memory
         from sekd.sweep.run_state import finish
 
         finish(finished, measure_memory())

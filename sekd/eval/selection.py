@@ -20,7 +20,7 @@ from sekd.data.batch import Sample, collate
 from sekd.distill import Method, score_batch
 from sekd.distributions import cross_entropy, entropy
 from sekd.eval.held_out import Pair
-from sekd.eval.snapshots import FOLDER, Snapshot, list_snapshots, read_snapshot, write_snapshot
+from sekd.eval.snapshots import FOLDER, NUMBERS, Snapshot, list_snapshots, read_snapshot, write_snapshot
 from sekd.files import DamagedFile
 from sekd.heads import in_chunks
 from sekd.losses import MEANS, forward_kl, reverse_kl
@@ -36,16 +36,15 @@ SNAPSHOTS = 5
 TOP = 5
 """The likeliest classes of each model that are kept."""
 
-NUMBERS = ("student_entropy", "student_ce", "teacher_entropy", "forward_kl", "reverse_kl")
-"""The numbers in nats that are kept of each position, in float16."""
-
 
 @torch.no_grad()
 def measure_selection(
     student: nn.Module, teacher: Teacher, batch: Batch, method: Method, step: int, generator: Generators = None
 ) -> dict[str, Float[Tensor, "N ..."] | Int[Tensor, "N ..."]]:
-    """What a step would choose of a batch, at each valid position: :data:`NUMBERS`, ``weight``, ``scores`` [N C], and
-    ``student_ids``, ``student_probs``, ``teacher_ids`` and ``teacher_probs`` [N TOP] of the likeliest classes.
+    """What a step would choose of a batch, at each of its N valid positions.
+
+    The columns are :data:`sekd.eval.snapshots.NUMBERS`, ``weight``, ``scores`` [N C], and of the likeliest classes
+    ``student_ids``, ``student_probs``, ``teacher_ids`` and ``teacher_probs`` [N TOP].
 
     A cache has some of the teacher's classes only: ``forward_kl`` then is the estimate on them, and the other numbers
     of the teacher are NaN. The policy's state stays as it is. Call it inside the student's wrappers.

@@ -17,6 +17,8 @@ from sekd.files import DamagedFile, write_atomically
 
 FOLDER = "selection"
 VERSION = 1
+NUMBERS = ("student_entropy", "student_ce", "teacher_entropy", "forward_kl", "reverse_kl")
+"""The numbers in nats that are kept of each position, in float16."""
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,8 @@ def make_lines(runs: Iterable[SweepRun]) -> list[Line]:
     """The lines of some runs, which stand in the order of the columns' models."""
     lines: dict[tuple[str, str], Line] = {}
     for place, run in enumerate(runs):
-        lines.setdefault((run.method, run.place), Line(run.method, run.place, {})).models[run.seed] = place
+        line = lines.setdefault((run.method, run.place), Line(run.method, run.place, {}))
+        line.models[run.seed], line.folders[run.seed] = place, os.path.basename(run.folder)
     return [*lines.values()]
 
 

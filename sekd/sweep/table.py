@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -38,11 +38,13 @@ class Line:
         method: its name, or the reference's.
         place: the point as text; empty without a grid.
         models: the places of its models in the columns, by seed; a reference has the seed None.
+        folders: the names of its runs' folders, by seed.
     """
 
     method: str
     place: str
     models: dict[int | None, int]
+    folders: dict[int | None, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def make_cell(column: Column, line: Line, baseline: Line | None) -> Cell | None:
     values = [value for model in line.models.values() if (value := column.values[model]) is not None]
     if not values:
         return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
+    deviation = None
+    if len(values) > 1:
+        deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
     cell = Cell(math.fsum(values) / len(values), deviation, len(values))
     if baseline is None or baseline is line or not column.is_compared:
         return cell
@@ -202,11 +206,18 @@ def write_table(
     notes: Sequence[str],
     facts: Mapping[str, Any],
 ) -> None:
-    """Print the table, and write table.md, table.csv and results.json (the value of each seed, and ``facts``)."""
+    """Print the table, and write table.md, table.csv and results.json."""
     rows = make_rows(columns, lines, baseline)
     show_rows(rows, notes)
     write_atomically(os.path.join(folder, "table.md"), as_markdown(rows, notes))
     write_atomically(os.path.join(folder, "table.csv"), as_csv(columns, lines, baseline))
+    write_results(folder, columns, lines, baseline, facts)
+
+
+def write_results(
+    folder: str, columns: Sequence[Column], lines: Sequence[Line], baseline: Line | None, facts: Mapping[str, Any]
+) -> None:
+    """Write results.json, from which `sekd report` makes its table: the value of each seed, and ``facts``."""
     content = []
     for line in lines:
         scores = {}
@@ -214,6 +225,7 @@ def write_table(
             if (cell := make_cell(column, line, None if None in line.models else baseline)) is not None:
                 by_seed = {str(seed): column.values[model] for seed, model in line.models.items()}
                 scores[column.label] = {**asdict(cell), "values": by_seed}
-        content.append({"method": line.method, "point": line.place, "scores": scores})
-    text = json.dumps({**facts, "lines": content}, indent=2)
+        content.append({"method": line.method, "point": line.place, "runs": line.folders, "scores": scores})
+    kinds = {column.label: {**asdict(column.kind), "shown": column.shown, "main": column.is_main} for column in columns}
+    text = json.dumps({**facts, "columns": kinds, "lines": content}, indent=2)
     write_atomically(os.path.join(folder, "results.json"), text + "\n")

@@ -19,21 +19,28 @@ from sekd.config import SEKDConfig
 from sekd.data.batch import Sample, collate
 from sekd.data.load import load_rows
 from sekd.data.prepare import prepare
+from sekd.metric_kinds import ACCURACY
 from sekd.parse import list_recipes
 from sekd.recipe import Run
+from sekd.report.page import write_report
+from sekd.sweep.scores import Column
+from sekd.sweep.table import Line, write_results
 from sekd.tables import print_table
 from sekd.types import IGNORE
 
 TRAIN, HELD_OUT = 4000, 200
 TEACHER = dict(hidden=192, layers=3, heads=3, steps=200)
 STUDENT = dict(hidden=160, layers=2, heads=3, steps=100)
+METHODS = {"SE-KD 20 %": ("sekd", "top_k"), "Full KD": ("full_kd", "all")}
+"""Method -> the folder of its run, and its position policy."""
 PROMPT = "{prompt}\n"
 
 
 def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
     """Make the task, the teacher and the student in ``folder``, and distil twice.
 
-    Prints and returns exact match on held-out problems, in percent. ``overrides`` beat ``recipes/demo.yaml``, by key.
+    Writes ``report.html`` and prints exact match on held-out problems; returns it, in percent. ``overrides`` beat
+    ``recipes/demo.yaml``, by key.
     """
     started = time.monotonic()
     # Files of a few megabytes need no progress bars.
@@ -51,14 +58,14 @@ def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
         matches[label] = measure_exact_match(model, tokenizer, held_out)
         seconds[label] = time.monotonic() - phase_started
 
-    for label, policy in (("SE-KD 20 %", "top_k"), ("Full KD", "all")):
+    for label, (name, policy) in METHODS.items():
         phase_started = time.monotonic()
         print(f"student: {label}, on-policy")
         keys = {
             "model_name_or_path": os.path.join(folder, "student"),
             "teacher_model_name_or_path": os.path.join(folder, "teacher"),
             "dataset_name": data,
-            "output_dir": os.path.join(folder, "sekd" if policy == "top_k" else "full_kd"),
+            "output_dir": os.path.join(folder, name),
             "overwrite_output_dir": "true",
             "position_policy": policy,
             "seed": str(seed),
@@ -73,6 +80,10 @@ def run_demo(folder: str, seed: int, **overrides: str) -> dict[str, float]:
         matches[f"student after {label}"] = measure_exact_match(trainer.model, tokenizer, held_out)
         seconds[f"student after {label}"] = time.monotonic() - phase_started
     show_matches(matches, seconds, seed, time.monotonic() - started)
+    write_matches(folder, matches, seed)
+    report = os.path.join(folder, "report.html")
+    write_report([folder], report, "The demo")
+    print(f"{report} shows the two runs, and which positions they chose: open it in a browser")
     return matches
 
 
@@ -172,3 +183,18 @@ def show_matches(matches: dict[str, float], seconds: dict[str, float], seed: int
     for name, value in matches.items():
         table.add_row(name, f"{value:.1f} %", f"{seconds[name]:.0f}")
     print_table(table)
+
+
+def write_matches(folder: str, matches: dict[str, float], seed: int) -> None:
+    """Write the table into the folder, as a sweep does, for `sekd report`."""
+    lines = []
+    for place, name in enumerate(matches):
+        method = name.removeprefix("student after ")
+        is_reference = method not in METHODS
+        folders: dict[int | None, str] = {} if is_reference else {seed: METHODS[method][0]}
+        lines.append(Line(method, "", {None if is_reference else seed: place}, folders))
+    values: list[float | None] = [value / 100 for value in matches.values()]
+    column = Column("exact match", ACCURACY, values, [None] * len(values), is_main=True)
+    baseline = next(line for line in lines if line.method == "Full KD")
+    facts = {"title": f"Exact match on {HELD_OUT} held-out problems", "baseline": baseline.method}
+    write_results(folder, [column], lines, baseline, facts)
