@@ -13,6 +13,7 @@ import torch
 from sekd.eval.snapshots import NUMBERS, Snapshot
 from sekd.files import write_atomically
 from sekd.policies import POLICIES
+from sekd.report.more_tables import make_more_tables
 from sekd.report.names import name_curve
 from sekd.report.read import FINISHED, RunRecord, read_runs
 from sekd.report.tables import ReportTable, make_tables
@@ -57,7 +58,8 @@ def write_report(folders: Sequence[str], output: str, title: str = "", evaluatio
         OSError: the file cannot be written.
     """
     runs, references, sweeps = read_runs(folders, evaluations)
-    report = Report(runs, make_tables(runs, references, sweeps))
+    tables = [*make_tables(runs, references, sweeps), *make_more_tables(runs, sweeps)]
+    report = Report(runs, tables)
     title = title or ", ".join(dict.fromkeys(run.group for run in runs))
     write_atomically(output, make_page(title, report.runs, report.tables))
     return report

@@ -91,14 +91,15 @@ def _make_sweep_table(sweep: SweepRecord) -> ReportTable:
         if kind["shown"]
     }
     lines = content["lines"]
-    cells = {label: [_read_cell(line["scores"].get(label)) for line in lines] for label in kinds}
+    cells = {label: [read_cell(line["scores"].get(label)) for line in lines] for label in kinds}
     note = f"{NOTE} In brackets: the difference to {content.get('baseline')} ± its standard error."
     names = [f"{line['method']}, {line['point']}" if line["point"] else line["method"] for line in lines]
     title = content.get("title") or f"Sweep {content.get('sweep')}"
     return _build(title, note, names, [not line["runs"] for line in lines], kinds, cells)
 
 
-def _read_cell(score: Mapping[str, Any] | None) -> Cell | None:
+def read_cell(score: Mapping[str, Any] | None) -> Cell | None:
+    """A score in the results of a sweep."""
     return None if score is None else Cell(**{**_without_values(score), "errors": SeedErrors(**score["errors"])})
 
 
