@@ -79,7 +79,8 @@ def test_the_last_evaluation_in_training_is_a_table_of_groups():
 def test_tables_are_files_that_no_text_breaks():
     table = make_table("t", COLUMNS[:1], [Line("a|b\n<script>", "", {0: 1}), *LINES[2:]])
     markdown = table.as_markdown()
-    assert "| a\\|b <script> | 5.00 |" in markdown
+    assert "| a\\|b <script> | <u>5.00</u> |" in markdown
+    assert "| SE-KD | **4.00 ± 0.00** |" in markdown
     rows = [*csv.reader(io.StringIO(table.as_csv()))]
     assert rows[1][0] == "a|b\n<script>"
     assert len(rows) == 4

@@ -145,7 +145,7 @@ def list_facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def find_seconds(logs: Sequence[Mapping[str, Any]]) -> float | None:
-    """The seconds of training up to the last log, without evaluations."""
+    """The seconds of training up to the last log, without evaluations; None if they are not logged."""
     return next((log["train_seconds"] for log in reversed(logs) if "train_seconds" in log), None)
 
 

@@ -13,7 +13,7 @@ from sekd.report.read import Reference, RunRecord, SweepRecord
 from sekd.sweep.scores import Column, make_columns, make_log_columns
 from sekd.sweep.table import Cell, Line, format_cell, make_cell
 
-NOTE = "Mean ± standard deviation over seeds. Bold: the best method; underlined: the second."
+NOTE = "Mean ± standard deviation over seeds."
 RUNTIME = ("runtime", "per_second")
 """Endings of logged numbers of an evaluation that are no scores."""
 
@@ -41,8 +41,8 @@ class ReportTable:
         return asdict(self)
 
     def as_markdown(self) -> str:
-        """As Markdown, without marks."""
-        rows = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *([c.text for c in r] for r in self.rows)]
+        """As Markdown: the best method is bold, the second underlined."""
+        rows = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *([_mark(c) for c in r] for r in self.rows)]
         lines = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([f"**{self.title}**", "", *lines, "", self.note]) + "\n"
 
@@ -53,6 +53,10 @@ class ReportTable:
         writer.writerow(self.columns)
         writer.writerows([cell.text for cell in row] for row in self.rows)
         return file.getvalue()
+
+
+def _mark(cell: Text) -> str:
+    return f"**{cell.text}**" if cell.best else f"<u>{cell.text}</u>" if cell.second else cell.text
 
 
 def make_tables(
