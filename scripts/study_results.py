@@ -66,6 +66,7 @@ class Method:
 
     Attributes:
         values: of the main score, a value a seed.
+        steps: of a run; None for models that were not trained.
         seconds: of a whole run, on a quiet machine; None for models that were not trained.
     """
 
@@ -73,6 +74,7 @@ class Method:
     point: str
     rows: Mapping[str, Mapping[str, str]]
     values: Sequence[float]
+    steps: int | None
     per_step: float | None
     seconds: float | None
 
@@ -94,6 +96,7 @@ def read_methods(name: str, regime: Regime) -> dict[str, Method]:
             mark_edge(main["point"].removeprefix("learning_rate "), rates.get(method, [])),
             scores,
             [float(value) for value in main["values"].split()],
+            None if time is None else int(time["steps"]),
             None if time is None else float(time["seconds_per_step"]),
             None if time is None else float(time["seconds"]),
         )
@@ -224,13 +227,8 @@ FAMILIES = (
 """Kinds of methods in the picture: label, colour, marker, names. A line connects the lengths of Full KD."""
 
 
-LABELS = {
-    "Full KD, 32 steps": "32 steps",
-    "Full KD, 36 steps": "36 steps",
-    FULL: "40 steps",
-    **{f"{name} {k}%": f"{k} %" for name in ("SE-KD", "RandomPos") for k in (1, 5, 20, 50)},
-}
-"""What stands beside a point."""
+LABELS = {f"{name} {k}%": f"{k} %" for name in ("SE-KD", "RandomPos") for k in (1, 5, 20, 50)}
+"""What stands beside a point; beside Full KD the number of its steps."""
 
 
 def draw(path: Path) -> None:
@@ -266,8 +264,9 @@ def draw_costs(axis: Any, regime: Regime, methods: Mapping[str, Method]) -> None
         line = "-" if label == FULL else ""
         axis.errorbar(costs, means, spreads, color=colour, marker=marker, ls=line, capsize=3, label=label, ms=6)
         for method, cost, mean in zip(points, costs, means, strict=True):
-            if text := LABELS.get(method.name):
-                place = (-9, -15) if label == FULL else (7, -3)
+            is_full = label == FULL
+            if text := f"{method.steps} steps" if is_full else LABELS.get(method.name):
+                place = (-9, -15) if is_full else (7, -3)
                 axis.annotate(text, (cost, mean), place, textcoords="offset points", fontsize=8, color=colour)
     if (before := methods.get("Student before")) is not None:
         height = regime.factor * before.values[0]

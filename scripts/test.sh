@@ -5,6 +5,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 unset PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes, and each would compile torch and transformers
 bash scripts/setup.sh
+bash scripts/setup_browser.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -86,7 +86,7 @@ def test_equal_seconds_lie_on_the_line_between_runs_of_full_kd(script):
     results = script("study_results")
 
     def make(name, values, seconds):
-        return results.Method(name, "", {}, values, seconds / 10, seconds)
+        return results.Method(name, "", {}, values, 10, seconds / 10, seconds)
 
     methods = {
         m.name: m
