@@ -12,7 +12,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sekd.models import causal_lm
 
 DATED_TEMPLATE = (
     "a chat template that writes today's date, as Llama 3's does, needs chat_template_kwargs: {date_string: ...}"
@@ -22,6 +21,8 @@ DATED_TEMPLATE = (
 
 def weights_fingerprint(model: nn.Module) -> str:
     """A quick hash of a model: the name and shape of every weight, and about 1,024 of its values in float32."""
+    from sekd.models import causal_lm  # this takes seconds, and a report fingerprints no model
+
     digest = hashlib.sha256()
     for name, tensor in causal_lm(model).state_dict().items():
         flat = tensor.detach().flatten()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_run_keeps_held_out_sequences_and_learns_the_same(tmp_path, tokenizer,
     assert len(choose_steps(8)) == SNAPSHOTS
     held_out = [Sample(**row) for row in prepare(pairs.select(range(2)), tokenizer, trainer.args)]
     for snapshot in snapshots.values():
-        assert snapshot.samples == held_out
+        assert snapshot.samples == [*map(asdict, held_out)]
         assert snapshot.source == "held-out data"
         assert snapshot.scores == []
     tokens = held_out[0].input_ids
@@ -165,7 +166,7 @@ def test_a_cache_gives_the_estimate_on_its_classes(tmp_path, tokenizer, pairs):
     snapshot = read_all(tmp_path / "run")[0]
     columns = snapshot.columns
     assert columns["teacher_entropy"].isnan().all()
-    batch = Batch(**collate(snapshot.samples, 0))
+    batch = Batch(**collate([Sample(**fields) for fields in snapshot.samples], 0))
     state = trainer.teacher.read(batch)
     with torch.no_grad():
         q = make_model("untied")(input_ids=batch.input_ids).logits[batch.valid].log_softmax(-1)

@@ -22,7 +22,7 @@ def folder(tmp_path_factory, tokenizer, pairs):
     ).train()
     for path in list_snapshots(str(folder / FOLDER)).values():
         snapshot = read_snapshot(path)
-        tokens = snapshot.samples[0].input_ids
+        tokens = snapshot.samples[0]["input_ids"]
         for place, text in enumerate(("$x_1$", "<b>&", "\n", "\x1b[31m", " ")):
             snapshot.texts[tokens[place % len(tokens)]] = text
         write_snapshot(str(folder / FOLDER), snapshot)

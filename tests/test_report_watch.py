@@ -38,7 +38,7 @@ def test_a_finished_run_shows_its_curves_rollouts_and_selection(folder, capsys):
     last = json.loads((folder / "rollouts.jsonl").read_text().splitlines()[-1])
     assert last["completion"].split()[0] in out
     assert "selection after 6 steps" in out
-    first = read_run(str(folder), "").snapshots[-1].samples[0].input_ids[0]
+    first = read_run(str(folder), "").snapshots[-1].samples[0]["input_ids"][0]
     assert f"w{first}" in out
 
 

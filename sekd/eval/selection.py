@@ -6,7 +6,7 @@ A run keeps snapshots of the same sequences, before, during and after the traini
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -178,8 +178,9 @@ class SelectionRecorder:
         tokens = {token for sample in self.samples for token in sample.input_ids}
         tokens |= {token for name in ("student_ids", "teacher_ids") for token in columns[name].unique().tolist()}
         texts = {token: self.tokenizer.decode([token]) for token in sorted(tokens)}
+        samples = [asdict(sample) for sample in self.samples]
         narrow = {name: column.to(_choose_dtype(name)).contiguous() for name, column in columns.items()}
-        write_snapshot(self.folder, Snapshot(step, max_steps, self.source, scores, self.samples, texts, narrow))
+        write_snapshot(self.folder, Snapshot(step, max_steps, self.source, scores, samples, texts, narrow))
 
     def _choose_samples(self, step: int, due: set[int], samples: Sequence[Sample]) -> None:
         """Take the held-out sequences, else those of the run before a resume, else these. Remove later snapshots."""
@@ -190,7 +191,7 @@ class SelectionRecorder:
                     os.remove(path)
             elif not self.held_out:
                 try:
-                    kept = read_snapshot(path).samples
+                    kept = [Sample(**fields) for fields in read_snapshot(path).samples]
                 except DamagedFile as error:
                     logger.warning(f"{error}; the report will have other sequences from here on")
         self.samples = [replace(sample, entropies=None) for sample in kept[: self.number]]

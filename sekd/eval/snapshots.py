@@ -6,13 +6,13 @@ A run writes them into ``output_dir/selection``, and a report reads them. Each i
 import glob
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sekd.data.batch import Sample
 from sekd.files import DamagedFile, write_atomically
 
 FOLDER = "selection"
@@ -30,7 +30,7 @@ class Snapshot:
         of_steps: the number of steps of the run.
         source: where the sequences come from, for a reader.
         scores: the names of the scores.
-        samples: the sequences.
+        samples: the fields of each sequence, a :class:`sekd.data.batch.Sample`.
         texts: the text of each token id that occurs.
         columns: what :func:`sekd.eval.selection.measure_selection` gives of each valid position; and ``sample``, the
             sequence's place in ``samples``, and ``position``, the place of the token before the predicted one.
@@ -40,16 +40,15 @@ class Snapshot:
     of_steps: int
     source: str
     scores: list[str]
-    samples: list[Sample]
+    samples: list[dict[str, Any]]
     texts: dict[int, str]
     columns: dict[str, Tensor]
 
 
 def write_snapshot(folder: str, snapshot: Snapshot) -> None:
     """Write a snapshot into a folder, whole or not at all."""
-    facts = {name: value for name, value in vars(snapshot).items() if name not in ("samples", "columns")}
-    metadata = {**facts, "version": VERSION, "samples": [asdict(sample) for sample in snapshot.samples]}
-    content = save(dict(snapshot.columns), {"sekd": json.dumps(metadata)})
+    facts = {name: value for name, value in vars(snapshot).items() if name != "columns"}
+    content = save(dict(snapshot.columns), {"sekd": json.dumps({**facts, "version": VERSION})})
     write_atomically(os.path.join(folder, f"{snapshot.step:07}.safetensors"), content)
 
 
@@ -67,7 +66,6 @@ def read_snapshot(path: str) -> Snapshot:
         raise DamagedFile(f"{path!r} is damaged: {error}") from error
     if (version := facts.pop("version", None)) != VERSION:
         raise DamagedFile(f"{path!r} was written by another version of sekd (its format is {version}, not {VERSION})")
-    facts["samples"] = [Sample(**fields) for fields in facts["samples"]]
     facts["texts"] = {int(token): text for token, text in facts["texts"].items()}
     return Snapshot(**facts, columns=columns)
 

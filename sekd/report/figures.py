@@ -130,7 +130,7 @@ def _lay_out(snapshot: Snapshot) -> list[tuple[int, int, str, float | None, bool
     entropies = dict(zip(places, snapshot.columns["student_entropy"][rows].tolist(), strict=True))
     weights = dict(zip(places, snapshot.columns["weight"][rows].tolist(), strict=True))
     cells, row, column = list[tuple[int, int, str, float | None, bool]](), 0, 0
-    for place, token in enumerate(snapshot.samples[0].input_ids):
+    for place, token in enumerate(snapshot.samples[0]["input_ids"]):
         text = escape_controls(snapshot.texts[token].replace("\n", "↵")) or "∅"
         if column + len(text) > LINE_LENGTH and column:
             row, column = row + 1, 0

@@ -32,7 +32,9 @@ NO_SCORES = ("runtime", "per_second", "_positions")
 """Endings of the logged numbers of an evaluation that are no scores."""
 MAX_POINTS = 1000
 """The points of a curve in the page: a longer one is thinned out."""
-SMALL = 4
+MAX_POSITIONS = 30_000
+"""The positions of all runs, sequences and snapshots in the page: 4 MB. Longer sequences are cut."""
+DIGITS = 4
 """Significant digits of numbers in the page."""
 
 
@@ -67,7 +69,8 @@ def write_report(folders: Sequence[str], output: str, title: str = "", evaluatio
 
 def make_page(title: str, runs: Sequence[RunRecord], tables: Sequence[ReportTable]) -> str:
     """The text of the HTML file."""
-    described = [describe_run(run, f"r{place}") for place, run in enumerate(runs)]
+    number = sum(len(snapshot.samples) for run in runs for snapshot in run.snapshots)
+    described = [describe_run(run, f"r{place}", MAX_POSITIONS // max(number, 1)) for place, run in enumerate(runs)]
     data = {
         "title": title,
         "version": f"sekd {version('sekd')}",
@@ -91,20 +94,22 @@ def as_script_text(data: Any) -> str:
     return text
 
 
-def describe_run(run: RunRecord, name: str) -> dict[str, Any]:
-    """What the page shows of a run."""
+def describe_run(run: RunRecord, name: str, positions: int) -> dict[str, Any]:
+    """What the page shows of a run, and of at most so many positions of each sequence."""
+    selection, is_cut = _describe_selection(run.snapshots, positions)
+    notes = [f"The page has the first {positions:,} positions of each recorded sequence."] * is_cut
     return {
         "id": name,
         "label": run.label,
         "group": run.group,
         "status": run.status,
-        "notes": [*run.notes, *_note_status(run)],
+        "notes": [*run.notes, *_note_status(run), *notes],
         "sentence": describe_recipe(run.keys),
         "facts": list_facts(run),
         "recipe": "\n".join(f"{key}: {value}" for key, value in run.keys.items()),
         "curves": make_curves(run.logs),
         "time": share_time(run.logs),
-        "selection": _describe_selection(run.snapshots),
+        "selection": selection,
     }
 
 
@@ -198,30 +203,33 @@ def share_time(logs: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     return [(part, mean) for part, mean in means if mean]
 
 
-def _describe_selection(snapshots: Sequence[Snapshot]) -> dict[str, Any] | None:
-    """The snapshots as the selection viewer reads them; None if there are none."""
+def _describe_selection(snapshots: Sequence[Snapshot], positions: int) -> tuple[dict[str, Any] | None, bool]:
+    """The snapshots as the selection viewer reads them, None if there are none; and whether a sequence is cut."""
     if not snapshots:
-        return None
+        return None, False
     first = snapshots[0]
-    texts = {str(token): text for snapshot in snapshots for token, text in snapshot.texts.items()}
-    samples = []
+    texts = {token: text for snapshot in snapshots for token, text in snapshot.texts.items()}
+    samples, shown, is_cut = list[dict[str, Any]](), set[int](), False
     for place, sample in enumerate(first.samples):
-        mine = [snapshot.columns["sample"] == place for snapshot in snapshots]
-        samples.append(
-            {
-                "id": sample.sample_id,
-                "tokens": sample.input_ids,
-                "positions": first.columns["position"][mine[0]].tolist(),
-                "snapshots": [_list_columns(s, rows) for s, rows in zip(snapshots, mine, strict=True)],
-            }
-        )
-    return {
+        mine = [(snapshot.columns["sample"] == place).nonzero()[:, 0] for snapshot in snapshots]
+        columns = [_list_columns(s, rows[:positions]) for s, rows in zip(snapshots, mine, strict=True)]
+        places = first.columns["position"][mine[0][:positions]].tolist()
+        cut = len(places) < len(mine[0])
+        is_cut |= cut
+        tokens = sample["input_ids"][: places[-1] + 2] if cut and places else sample["input_ids"]
+        shown |= {
+            *tokens,
+            *(t for c in columns for m in ("student_top", "teacher_top") for ids in c[m]["ids"] for t in ids),
+        }
+        samples.append({"id": sample["sample_id"], "tokens": tokens, "positions": places, "snapshots": columns})
+    selection = {
         "source": first.source,
         "score_names": first.scores,
         "steps": [snapshot.step for snapshot in snapshots],
-        "vocab": texts,
+        "vocab": {str(token): texts[token] for token in sorted(shown) if token in texts},
         "samples": samples,
     }
+    return selection, is_cut
 
 
 def _list_columns(snapshot: Snapshot, rows: torch.Tensor) -> dict[str, Any]:
@@ -238,7 +246,7 @@ def _list_columns(snapshot: Snapshot, rows: torch.Tensor) -> dict[str, Any]:
 def _clean(value: Any) -> Any:
     """The value with rounded numbers, and None for numbers that JSON does not have."""
     if isinstance(value, float):
-        return float(f"{value:.{SMALL}g}") if math.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: _clean(item) for key, item in value.items()}
     return [_clean(item) for item in value] if isinstance(value, list | tuple) else value

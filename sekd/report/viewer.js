@@ -32,7 +32,7 @@ function startViewer(section, runs) {
     return;
   }
   viewer.panes = [...section.querySelectorAll(".pane")].map(createPane);
-  const [a, b] = viewer.panes;
+  const [a] = viewer.panes;
   setOptions(control("run"), viewer.runs.map((run, place) => [place, run.label]));
   control("run").addEventListener("change", () => chooseRun(viewer.runs[control("run").value]));
   control("sample").addEventListener("change", () => {
@@ -40,10 +40,7 @@ function startViewer(section, runs) {
     matchPanes();
   });
   control("color").addEventListener("change", () => { viewer.color = control("color").value; rescale(); });
-  control("compare").addEventListener("change", () => {
-    if (control("compare").value === "snapshot") [a.snapshot, b.snapshot] = [0, lastSnapshot(a.run)];
-    matchPanes();
-  });
+  control("compare").addEventListener("change", chooseComparison);
   document.getElementById("viewer-sorted").addEventListener("toggle", drawSorted);
   chooseRun(viewer.runs[0]);
 }
@@ -58,7 +55,7 @@ function lastSnapshot(run) {
 
 function createPane(element) {
   const pane = {
-    name: element.dataset.pane, element, run: null, sample: null, snapshot: 0, drawn: null,
+    name: element.dataset.pane, element, run: null, sample: null, snapshot: 0, before: null, drawn: null,
     spans: new Map(), // by position
     text: element.querySelector(".text"), slider: element.querySelector("input"),
   };
@@ -124,6 +121,15 @@ function chooseRun(run) {
   setOptions(control("compare"), [["", "nothing"],
     ...(lastSnapshot(run) ? [["snapshot", "another snapshot of this run"]] : []),
     ...viewer.runs.filter((other) => other !== run).map((other) => [viewer.runs.indexOf(other), other.label])]);
+  a.before = null;
+  chooseComparison();
+}
+
+/** Two snapshots of a run begin as its first and last one. Afterwards pane A shows what it showed before. */
+function chooseComparison() {
+  const [a, b] = viewer.panes;
+  if (control("compare").value === "snapshot") [a.before, a.snapshot, b.snapshot] = [a.snapshot, 0, lastSnapshot(a.run)];
+  else if (a.before !== null) [a.snapshot, a.before] = [a.before, null]; // also where the arrow keys pass that choice
   matchPanes();
 }
 

@@ -142,7 +142,7 @@ def _make_selection(snapshot: Snapshot) -> RenderableType:
     weights = dict(zip(places, snapshot.columns["weight"][rows].tolist(), strict=True))
     highest = max(entropies.values(), default=0.0) or 1.0
     text = Text()
-    for place, token in enumerate(snapshot.samples[0].input_ids[:TOKENS]):
+    for place, token in enumerate(snapshot.samples[0]["input_ids"][:TOKENS]):
         words = escape_controls(snapshot.texts[token])
         if place not in entropies:
             text.append(words, style="dim")
