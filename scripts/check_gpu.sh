@@ -33,7 +33,7 @@ with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 needs = ["dill<0.4.2", "multiprocess<0.70.20", "xxhash"]  # of datasets
 needs += ["execnet", "iniconfig", "pluggy", "sortedcontainers", "wadler-lindig"]  # of the tests
-unused = {"torch", "transformers", "mypy", "ruff", "types-PyYAML", "types-tqdm"}
+unused = {"torch", "transformers", "mypy", "ruff", "selenium", "types-PyYAML", "types-tqdm"}
 own = {re.sub(r"[-_.]+", "-", found.name).lower() for found in distributions()} if sys.argv[1] == "missing" else set()
 for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"], *needs]:
     name = re.match(r"[\w-]+", requirement)[0]

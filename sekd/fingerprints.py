@@ -12,7 +12,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-
 DATED_TEMPLATE = (
     "a chat template that writes today's date, as Llama 3's does, needs chat_template_kwargs: {date_string: ...}"
 )

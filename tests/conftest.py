@@ -24,6 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from sekd.policies import POLICIES
 from sekd.scores import SCORES
 
+pytest_plugins = ["page_helpers"]  # the fixtures of the tests in a browser
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _keep_imports_from_the_garbage_collector() -> None:

@@ -1,5 +1,6 @@
 """What a report reads of runs, also of runs that are damaged, unfinished or of another version."""
 
+import io
 import json
 import os
 import signal
@@ -8,16 +9,20 @@ import sys
 
 import pytest
 from helpers import make_trainer
+from rich.console import Console
 
 from sekd.cli import main
 from sekd.eval.records import Item, Score, TaskResult
 from sekd.eval.result_files import name_folder, save_result
 from sekd.eval.snapshots import FOLDER, list_snapshots
+from sekd.report.page import write_report
 from sekd.report.read import FINISHED, RUNNING, UNFINISHED, read_run, read_runs
+from sekd.report.watch import make_view
 from sekd.run_folder import lock_run
 
 HOLD = """
 import sys, time
+from sekd.report.watch import make_view
 from sekd.run_folder import lock_run
 with lock_run(sys.argv[1]):
     print("locked", flush=True)
@@ -125,3 +130,51 @@ def test_wrong_folders_are_refused(tmp_path, capsys, command):
     for folder, words in ((tmp_path / "none", "there is no folder"), (tmp_path, "is no run's folder")):
         assert main([command, str(folder)]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "1: x\n2026-01-01: y\nseed: [1]\n",
+        "position_policy: [a]\nclass_selection: {a: 1}\nper_device_train_batch_size: '8'\nmax_steps: many\n",
+        "class_selection: [a]\nposition_fraction: lots\nlearning_rate: fast\ngradient_accumulation_steps: null\n",
+        "position_policy: mine\nposition_score: mine\nimport_modules: [mine]\n",
+        "[1, 2]",
+        "",
+    ],
+)
+def test_a_recipe_with_any_values_gives_a_page(runs, tmp_path, recipe):
+    folder = copy_run(runs, tmp_path)
+    (folder / "recipe.yaml").write_text(recipe)
+    lines = [
+        {"step": 1, "train_seconds": "x", "peak_memory_gb": [1], "teacher_share": "y", "loss": 1.0},
+        {"step": 2, "\ud800": 1.0, "loss": 0.5, "eval_forward_kl": "z"},
+    ]
+    nested = "[" * 100_000
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + nested + "\n")
+    report = write_report([str(folder)], str(tmp_path / "r.html"))
+    assert "1 damaged line of metrics.jsonl was skipped." in report.runs[0].notes
+    assert [log["step"] for log in report.runs[0].logs] == [1, 2]
+    Console(file=io.StringIO()).print(make_view(report.runs[0]))
+
+
+def test_a_folder_may_have_any_name(runs, tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"r\xff\xfe")
+    subprocess.run([b"cp", b"-r", os.fsencode(runs / "random"), folder], check=True)
+    write_report([os.fsdecode(folder)], str(tmp_path / "r.html"))
+    assert "random" in (tmp_path / "r.html").read_text()
+
+
+def test_long_sequences_are_cut_and_a_note_says_so(runs, tmp_path, monkeypatch):
+    folder = copy_run(runs, tmp_path)
+    whole = (read_run(str(folder), "").snapshots[0].columns["sample"] == 0).sum().item()
+    assert whole > 2
+    monkeypatch.setattr("sekd.report.page.MAX_POSITIONS", 10)  # 2 of each of five snapshots
+    write_report([str(folder)], str(tmp_path / "r.html"))
+    page = (tmp_path / "r.html").read_text()
+    assert "The page has the first 2 positions of each recorded sequence." in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    (sample,) = data["runs"][0]["selection"]["samples"]
+    assert len(sample["positions"]) == 2
+    assert len(sample["tokens"]) == sample["positions"][-1] + 2
+    assert all(len(snapshot["weight"]) == 2 for snapshot in sample["snapshots"])

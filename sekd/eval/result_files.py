@@ -76,7 +76,7 @@ def name_folder(output: str, model: str) -> str:
     path = os.path.abspath(model)
     parts = path.strip(os.sep).split(os.sep)
     name = "--".join(parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:])
-    code = hashlib.sha256(os.path.relpath(path, os.path.abspath(output)).encode()).hexdigest()[:8]
+    code = hashlib.sha256(os.fsencode(os.path.relpath(path, os.path.abspath(output)))).hexdigest()[:8]
     return os.path.join(output, re.sub(r"[^\w.-]", "_", name) + "-" + code)
 
 

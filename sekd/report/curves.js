@@ -1,6 +1,6 @@
 // Curves: one small chart for each metric, one line for each group of runs, one crosshair for all charts.
 
-const MAX_POINTS = 600; // of a drawn line; the crosshair reads all logged points
+const MAX_POINTS = 600; // of a drawn line; the crosshair reads all points of the data
 const CHART_HEIGHT = 190;
 const MARGIN = { top: 12, right: 12, bottom: 24, left: 46 };
 

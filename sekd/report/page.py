@@ -6,13 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from sekd.eval.snapshots import NUMBERS, Snapshot
 from sekd.files import write_atomically
-from sekd.policies import POLICIES
 from sekd.report.more_tables import make_more_tables
 from sekd.report.names import name_curve
 from sekd.report.read import FINISHED, RunRecord, read_runs
@@ -20,6 +19,7 @@ from sekd.report.tables import ReportTable, make_tables
 from sekd.selection_config import SelectionConfig
 from sekd.selection_words import describe_selection
 from sekd.timing import PARTS
+from sekd.validation.values import read_field
 
 FOLDER = os.path.dirname(__file__)
 SCRIPTS = ("curves.js", "viewer.js", "page.js")
@@ -32,8 +32,8 @@ NO_SCORES = ("runtime", "per_second", "_positions")
 """Endings of the logged numbers of an evaluation that are no scores."""
 MAX_POINTS = 1000
 """The points of a curve in the page: a longer one is thinned out."""
-MAX_POSITIONS = 30_000
-"""The positions of all runs, sequences and snapshots in the page: 4 MB. Longer sequences are cut."""
+MAX_POSITIONS = 20_000
+"""The positions of all runs, sequences and snapshots in the page: 3.5 MB. Longer sequences are cut."""
 DIGITS = 4
 """Significant digits of numbers in the page."""
 
@@ -83,7 +83,7 @@ def make_page(title: str, runs: Sequence[RunRecord], tables: Sequence[ReportTabl
     for name, text in parts.items():
         before, after = page.split(f"/*{name}*/")
         page = before + text + after
-    return page
+    return page.encode("utf-8", "replace").decode()  # names of files may have halves of characters
 
 
 def as_script_text(data: Any) -> str:
@@ -117,14 +117,14 @@ def describe_recipe(keys: Mapping[str, Any]) -> str:
     """The recipe in a sentence; empty without a recipe."""
     if not keys:
         return ""
-    names = SelectionConfig.__dataclass_fields__
-    args = SelectionConfig(**{name: keys[name] for name in names if name in keys})
-    if args.position_policy not in POLICIES:
-        return f"Positions are chosen by the policy {args.position_policy}, which is not one of sekd's."
+    names = [name for name in SelectionConfig.__dataclass_fields__ if name in keys]
     try:
+        args = SelectionConfig(**{name: read_field(SelectionConfig, name, keys[name]) for name in names})
         words = describe_selection(args, from_cache=keys.get("teacher_cache") is not None)
-    except (KeyError, ValueError) as error:  # of a module of the user's
+    except KeyError as error:  # from a module of the user's
         return f"The recipe has a strategy that is not one of sekd's: {error}."
+    except ValueError as error:
+        return f"The recipe has a value that sekd cannot read: {error}."
     return f"{words[0].upper()}{words[1:]}.".replace("`", "")
 
 
@@ -140,13 +140,17 @@ def list_facts(run: RunRecord) -> list[tuple[str, str]]:
         "teacher": keys.get("teacher_model_name_or_path") or keys.get("teacher_cache"),
         "data": keys.get("rollouts") or keys.get("dataset_name"),
         "steps": _count_steps(run),
-        "sequences a step": f"{batch[0] * batch[1]:,} a process" if keys else None,
+        "sequences a step": f"{math.prod(batch):,} a process" if keys and _are_numbers(batch) else None,
         "learning rate": f"{rate:g}" if isinstance(rate, int | float) else rate,
         "seed": run.seed,
         "time": f"{seconds:,.0f} s" if (seconds := find_seconds(logs)) else None,
         "peak memory": f"{last['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in last else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _are_numbers(values: Sequence[Any]) -> TypeGuard[Sequence[int]]:
+    return all(isinstance(value, int) for value in values)
 
 
 def find_seconds(logs: Sequence[Mapping[str, Any]]) -> float | None:

@@ -54,8 +54,9 @@ class RunRecord:
 
     @property
     def seed(self) -> int | None:
-        """The seed of the recipe."""
-        return self.keys.get("seed")
+        """The seed of the recipe; None if it has none."""
+        seed = self.keys.get("seed")
+        return seed if isinstance(seed, int) else None
 
     @property
     def done(self) -> int:
@@ -211,21 +212,21 @@ def _read_keys(path: str, notes: list[str]) -> dict[str, Any]:
     if not isinstance(keys, dict):
         notes.append("recipe.yaml is damaged.")
         return {}
-    return keys
+    return {str(key): value for key, value in keys.items()}
 
 
 def _read_logs(path: str, notes: list[str]) -> list[dict[str, Any]]:
-    """The lines of the log. A killed process may have left a part of one."""
+    """The numbers in the lines of the log. A killed process may have left a part of a line."""
     logs, damaged = list[dict[str, Any]](), 0
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     log = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     log = None
                 if isinstance(log, dict) and isinstance(log.get("step"), int):
-                    logs.append(log)
+                    logs.append({name: value for name, value in log.items() if isinstance(value, int | float)})
                 else:
                     damaged += 1
     except FileNotFoundError:
