@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 logger = logging.getLogger(__name__)
+LOOK = 0.1
+"""Seconds to wait for a lock again: :func:`is_locked` holds one for an instant."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 """Errors of file systems that have no locks."""
 
@@ -107,7 +110,11 @@ def lock_folder(folder: str, refusal: ValueError) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOOK)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise refusal from error
         except OSError as error:
@@ -117,3 +124,18 @@ def lock_folder(folder: str, refusal: ValueError) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_locked(folder: str) -> bool:
+    """Whether a process holds :func:`lock_folder`; False on a file system without locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    finally:
+        os.close(handle)
+    return False

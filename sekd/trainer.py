@@ -174,7 +174,7 @@ class SEKDTrainer(MeasuredTrainer):
             self.evaluation.count_tokens(self.model),
         )
         self.evaluation.connect(self.accelerator, self.schedule, compute_metrics)
-        self.recorder = make_recorder(args, processing_class, eval_dataset if self.teacher.has_logits else None)
+        self.recorder = make_recorder(args, processing_class, eval_dataset, self.teacher.has_logits)
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         self.pad_token_id: int = pad if pad is not None else eos or 0
         local = not engine_trait(args, rollout_engine, "uses_servers")

@@ -30,7 +30,7 @@ NAMES = {
     "Teacher entropy H(p)": "teacher_entropy",
     "KL(p‖q)": "forward_kl",
     "KL(q‖p)": "reverse_kl",
-    "Surprise −log q(y)": "student_ce",
+    "Cross-entropy −log q(y)": "student_ce",
 }
 MARKUP = '<img src=x onerror="window.hacked = true">'
 SCRIPT = "</script><script>window.hacked = true</script>"
@@ -220,7 +220,7 @@ def check_numbers(shown, columns, i, pane=0):
 
 def check_detail(shown, snapshot, columns, i):
     sample = snapshot.samples[columns["sample"][i]]
-    texts = {token: HOSTILE.get(text, text) for token, text in snapshot.texts.items()}
+    texts = {token: re.sub("^ ", "·", HOSTILE.get(text, text)) for token, text in snapshot.texts.items()}
     assert shown["token"] == texts[sample["input_ids"][columns["position"][i] + 1]]
     check_numbers(shown, columns, i)
     assert as_number(shown["numbers"]["Score: reverse KL"][0]) == near(columns["scores"][i][0])
@@ -254,7 +254,7 @@ def make_large_runs():
             columns[f"{model}_probs"] = draw(4 * 511, 8).softmax(-1).sort(descending=True).values[:, :5].half()
         columns |= dict(zip(("sample", "position"), places, strict=True))
         texts = {token: f" word{token}" for token in range(2000)}
-        snapshots.append(Snapshot(step, 3000, "training data", ["entropy"], samples, texts, columns))
+        snapshots.append(Snapshot(step, "training data", ["entropy"], samples, texts, columns))
     runs = []
     for place in range(6):
         values = draw(3000, 8).tolist()

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from cache_helpers import SETTINGS, make_cache
-from helpers import make_model, make_trainer, trained_weights
+from helpers import config, make_model, make_trainer, trained_weights
 from oracles import seeded
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import prepare
 from sekd.distill import Method
-from sekd.eval.selection import SNAPSHOTS, TOP, choose_steps, measure_selection
+from sekd.eval.selection import SNAPSHOTS, TOP, choose_steps, decode_token, measure_selection
 from sekd.eval.snapshots import FOLDER, list_snapshots, read_snapshot
 from sekd.files import DamagedFile
+from sekd.on_policy.schedule import is_on_policy
 from sekd.teachers import LiveTeacher
 from sekd.types import Batch
 
@@ -104,7 +108,7 @@ def test_a_run_keeps_held_out_sequences_and_learns_the_same(tmp_path, tokenizer,
         assert snapshot.source == "held-out data"
         assert snapshot.scores == []
     tokens = held_out[0].input_ids
-    assert snapshots[0].texts[tokens[0]] == tokenizer.decode([tokens[0]])
+    assert snapshots[0].texts[tokens[0]] == f" {tokenizer.decode([tokens[0]])}"
     first = snapshots[0].columns["position"][snapshots[0].columns["sample"] == 0]
     assert [tokens[t + 1] for t in first.tolist()] == [
         token for token, is_target in zip(tokens[1:], held_out[0].supervised[1:], strict=True) if is_target
@@ -118,7 +122,6 @@ def test_a_snapshot_shows_the_positions_of_the_step(tmp_path, tokenizer, pairs):
     """Without held-out data a run keeps sequences of its first step, with the weights that the step gives them."""
     seen = []
     trainer = make_trainer(tmp_path, tokenizer, pairs, position_policy="pos_rs", record_selection=4, max_steps=1)
-    policy = trainer.args.position_policy
     begin = trainer.begin
 
     def watch(checkpoint):
@@ -134,7 +137,6 @@ def test_a_snapshot_shows_the_positions_of_the_step(tmp_path, tokenizer, pairs):
 
     trainer.begin = watch
     trainer.train()
-    assert policy == "pos_rs"
     recorded, trained = seen[0], seen[1]
     assert sorted(recorded.tolist()) == sorted(trained.tolist())
     assert torch.equal(read_all(tmp_path)[0].columns["weight"], recorded)
@@ -144,7 +146,7 @@ def test_a_resumed_on_policy_run_keeps_the_same_snapshots(tmp_path, tokenizer, p
     choices = dict(lmbda=1.0, max_steps=8, save_strategy="steps", save_steps=3, record_selection=2)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     make_trainer(whole, tokenizer, pairs, **choices).train()
-    make_trainer(resumed, tokenizer, pairs, **choices | {"max_steps": 8}).train()
+    make_trainer(resumed, tokenizer, pairs, **choices).train()
     for step in (4, 6, 8):
         os.remove(list_snapshots(str(resumed / FOLDER))[step])
     again = make_trainer(resumed, tokenizer, pairs, **choices)
@@ -185,9 +187,38 @@ def test_damaged_snapshots_are_named(tmp_path, tokenizer, pairs):
         path.write_bytes(damaged)
         with pytest.raises(DamagedFile, match=r"0000000\.safetensors"):
             read_snapshot(str(path))
+    for facts in ("{}", "[]", '{"version": 1}', '{"version": 1, "texts": {}, "samples": [{}]}'):
+        save_file({"weight": torch.zeros(2)}, path, {"sekd": facts})
+        with pytest.raises(DamagedFile, match=r"0000000\.safetensors"):
+            read_snapshot(str(path))
 
 
 def test_a_new_run_removes_the_snapshots_of_the_run_before(tmp_path, tokenizer, pairs):
     make_trainer(tmp_path, tokenizer, pairs, record_selection=1, max_steps=4).train()
     make_trainer(tmp_path, tokenizer, pairs, record_selection=0, max_steps=4, overwrite_output_dir=True).train()
     assert not list_snapshots(str(tmp_path / FOLDER))
+
+
+def test_a_mixed_run_names_the_source_of_its_sequences(tmp_path, tokenizer, pairs):
+    for lmbda, source in ((0.0, "training data"), (1.0, "rollouts of the first step")):
+        make_trainer(tmp_path / source, tokenizer, pairs, lmbda=lmbda, record_selection=1).train()
+        assert read_all(tmp_path / source)[0].source == source
+    options = dict(eval_dataset=pairs.select(range(2)))
+    make_trainer(tmp_path / "mixed", tokenizer, pairs, None, None, options, lmbda=0.5, record_selection=1).train()
+    assert read_all(tmp_path / "mixed")[0].source == "held-out data"
+    first = next(seed for seed in range(20) if not is_on_policy(config(lmbda=0.5, seed=seed), 0))
+    make_trainer(tmp_path / "off", tokenizer, pairs, lmbda=0.5, seed=first, record_selection=1).train()
+    assert read_all(tmp_path / "off")[0].source == "training data"
+
+
+def test_a_token_keeps_the_space_before_it():
+    """Llama's decoder drops the space before the first token."""
+    model = models.Unigram(
+        [("<unk>", 0.0), ("▁the", -1.0), ("▁teacher", -1.0), ("s", -1.0), ("a", -2.0), ("▁", -3.0)], 0
+    )
+    words = Tokenizer(model)
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    ids = tokenizer("the teachers")["input_ids"]
+    assert "".join(decode_token(tokenizer, token) for token in ids) == " the teachers"
+    assert [tokenizer.decode([token]) for token in ids] == ["the", "teacher", "s"]

@@ -1,10 +1,12 @@
 """Files are written whole or not at all."""
 
+import fcntl
 import os
+import threading
 
 import pytest
 
-from sekd.files import write_atomically
+from sekd.files import LOOK, is_locked, lock_folder, write_atomically
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -41,3 +43,16 @@ def test_what_a_killed_write_leaves_goes_with_the_next_one(tmp_path):
     assert len([*tmp_path.iterdir()]) == 1
     write_atomically(str(tmp_path / "file"), "new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]
+
+
+def test_looking_at_a_lock_takes_it_from_nobody(tmp_path):
+    folder, refusal = str(tmp_path), ValueError("taken")
+    assert not is_locked(folder)
+    with lock_folder(folder, refusal):
+        assert is_locked(folder)
+    assert not is_locked(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as is_locked does for an instant
+    threading.Timer(LOOK / 2, os.close, [handle]).start()
+    with lock_folder(folder, refusal):
+        pass

@@ -47,8 +47,12 @@ def test_figures_and_tables_are_written(folder, tmp_path, capsys):
 
 def test_wrong_outputs_are_refused(folder, tmp_path, capsys):
     assert main(["report", str(folder), "--output", str(tmp_path)]) == 2
-    assert "is a folder; name a file" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
+    assert "is not a file; name one" in capsys.readouterr().err
+    for option in ("--evaluations", "--figures"):
+        place = tmp_path / "missing" if option == "--evaluations" else tmp_path / "file"
+        (tmp_path / "file").write_text("")
+        assert main(["report", str(folder), "--output", str(tmp_path / "r.html"), option, str(place)]) == 2
+        assert f"{option} '{place}'" in capsys.readouterr().err
     assert main(["report", str(folder), "--output", str(tmp_path / "file" / "r.html")]) == 2
     assert "file" in capsys.readouterr().err
 

@@ -1,14 +1,12 @@
 """Tables of what several runs show together: budgets, chosen samples, caches."""
 
-import json
-
 import pytest
 from cache_helpers import make_cache
 
 from sekd.files import write_checked
 from sekd.metric_kinds import ACCURACY
 from sekd.report.more_tables import make_more_tables
-from sekd.report.read import RunRecord, SweepRecord
+from sekd.report.read import RunRecord, read_sweep
 from sekd.sweep.scores import Column
 from sekd.sweep.table import Line, write_results
 
@@ -33,9 +31,9 @@ def test_budgets_are_a_row_a_method(tmp_path):
     lines = [Line(name, "", {0: place}, {0: name}) for place, name in enumerate(methods)]
     column = Column("accuracy", ACCURACY, [0.9, 0.8, 0.7, 0.6, 0.5, 0.1], [None] * 6, is_main=True)
     write_results(str(tmp_path), [column], lines, lines[0], {"sweep": "s", "baseline": "Full KD"})
-    content = json.loads((tmp_path / "results.json").read_text())
+    sweep = read_sweep(str(tmp_path))
     runs = [make_run(tmp_path / name, name, position_fraction=share) for name, share in methods.items()]
-    (table,) = make_more_tables(runs, [SweepRecord(str(tmp_path), content)])
+    (table,) = make_more_tables(runs, [sweep])
     assert table.title == "accuracy by share of the positions"
     assert table.columns == ["method", "5 %", "20 %"]
     assert texts(table) == [["SE-KD", "70.0 (-20.0)", "80.0 (-10.0)"], ["Random", "50.0 (-40.0)", "60.0 (-30.0)"]]

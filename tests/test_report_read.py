@@ -2,12 +2,15 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import yaml
 from helpers import make_trainer
 from rich.console import Console
 
@@ -15,15 +18,20 @@ from sekd.cli import main
 from sekd.eval.records import Item, Score, TaskResult
 from sekd.eval.result_files import name_folder, save_result
 from sekd.eval.snapshots import FOLDER, list_snapshots
-from sekd.report.page import write_report
-from sekd.report.read import FINISHED, RUNNING, UNFINISHED, read_run, read_runs
+from sekd.metric_kinds import ACCURACY
+from sekd.report.page import find_last, find_times, make_page, thin_out, write_report
+from sekd.report.read import FINISHED, RUNNING, UNFINISHED, RunRecord, read_run, read_runs
 from sekd.report.watch import make_view
 from sekd.run_folder import lock_run
+from sekd.sweep.scores import Column
+from sekd.sweep.table import Line, write_results
 
 HOLD = """
 import sys, time
 from sekd.report.watch import make_view
 from sekd.run_folder import lock_run
+from sekd.sweep.scores import Column
+from sekd.sweep.table import Line, write_results
 with lock_run(sys.argv[1]):
     print("locked", flush=True)
     time.sleep(60)
@@ -41,19 +49,100 @@ def runs(tmp_path_factory, tokenizer, pairs):
 
 def copy_run(runs, tmp_path, name="sekd-seed_0"):
     folder = tmp_path / "run"
+    tmp_path.mkdir(exist_ok=True)
     subprocess.run(["cp", "-r", str(runs / name), str(folder)], check=True)
     return folder
 
 
 def test_runs_that_differ_in_the_seed_are_a_group(runs):
-    read, references, sweeps = read_runs([str(runs / name) for name in ("sekd-seed_0", "random", "sekd-seed_1")], "")
+    found = read_runs([str(runs / name) for name in ("sekd-seed_0", "random", "sekd-seed_1")], "none")
+    read = found.runs
     assert [run.label for run in read] == ["sekd, seed 42", "random", "sekd, seed 1"]
     assert [run.group for run in read] == ["sekd", "random", "sekd"]
     assert [run.status for run in read] == [FINISHED] * 3
     assert [run.done for run in read] == [4] * 3
     assert not [note for run in read for note in run.notes]
-    assert not references
-    assert not sweeps
+    assert not found.references
+    assert not found.sweeps
+    assert not found.notes
+
+
+def test_only_the_seed_may_differ_in_a_group(runs, tmp_path):
+    folders = []
+    for name, key in (("a", "model_name_or_path"), ("b", "teacher_model_name_or_path"), ("c", "rollouts")):
+        folder = copy_run(runs, tmp_path / name, "sekd-seed_0")
+        keys = yaml.safe_load((folder / "recipe.yaml").read_text())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {key: "another"}))
+        folders.append(str(folder))
+    again = f"{folders[0]}/."
+    found = read_runs([str(runs / "sekd-seed_0"), *folders, again], "none")
+    assert [run.group for run in found.runs] == ["sekd-seed_0", "run", "run (2)", "run (3)"]
+    same = copy_run(runs, tmp_path / "d", "sekd-seed_0")
+    labels = [run.label for run in read_runs([str(runs / "sekd-seed_0"), str(same)], "none").runs]
+    assert labels == ["sekd, seed 42", f"sekd, seed 42 ({same})"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"lines": [1]}', '{"lines": [], "columns": []}', '{"sweep": "old"}'])
+def test_the_table_of_another_version_is_refused(tmp_path, capsys, content):
+    (tmp_path / "results.json").write_text(content)
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 2
+    assert "sekd sweep FILE --only-table" in capsys.readouterr().err
+
+
+def test_a_sweep_and_other_runs_share_a_page(runs, tmp_path):
+    sweep, output = tmp_path / "sweep", str(tmp_path / "evaluations")
+    sweep.mkdir()
+    subprocess.run(["cp", "-r", str(runs / "random"), str(sweep / "random")], check=True)
+    lines = [Line("Random", "", {42: 0}, {42: "random"}), Line("Gone", "", {42: 1}, {42: "gone"})]
+    column = Column("accuracy", ACCURACY, [0.5, 0.6], [None] * 2, is_main=True)
+    write_results(str(sweep), [column], lines, None, {"sweep": "s.yaml", "baseline": None})
+    other = copy_run(runs, tmp_path)
+    for folder in (other, sweep / "random"):
+        items = [Item(index=0, prompt="p", answer="a", outputs=("a",), correct=1.0)]
+        result = TaskResult("gsm8k", "math_verify", {"math_verify": Score(0.5, None, 1)}, items, {}, 1.0)
+        save_result(name_folder(output, str(folder)), {"name": "m", "fingerprint": "f"}, result)
+    report = write_report([str(sweep), str(other)], str(tmp_path / "r.html"), evaluations=output)
+    assert report.notes == [f"The run gone of Gone is missing in {sweep}."]
+    assert [table.title for table in report.tables] == ["Sweep s.yaml", "Evaluations"]
+    assert [row[0].text for row in report.tables[1].rows] == ["run"]
+
+
+def test_times_are_seconds_of_a_finished_run_and_shares_before(runs):
+    logs = read_run(str(runs / "random"), None).logs
+    seconds, shares = find_times(logs)
+    last = logs[-1]
+    assert dict(seconds) == {part: last[f"{part}_seconds"] for part, _ in seconds}
+    assert sum(value for _, value in seconds) == pytest.approx(find_last(logs, "train_seconds"), rel=0.5)
+    assert find_times(logs[:-1]) == ([], shares)
+    assert 0 < sum(share for _, share in shares) <= 1
+    assert find_last([*logs, {"step": 4, "eval_loss": 1.0}], "peak_memory_gb") == last["peak_memory_gb"] > 0
+
+
+def test_an_epoch_says_how_many_steps_a_run_has():
+    logs = [{"step": 10, "epoch": 0.5}, {"step": 20, "eval_loss": 1.0}]
+    run = RunRecord("x", "x", "x", {"max_steps": -1, "num_train_epochs": 3.0}, logs, UNFINISHED)
+    assert run.max_steps == 60
+    assert replace(run, logs=[]).max_steps is None
+    assert replace(run, keys={"max_steps": 7}).max_steps == 7
+
+
+@pytest.mark.parametrize("number", [7, 50, 1000])
+def test_a_thin_curve_keeps_its_ends_and_extremes(number):
+    points = [(step, math.sin(step / 50) + (step == 777) * 9) for step in range(3000)]
+    thin = thin_out(points, number)
+    assert thin[0] == points[0]
+    assert thin[-1] == points[-1]
+    assert points[777] in thin
+    assert thin == sorted(thin)
+    assert len(thin) <= number + 4
+    assert thin_out(points, 3000) == points
+
+
+def test_a_page_has_the_selection_of_one_seed(runs, tmp_path):
+    report = write_report([str(runs / f"sekd-seed_{seed}") for seed in (1, 0)], str(tmp_path / "r.html"))
+    page = make_page(report)
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [run["selection"] is not None for run in data["runs"]] == [True, False]
 
 
 def test_damaged_lines_are_skipped_and_counted(runs, tmp_path):
@@ -61,30 +150,30 @@ def test_damaged_lines_are_skipped_and_counted(runs, tmp_path):
     log = folder / "metrics.jsonl"
     whole = log.read_text()
     log.write_text(whole.replace('"step": 2', '"step": ', 1)[:-20])
-    run = read_run(str(folder), "")
+    run = read_run(str(folder), None)
     assert len(run.logs) == len(whole.splitlines()) - 2
     assert run.notes == ["2 damaged lines of metrics.jsonl were skipped."]
     log.write_bytes(b"\xff\x00\n" + whole.encode())
-    assert read_run(str(folder), "").notes == ["1 damaged line of metrics.jsonl was skipped."]
+    assert read_run(str(folder), None).notes == ["1 damaged line of metrics.jsonl was skipped."]
 
 
 def test_a_run_is_finished_running_or_unfinished(runs, tmp_path):
     folder = copy_run(runs, tmp_path)
     log = folder / "metrics.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(True) if "train_loss" not in line))
-    assert read_run(str(folder), "").status == UNFINISHED
+    assert read_run(str(folder), None).status == UNFINISHED
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert read_run(str(folder), "").status == RUNNING
+        assert read_run(str(folder), None).status == RUNNING
         process.send_signal(signal.SIGKILL)
-    assert read_run(str(folder), "").status == UNFINISHED
+    assert read_run(str(folder), None).status == UNFINISHED
 
 
 def test_reading_changes_nothing_and_lets_the_run_begin(runs):
     folder = runs / "random"
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
-    read_run(str(folder), "")
+    read_run(str(folder), None)
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
     with lock_run(str(folder)):
         pass
@@ -97,7 +186,7 @@ def test_what_is_missing_or_damaged_is_named(runs, tmp_path):
     (folder / "recipe.yaml").write_text("a: [")
     snapshot = list_snapshots(str(folder / FOLDER))[2]
     os.truncate(snapshot, 100)
-    run = read_run(str(folder), "")
+    run = read_run(str(folder), None)
     assert run.keys == {}
     assert [s.step for s in run.snapshots] == [0, 1, 3, 4]
     damaged, version, selection = run.notes
@@ -107,7 +196,7 @@ def test_what_is_missing_or_damaged_is_named(runs, tmp_path):
     (folder / "recipe.yaml").unlink()
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="is no run's folder"):
-        read_runs([str(folder)], "")
+        read_runs([str(folder)], "none")
 
 
 def test_evaluations_of_runs_and_of_their_models_are_read(runs, tmp_path):
@@ -120,9 +209,9 @@ def test_evaluations_of_runs_and_of_their_models_are_read(runs, tmp_path):
     result = TaskResult("gsm8k", "math_verify", {"math_verify": Score(0.5, None, 1)}, items, {}, 1.0)
     for model in (str(folder), "some/teacher"):
         save_result(name_folder(output, model), {"name": model, "fingerprint": "f"}, result)
-    read, references, _ = read_runs([str(folder)], output)
-    assert read[0].results["gsm8k"].scores["math_verify"].value == 0.5
-    assert [reference.label for reference in references] == ["teacher"]
+    found = read_runs([str(folder)], output)
+    assert found.runs[0].results["gsm8k"].scores["math_verify"].value == 0.5
+    assert [reference.label for reference in found.references] == ["teacher"]
 
 
 @pytest.mark.parametrize("command", ["report", "watch"])
@@ -167,7 +256,7 @@ def test_a_folder_may_have_any_name(runs, tmp_path):
 
 def test_long_sequences_are_cut_and_a_note_says_so(runs, tmp_path, monkeypatch):
     folder = copy_run(runs, tmp_path)
-    whole = (read_run(str(folder), "").snapshots[0].columns["sample"] == 0).sum().item()
+    whole = (read_run(str(folder), None).snapshots[0].columns["sample"] == 0).sum().item()
     assert whole > 2
     monkeypatch.setattr("sekd.report.page.MAX_POSITIONS", 10)  # 2 of each of five snapshots
     write_report([str(folder)], str(tmp_path / "r.html"))

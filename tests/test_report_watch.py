@@ -25,7 +25,7 @@ def folder(tmp_path_factory, tokenizer, pairs):
 
 def show(folder, **options):
     console = Console(file=io.StringIO(), width=120, **options)
-    console.print(make_view(read_run(str(folder), "")))
+    console.print(make_view(read_run(str(folder), None)))
     return console.file.getvalue()
 
 
@@ -38,7 +38,7 @@ def test_a_finished_run_shows_its_curves_rollouts_and_selection(folder, capsys):
     last = json.loads((folder / "rollouts.jsonl").read_text().splitlines()[-1])
     assert last["completion"].split()[0] in out
     assert "selection after 6 steps" in out
-    first = read_run(str(folder), "").snapshots[-1].samples[0]["input_ids"][0]
+    first = read_run(str(folder), None).snapshots[-1].samples[0]["input_ids"][0]
     assert f"w{first}" in out
 
 

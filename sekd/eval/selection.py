@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -25,6 +26,7 @@ from sekd.files import DamagedFile
 from sekd.heads import in_chunks
 from sekd.losses import MEANS, forward_kl, reverse_kl
 from sekd.models import evaluating, get_head, hidden_states, run_inside
+from sekd.on_policy.schedule import is_on_policy
 from sekd.policies.ranks import Generators, check_weights, eligible
 from sekd.teachers import Teacher
 from sekd.types import Batch, Positions, SparseTargets, at_temperature
@@ -113,13 +115,20 @@ def choose_steps(max_steps: int) -> set[int]:
     return {round(max_steps * i / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}
 
 
+def decode_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token within a text: some tokenizers drop the space before the first token that they decode."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    start, both = tokenizer.decode(before), tokenizer.decode([*before, token])
+    return both.removeprefix(start) if before and both.startswith(start) else tokenizer.decode([token])
+
+
 class SelectionRecorder:
     """Keeps the snapshots of a run. Every process calls it; one of them writes.
 
     Args:
         folder: the run's ``output_dir``.
         held_out: the sequences to keep. Without them, the first ones of the first step that it sees are kept.
-        source: where the sequences come from, for a reader.
+        is_on_policy: whether a step learns from rollouts.
         number: the number of sequences; 0 keeps nothing.
         writes: whether this process writes.
     """
@@ -129,17 +138,18 @@ class SelectionRecorder:
         folder: str,
         tokenizer: PreTrainedTokenizerBase,
         held_out: Sequence[Sample],
-        source: str,
+        is_on_policy: Callable[[int], bool],
         number: int,
         writes: bool = True,
     ) -> None:
         self.folder, self.tokenizer, self.held_out = os.path.join(folder, FOLDER), tokenizer, [*held_out]
-        self.source, self.number, self.writes = source, number, writes
+        self.is_on_policy, self.number, self.writes = is_on_policy, number, writes
         self.begin()
 
     def begin(self) -> None:
-        """Forget the sequences of an attempt before."""
+        """Forget the sequences of the previous attempt."""
         self.samples: list[Sample] = []
+        self.source = ""
 
     def record(
         self,
@@ -170,47 +180,52 @@ class SelectionRecorder:
                 parts.append(run_inside(pair.student, lambda _, a=arguments: measure_selection(*a), batch))
         columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         if self.writes:
-            self._write(step, state.max_steps, name_scores(method, step), columns)
+            self._write(step, name_scores(method, step), columns)
 
-    def _write(self, step: int, max_steps: int, scores: list[str], columns: dict[str, Tensor]) -> None:
+    def _write(self, step: int, scores: list[str], columns: dict[str, Tensor]) -> None:
         batch = Batch.from_inputs(collate(self.samples, 0))
         columns["sample"], columns["position"] = batch.valid.nonzero().T
         tokens = {token for sample in self.samples for token in sample.input_ids}
         tokens |= {token for name in ("student_ids", "teacher_ids") for token in columns[name].unique().tolist()}
-        texts = {token: self.tokenizer.decode([token]) for token in sorted(tokens)}
+        texts = {token: decode_token(self.tokenizer, token) for token in sorted(tokens)}
         samples = [asdict(sample) for sample in self.samples]
         narrow = {name: column.to(_choose_dtype(name)).contiguous() for name, column in columns.items()}
-        write_snapshot(self.folder, Snapshot(step, max_steps, self.source, scores, samples, texts, narrow))
+        write_snapshot(self.folder, Snapshot(step, self.source, scores, samples, texts, narrow))
 
     def _choose_samples(self, step: int, due: set[int], samples: Sequence[Sample]) -> None:
         """Take the held-out sequences, else those of the run before a resume, else these. Remove later snapshots."""
         kept = self.held_out or samples
+        self.source = "rollouts of the first step" if self.is_on_policy(step) else "training data"
+        if self.held_out:
+            self.source = "held-out data"
         for snapshot_step, path in list_snapshots(self.folder).items():
             if snapshot_step > step or snapshot_step not in due:
                 if self.writes:
                     os.remove(path)
             elif not self.held_out:
                 try:
-                    kept = [Sample(**fields) for fields in read_snapshot(path).samples]
+                    snapshot = read_snapshot(path)
+                    kept, self.source = [Sample(**fields) for fields in snapshot.samples], snapshot.source
                 except DamagedFile as error:
                     logger.warning(f"{error}; the report will have other sequences from here on")
         self.samples = [replace(sample, entropies=None) for sample in kept[: self.number]]
 
 
 def make_recorder(
-    args: SEKDConfig, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | IterableDataset | None
+    args: SEKDConfig, tokenizer: PreTrainedTokenizerBase, held_out: Dataset | IterableDataset | None, has_logits: bool
 ) -> SelectionRecorder:
     """The recorder of a run.
 
-    On-policy it keeps rollouts of the first step, off-policy held-out sequences, else sequences of the training data.
+    It keeps held-out sequences, else the first sequences of the first step: rollouts on-policy. An on-policy run has no
+    use for held-out completions, and a teacher without logits (``has_logits``), a cache, knows those of training alone.
     """
-    rows = [] if held_out is None or args.any_on_policy else held_out.take(args.record_selection)
-    source = "held-out data" if rows else "rollouts of the first step" if args.any_on_policy else "training data"
+    has_held_out = held_out is not None and has_logits and not args.all_on_policy
+    rows = held_out.take(args.record_selection) if held_out is not None and has_held_out else []
     return SelectionRecorder(
         str(args.output_dir),
         tokenizer,
         [Sample(**row) for row in rows],
-        source,
+        partial(is_on_policy, args),
         args.record_selection,
         writes=args.process_index == 0,
     )

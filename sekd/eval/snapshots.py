@@ -21,13 +21,19 @@ NUMBERS = ("student_entropy", "student_ce", "teacher_entropy", "forward_kl", "re
 """The numbers in nats that are kept of each position, in float16."""
 
 
+COLUMNS = (
+    *NUMBERS,
+    *("weight", "scores", "student_ids", "student_probs", "teacher_ids", "teacher_probs", "sample", "position"),
+)
+"""All columns of a file."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What a run kept at one step.
 
     Attributes:
         step: the number of optimizer steps before it.
-        of_steps: the number of steps of the run.
         source: where the sequences come from, for a reader.
         scores: the names of the scores.
         samples: the fields of each sequence, a :class:`sekd.data.batch.Sample`.
@@ -37,12 +43,19 @@ class Snapshot:
     """
 
     step: int
-    of_steps: int
     source: str
     scores: list[str]
     samples: list[dict[str, Any]]
     texts: dict[int, str]
     columns: dict[str, Tensor]
+
+    def get_text(self, token: int) -> str:
+        """The text of a token id."""
+        return self.texts.get(token, f"⟨{token}⟩")
+
+    def find_rows(self, place: int) -> Tensor:
+        """The rows of the columns that belong to the sequence at a place in ``samples``."""
+        return (self.columns["sample"] == place).nonzero()[:, 0]
 
 
 def write_snapshot(folder: str, snapshot: Snapshot) -> None:
@@ -60,14 +73,19 @@ def read_snapshot(path: str) -> Snapshot:
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("sekd", "{}"))
+            facts = json.loads((file.metadata() or {})["sekd"])
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFile(f"{path!r} is damaged: {error}") from error
-    if (version := facts.pop("version", None)) != VERSION:
+        if (version := facts.pop("version")) == VERSION:
+            texts = {int(token): str(text) for token, text in facts.pop("texts").items()}
+            snapshot = Snapshot(**facts, texts=texts, columns=columns)
+            lengths = {len(snapshot.columns[name]) for name in COLUMNS}
+            if len(lengths) == 1 and all(sample["input_ids"] for sample in snapshot.samples):
+                return snapshot
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"{path!r} is damaged: {error!r}") from error
+    if version != VERSION:
         raise DamagedFile(f"{path!r} was written by another version of sekd (its format is {version}, not {VERSION})")
-    facts["texts"] = {int(token): text for token, text in facts["texts"].items()}
-    return Snapshot(**facts, columns=columns)
+    raise DamagedFile(f"{path!r} is damaged: its columns differ in length")
 
 
 def list_snapshots(folder: str) -> dict[int, str]:

@@ -1,8 +1,10 @@
 """The figures of a report as SVG and PNG files, and its tables as CSV and Markdown."""
 
+import importlib.util
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sekd.eval.snapshots import Snapshot
@@ -29,11 +31,8 @@ def write_figures(report: Report, folder: str) -> list[str]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ValueError("--figures needs matplotlib: pip install 'sekd[report]'") from error
-    mpl.use("Agg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figures needs matplotlib: pip install 'sekd[report]'")
     os.makedirs(folder, exist_ok=True)
     paths = []
     for place, table in enumerate(report.tables):
@@ -55,13 +54,14 @@ def write_figures(report: Report, folder: str) -> list[str]:
 
 def draw_curves(runs: Sequence[RunRecord]) -> "Figure":
     """A panel a logged number, a line a group of runs, with a band from the lowest to the highest seed."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     curves = [make_curves(run.logs) for run in runs]
     names = [*dict.fromkeys(name for of_run in curves for name in of_run)]
     groups = [*dict.fromkeys(run.group for run in runs)]
     rows = max(1, -(-len(names) // COLUMNS))
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(4.2 * COLUMNS, 2.7 * rows), squeeze=False, layout="constrained")
+    figure = Figure((4.2 * COLUMNS, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         title, unit = name_curve(name)
         for place, group in enumerate(groups):
@@ -91,68 +91,83 @@ def _draw_band(axis: "Axes", lines: Sequence[Mapping[int, float]], colour: str, 
         axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18, lw=0)
 
 
+@dataclass(frozen=True)
+class _Token:
+    """A token in the picture of a selection.
+
+    Attributes:
+        row, column: where its first character stands.
+        entropy: of the student where it predicts the token; None if it does not.
+    """
+
+    row: int
+    column: int
+    text: str
+    entropy: float | None
+    is_chosen: bool
+
+
 def draw_selection(title: str, snapshots: Sequence[Snapshot]) -> "Figure":
-    """The first sequence at the first and at the last snapshot: each token coloured by the student's entropy at the
-    position that predicts it, and chosen positions outlined."""
-    import matplotlib.pyplot as plt
+    """The first sequence at the first and at the last snapshot.
+
+    Each token has the colour of the student's entropy at the position that predicts it. Chosen positions are outlined.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
     shown = [snapshots[0], snapshots[-1]] if len(snapshots) > 1 else [snapshots[0]]
-    lines = [_lay_out(snapshot) for snapshot in shown]
-    heights = [max(row for row, *_ in cells) + 1 for cells in lines]
-    highest = max((value for cells in lines for *_, value, _ in cells if value is not None), default=1.0) or 1.0
-    figure, axes = plt.subplots(
-        len(shown),
-        1,
-        figsize=(9.2, 0.9 + 0.26 * sum(heights) + 0.5 * len(shown)),
-        squeeze=False,
-        height_ratios=heights,
-        layout="constrained",
-    )
-    colours = plt.get_cmap("YlGnBu")
-    for axis, cells, snapshot, height in zip(axes[:, 0], lines, shown, heights, strict=True):
-        for row, start, text, value, is_chosen in cells:
-            _draw_token(axis, row, start, text, None if value is None else colours(0.75 * value / highest), is_chosen)
+    pages = [_lay_out(snapshot) for snapshot in shown]
+    heights = [max(token.row for token in tokens) + 1 for tokens in pages]
+    entropies = [token.entropy for tokens in pages for token in tokens if token.entropy is not None]
+    highest = max(entropies, default=1.0) or 1.0
+    figure = Figure((9.2, 0.9 + 0.26 * sum(heights) + 0.5 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    scale: Any = ScalarMappable(Normalize(0, highest / 0.75), colormaps["YlGnBu"])  # its end is too dark for letters
+    for axis, tokens, snapshot, height in zip(axes, pages, shown, heights, strict=True):
+        for token in tokens:
+            _draw_token(axis, token, None if token.entropy is None else scale.to_rgba(token.entropy))
         axis.set(xlim=(-0.5, LINE_LENGTH + 0.5), ylim=(height, -0.4))
         axis.set_axis_off()
         axis.set_title(f"{_as_label(title)}, after {snapshot.step} steps", fontsize=10, loc="left")
-    scale = plt.cm.ScalarMappable(cmap=colours, norm=plt.Normalize(0, highest / 0.75))
-    bar = figure.colorbar(scale, ax=axes[:, 0], orientation="horizontal", shrink=0.3, aspect=30, pad=0.02)
+    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.3, aspect=30, pad=0.02)
     bar.ax.set_xlim(0, highest)
     bar.set_label("student entropy (nats); chosen positions are outlined", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure
 
 
-def _lay_out(snapshot: Snapshot) -> list[tuple[int, int, str, float | None, bool]]:
-    """The tokens of the first sequence in lines: row, column, text, entropy (None if nothing predicts it), chosen."""
-    rows = snapshot.columns["sample"] == 0
+def _lay_out(snapshot: Snapshot) -> list[_Token]:
+    """The tokens of the first sequence, in lines."""
+    rows = snapshot.find_rows(0)
     places = [position + 1 for position in snapshot.columns["position"][rows].tolist()]
     entropies = dict(zip(places, snapshot.columns["student_entropy"][rows].tolist(), strict=True))
     weights = dict(zip(places, snapshot.columns["weight"][rows].tolist(), strict=True))
-    cells, row, column = list[tuple[int, int, str, float | None, bool]](), 0, 0
+    tokens, row, column = list[_Token](), 0, 0
     for place, token in enumerate(snapshot.samples[0]["input_ids"]):
-        text = escape_controls(snapshot.texts[token].replace("\n", "↵")) or "∅"
+        text = escape_controls(snapshot.get_text(token).replace("\n", "↵"))[:LINE_LENGTH] or "∅"
         if column + len(text) > LINE_LENGTH and column:
             row, column = row + 1, 0
         if row >= LINES:
             break
-        cells.append((row, column, text[:LINE_LENGTH], entropies.get(place), weights.get(place, 0) > 0))
+        tokens.append(_Token(row, column, text, entropies.get(place), weights.get(place, 0) > 0))
         column += len(text)
-        if "\n" in snapshot.texts[token]:
+        if text.endswith("↵"):
             row, column = row + 1, 0
-    return cells
+    return tokens
 
 
-def _draw_token(axis: "Axes", row: int, start: int, text: str, colour: Any, is_chosen: bool) -> None:
-    import matplotlib.pyplot as plt
+def _draw_token(axis: "Axes", token: _Token, colour: Any) -> None:
+    from matplotlib.patches import Rectangle
 
-    box = plt.Rectangle((start + 0.05, row - 0.38), len(text) - 0.1, 0.8, facecolor=colour or "none")
-    box.set(edgecolor="#111111" if is_chosen else "none", linewidth=1.1)
+    box = Rectangle((token.column + 0.05, token.row - 0.38), len(token.text) - 0.1, 0.8, facecolor=colour or "none")
+    box.set(edgecolor="#111111" if token.is_chosen else "none", linewidth=1.1)
     axis.add_patch(box)
     font: Any = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 8.5}
-    for place, character in enumerate(text):
+    for place, character in enumerate(token.text):
         shown = character.replace("$", r"\$")
-        axis.text(start + place + 0.5, row, shown, color="#777777" if colour is None else "#111111", **font)
+        axis.text(token.column + place + 0.5, token.row, shown, color="#111111" if colour else "#777777", **font)
 
 
 def _as_label(text: str) -> str:

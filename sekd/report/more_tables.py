@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from sekd.cache.store import Store
 from sekd.files import DamagedFile, read_checked
-from sekd.metric_kinds import MetricKind
 from sekd.report.read import RunRecord, SweepRecord
-from sekd.report.tables import ReportTable, Text, read_cell
+from sekd.report.tables import ReportTable, TableCell
 from sekd.sweep.table import format_cell
 
 SHARE = re.compile(r"\s*\d+(\.\d+)?\s*%")
@@ -24,27 +23,26 @@ def make_more_tables(runs: Sequence[RunRecord], sweeps: Sequence[SweepRecord]) -
 
 def _make_budgets(sweep: SweepRecord, runs: Sequence[RunRecord]) -> ReportTable | None:
     """A method in a row, a share of the positions in a column (arXiv 2602.01395, figures 2 and 3)."""
-    kinds = sweep.content.get("columns", {})
-    main = next((label for label, kind in kinds.items() if kind["main"] and kind["shown"]), None)
-    if main is None:
+    if sweep.main is None:
         return None
-    kind = MetricKind(kinds[main]["higher_is_better"], kinds[main]["is_share"], kinds[main]["digits"])
     fractions = {run.folder: run.keys.get("position_fraction") for run in runs}
     families: dict[str, dict[float, str]] = {}
-    for line in sweep.content["lines"]:
-        paths = [os.path.join(sweep.folder, name) for name in line.get("runs", {}).values()]
+    for line in sweep.lines:
+        paths = [os.path.join(sweep.folder, name) for name in line.folders]
         fraction = next((fractions[path] for path in paths if path in fractions), None)
-        if isinstance(fraction, int | float) and SHARE.search(line["method"]):
-            cell = read_cell(line["scores"].get(main))
-            families.setdefault(SHARE.sub("", line["method"]), {})[fraction] = format_cell(kind, cell)
+        if isinstance(fraction, int | float) and SHARE.search(line.method):
+            cell = format_cell(sweep.kinds[sweep.main], line.cells.get(sweep.main))
+            families.setdefault(SHARE.sub("", line.method), {})[fraction] = cell
     families = {name: cells for name, cells in families.items() if len(cells) > 1}
     if not families:
         return None
     shares = sorted({fraction for cells in families.values() for fraction in cells})
-    rows = [[Text(name), *(Text(cells.get(share, "")) for share in shares)] for name, cells in families.items()]
+    rows = [
+        [TableCell(name), *(TableCell(cells.get(share, "")) for share in shares)] for name, cells in families.items()
+    ]
     note = "Mean ± standard deviation over seeds, and the difference to the baseline in brackets."
     return ReportTable(
-        f"{main} by share of the positions", note, ["method", *(f"{100 * share:g} %" for share in shares)], rows
+        f"{sweep.main} by share of the positions", note, ["method", *(f"{100 * share:g} %" for share in shares)], rows
     )
 
 
@@ -60,13 +58,13 @@ def _make_overlaps(runs: Sequence[RunRecord]) -> ReportTable | None:
     if len(kept) < 2:
         return None
     smaller = {(a, b): max(1, min(len(kept[a]), len(kept[b]))) for a in kept for b in kept}
-    rows = [[Text(a), *(Text(f"{len(kept[a] & kept[b]) / smaller[a, b]:.0%}") for b in kept)] for a in kept]
+    rows = [[TableCell(a), *(TableCell(f"{len(kept[a] & kept[b]) / smaller[a, b]:.0%}") for b in kept)] for a in kept]
     return ReportTable("Samples that both runs keep", "Of the samples of the smaller choice.", ["", *kept], rows)
 
 
 def _make_caches(runs: Sequence[RunRecord]) -> ReportTable | None:
     """What the caches of the runs take on disk (arXiv 2602.01395, table 6)."""
-    rows = list[list[Text]]()
+    rows = list[list[TableCell]]()
     for folder in dict.fromkeys(str(run.keys["teacher_cache"]) for run in runs if run.keys.get("teacher_cache")):
         try:
             store = Store(folder)
@@ -76,13 +74,13 @@ def _make_caches(runs: Sequence[RunRecord]) -> ReportTable | None:
         logits = 2 * store.fingerprint["vocab"]
         rows.append(
             [
-                Text(folder),
-                Text(f"{store.total('samples'):,}"),
-                Text(f"{positions:,}"),
-                Text(f"{size / 1e6:,.2f}"),
-                Text(f"{size / max(positions, 1):.1f}"),
-                Text(f"{classes / max(positions, 1):.1f}"),
-                Text(f"{logits:,}"),
+                TableCell(folder),
+                TableCell(f"{store.total('samples'):,}"),
+                TableCell(f"{positions:,}"),
+                TableCell(f"{size / 1e6:,.2f}"),
+                TableCell(f"{size / max(positions, 1):.1f}"),
+                TableCell(f"{classes / max(positions, 1):.1f}"),
+                TableCell(f"{logits:,}"),
             ]
         )
     header = ["cache", "samples", "positions", "MB", "bytes a position", "classes a position", "bytes of fp16 logits"]

@@ -1,5 +1,8 @@
 """The names of logged numbers in words, with their units."""
 
+NO_SCORES = ("runtime", "per_second", "_positions")
+"""Endings of the logged numbers of an evaluation that are no scores."""
+
 NAMES = {
     "loss": ("Loss", ""),
     "entropy": ("Student entropy", "nats"),
@@ -8,11 +11,11 @@ NAMES = {
     "completion_length": ("Completion length", "tokens"),
     "cut_fraction": ("Completions cut off", "%"),
     "rollout_age": ("Age of rollouts", "steps"),
-    "selection_agreement": ("Positions chosen as by exact entropy", "%"),
+    "selection_agreement": ("Agreement with exact entropy", "%"),
     "grad_norm": ("Gradient norm", ""),
     "learning_rate": ("Learning rate", ""),
     "tokens_per_second": ("Speed", "tokens/s"),
-    "floor_share": ("Share of the arithmetic's least time", "%"),
+    "floor_share": ("Least possible time / time", "%"),
     "forward_kl": ("KL(p‖q)", "nats"),
     "reverse_kl": ("KL(q‖p)", "nats"),
     "student_ce": ("Cross-entropy", "nats"),

@@ -159,14 +159,7 @@ function setOptions(select, options) {
 }
 
 function readData() {
-  const text = document.getElementById("data").textContent;
-  try {
-    return JSON.parse(text);
-  } catch {
-    // Python writes NaN and Infinity where JSON has no such numbers: outside strings, they become null.
-    const fixed = text.replace(/"(?:[^"\\]|\\.)*"|-?\bNaN\b|-?\bInfinity\b/g, (part) => part[0] === '"' ? part : "null");
-    return JSON.parse(fixed);
-  }
+  return JSON.parse(document.getElementById("data").textContent);
 }
 
 const STATUSES = ["finished", "running", "unfinished"];
@@ -180,6 +173,9 @@ function drawHeader(data, runs) {
     .map(([status, count]) => `${count} ${status}`);
   const line = [plural(runs.length, "run"), counts.length > 1 && counts.join(", ")].filter(Boolean).join(": ");
   document.getElementById("subtitle").replaceChildren(textNode(line));
+  const notes = document.getElementById("notes");
+  notes.hidden = !data.notes.length;
+  notes.append(...data.notes.map((note) => make("li", {}, note)));
   document.getElementById("footer").replaceChildren(textNode(`Written by ${data.version || "sekd"}. This file needs no network.`));
 }
 
@@ -206,7 +202,9 @@ function drawTables(section, tables) {
     const columns = table.columns || [];
     const row = (cells) => make("tr", {}, cells.map((cell, place) => {
       const parts = [cell?.text ?? "–"];
-      const marked = cell?.best ? make("b", {}, parts) : cell?.second ? make("u", {}, parts) : parts;
+      const rank = (word) => make("span", { class: "visually-hidden" }, ` (${word})`);
+    const marked = cell?.best ? [make("b", {}, parts), rank("best")]
+      : cell?.second ? [make("u", {}, parts), rank("second")] : parts;
       return place ? make("td", {}, marked) : make("th", { scope: "row" }, make("bdi", {}, marked));
     }));
     content.append(make("figure", { class: "table" },
@@ -250,15 +248,16 @@ function drawTime(section, runs) {
           class: "time-part", title: `${name}: ${share(seconds, total)}`,
           style: { "flex-grow": String(seconds / total), background: partColor(name, names) },
         }, make("span", {}, share(seconds, total))))),
-      make("span", { class: "time-total" }, run.status === "finished" ? `${formatSeconds(total)} s` : "shares so far"));
+      make("span", { class: "time-total" }, run.time_unit ? `${formatSeconds(total)} s` : "shares so far"));
   }));
-  const table = scrollBox("Seconds of each part", make("table", { class: "numbers" },
+  const measured = timed.filter(({ run }) => run.time_unit);
+  const table = measured.length > 0 && scrollBox("Seconds of each part", make("table", { class: "numbers" },
     make("thead", {}, make("tr", {}, ["Seconds", ...names, "sum"].map((name) => make("th", { scope: "col" }, name)))),
-    make("tbody", {}, timed.filter(({ run }) => run.status === "finished").map(({ run, parts, total }) => make("tr", {},
+    make("tbody", {}, measured.map(({ run, parts, total }) => make("tr", {},
       make("th", { scope: "row" }, make("bdi", {}, run.label)),
       names.map((name) => make("td", {}, formatSeconds(new Map(parts).get(name)))),
       make("td", {}, make("b", {}, formatSeconds(total))))))));
-  section.querySelector(".content").append(legend, bars, table);
+  section.querySelector(".content").append(...[legend, bars, table].filter(Boolean));
 }
 
 /** Marks the section that is being read, and drops links to sections without content. */

@@ -1,10 +1,12 @@
 """A report as one HTML file: the page, its style, its scripts and its data. It reads nothing from elsewhere."""
 
+import base64
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, TypeGuard
 
@@ -24,14 +26,13 @@ from sekd.validation.values import read_field
 FOLDER = os.path.dirname(__file__)
 SCRIPTS = ("curves.js", "viewer.js", "page.js")
 CURVES = (
-    *("loss", "entropy", "entropy_selected", "selected_fraction", "completion_length", "cut_fraction"),
+    *("entropy", "entropy_selected", "selected_fraction", "completion_length", "cut_fraction"),
     *("rollout_age", "selection_agreement", "grad_norm", "learning_rate", "tokens_per_second", "floor_share"),
 )
-"""The logged numbers whose curves are shown, besides the divergence and evaluations."""
-NO_SCORES = ("runtime", "per_second", "_positions")
-"""Endings of the logged numbers of an evaluation that are no scores."""
-MAX_POINTS = 1000
-"""The points of a curve in the page: a longer one is thinned out."""
+"""The logged numbers whose curves are shown, besides the loss, the divergence and evaluations."""
+MAX_POINTS = 80_000
+"""The points of all curves in the page: longer ones are thinned out, to ``FEW_POINTS`` at least."""
+FEW_POINTS = 50
 MAX_POSITIONS = 20_000
 """The positions of all runs, sequences and snapshots in the page: 3.5 MB. Longer sequences are cut."""
 DIGITS = 4
@@ -42,8 +43,10 @@ DIGITS = 4
 class Report:
     """What a page is made from."""
 
+    title: str
     runs: list[RunRecord]
     tables: list[ReportTable]
+    notes: list[str] = field(default_factory=list)
 
 
 def write_report(folders: Sequence[str], output: str, title: str = "", evaluations: str = "evaluations") -> Report:
@@ -59,30 +62,39 @@ def write_report(folders: Sequence[str], output: str, title: str = "", evaluatio
         ValueError: a folder that is no run's.
         OSError: the file cannot be written.
     """
-    runs, references, sweeps = read_runs(folders, evaluations)
-    tables = [*make_tables(runs, references, sweeps), *make_more_tables(runs, sweeps)]
-    report = Report(runs, tables)
-    title = title or ", ".join(dict.fromkeys(run.group for run in runs))
-    write_atomically(output, make_page(title, report.runs, report.tables))
+    found = read_runs(folders, evaluations)
+    tables = make_tables(found.runs, found.references, found.sweeps, found.notes)
+    tables += make_more_tables(found.runs, found.sweeps)
+    title = title or ", ".join(dict.fromkeys(run.group for run in found.runs))
+    report = Report(title, found.runs, tables, found.notes)
+    write_atomically(output, make_page(report))
     return report
 
 
-def make_page(title: str, runs: Sequence[RunRecord], tables: Sequence[ReportTable]) -> str:
-    """The text of the HTML file."""
+def make_page(report: Report) -> str:
+    """The text of the HTML file. Of runs that differ in the seed, it has the selection of the first one."""
+    first = {run.group: run for run in reversed(report.runs) if run.snapshots}
+    runs = [run if run is first.get(run.group) else replace(run, snapshots=()) for run in report.runs]
     number = sum(len(snapshot.samples) for run in runs for snapshot in run.snapshots)
-    described = [describe_run(run, f"r{place}", MAX_POSITIONS // max(number, 1)) for place, run in enumerate(runs)]
+    described = [describe_run(run, MAX_POSITIONS // max(number, 1), MAX_POINTS // len(runs)) for run in runs]
     data = {
-        "title": title,
+        "title": report.title,
+        "notes": report.notes,
         "version": f"sekd {version('sekd')}",
         "runs": described,
         "names": {name: name_curve(name) for run in described for name in run["curves"]},
-        "tables": [table.as_json() for table in tables],
+        "tables": [table.as_json() for table in report.tables],
     }
-    parts = {"CSS": _read("page.css"), "JS": "\n".join(map(_read, SCRIPTS)), "DATA": as_script_text(data)}
+    parts = {"CSS": _read("page.css"), "JS": "\n".join(map(_read, SCRIPTS))}
+    # The browser runs this script alone, whatever text the data may hold.
+    code = _read("page.html").split("<script>")[1].split("</script>")[0].replace("/*JS*/", parts["JS"])
+    parts["HASH"] = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     page = _read("page.html")
     for name, text in parts.items():
         before, after = page.split(f"/*{name}*/")
         page = before + text + after
+    before, after = page.split("/*DATA*/")  # the last one: the data may hold such a mark
+    page = before + as_script_text(data) + after
     return page.encode("utf-8", "replace").decode()  # names of files may have halves of characters
 
 
@@ -94,12 +106,14 @@ def as_script_text(data: Any) -> str:
     return text
 
 
-def describe_run(run: RunRecord, name: str, positions: int) -> dict[str, Any]:
-    """What the page shows of a run, and of at most so many positions of each sequence."""
-    selection, is_cut = _describe_selection(run.snapshots, positions)
-    notes = [f"The page has the first {positions:,} positions of each recorded sequence."] * is_cut
+def describe_run(run: RunRecord, max_positions: int, max_points: int) -> dict[str, Any]:
+    """What the page shows of a run: at most ``max_positions`` of a sequence, and ``max_points`` of all its curves."""
+    selection, is_cut = _describe_selection(run.snapshots, max_positions)
+    notes = [f"The page has the first {max_positions:,} positions of each recorded sequence."] if is_cut else []
+    seconds, shares = find_times(run.logs)
+    curves = make_curves(run.logs)
+    per_curve = max(FEW_POINTS, max_points // max(len(curves), 1))
     return {
-        "id": name,
         "label": run.label,
         "group": run.group,
         "status": run.status,
@@ -107,8 +121,9 @@ def describe_run(run: RunRecord, name: str, positions: int) -> dict[str, Any]:
         "sentence": describe_recipe(run.keys),
         "facts": list_facts(run),
         "recipe": "\n".join(f"{key}: {value}" for key, value in run.keys.items()),
-        "curves": make_curves(run.logs),
-        "time": share_time(run.logs),
+        "curves": {curve: thin_out(points, per_curve) for curve, points in curves.items()},
+        "time": seconds or shares,
+        "time_unit": "s" if seconds else "",
         "selection": selection,
     }
 
@@ -131,7 +146,7 @@ def describe_recipe(keys: Mapping[str, Any]) -> str:
 def list_facts(run: RunRecord) -> list[tuple[str, str]]:
     """The facts at the head of a run, those that are known."""
     keys, logs = run.keys, run.logs
-    last = logs[-1] if logs else {}
+    seconds, memory = find_last(logs, "train_seconds"), find_last(logs, "peak_memory_gb")
     batch = [keys.get(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     rate = keys.get("learning_rate")
     facts = {
@@ -143,8 +158,8 @@ def list_facts(run: RunRecord) -> list[tuple[str, str]]:
         "sequences a step": f"{math.prod(batch):,} a process" if keys and _are_numbers(batch) else None,
         "learning rate": f"{rate:g}" if isinstance(rate, int | float) else rate,
         "seed": run.seed,
-        "time": f"{seconds:,.0f} s" if (seconds := find_seconds(logs)) else None,
-        "peak memory": f"{last['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in last else None,
+        "time": None if seconds is None else f"{seconds:,.0f} s",
+        "peak memory": None if memory is None else f"{memory:.1f} GB",
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 
@@ -153,14 +168,8 @@ def _are_numbers(values: Sequence[Any]) -> TypeGuard[Sequence[int]]:
     return all(isinstance(value, int) for value in values)
 
 
-def find_seconds(logs: Sequence[Mapping[str, Any]]) -> float | None:
-    """The seconds of training up to the last log, without evaluations; None if they are not logged."""
-    return next((log["train_seconds"] for log in reversed(logs) if "train_seconds" in log), None)
-
-
 def _count_steps(run: RunRecord) -> str:
-    of = run.keys.get("max_steps")
-    return f"{run.done:,} of {of:,}" if isinstance(of, int) and of > 0 else f"{run.done:,}"
+    return f"{run.done:,}" if run.max_steps is None else f"{run.done:,} of {run.max_steps:,}"
 
 
 def _note_status(run: RunRecord) -> list[str]:
@@ -177,37 +186,42 @@ def make_curves(logs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, 
         n for n in names if n.startswith("eval_") and not n.endswith(("runtime", "per_second", "_positions"))
     ]
     curves = {}
-    for name in ("loss", *divergences, *CURVES[1:], *evaluations):
+    for name in ("loss", *divergences, *CURVES, *evaluations):
         points = [(log["step"], log[name]) for log in logs if isinstance(log.get(name), int | float)]
         if any(value for _, value in points):  # rollouts of the current step have the age 0 all the time
-            curves[name] = thin_out(points)
+            curves[name] = points
     return curves
 
 
-def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most MAX_POINTS points: of each part of the curve, the lowest and the highest."""
-    if len(points) <= MAX_POINTS:
+def thin_out(points: Sequence[tuple[int, float]], number: int) -> list[tuple[int, float]]:
+    """About ``number`` points: the first and the last, and of each part of the curve the lowest and the highest."""
+    if len(points) <= number:
         return [*points]
-    size = math.ceil(2 * len(points) / MAX_POINTS)
-    kept = list[tuple[int, float]]()
+    size = math.ceil(2 * len(points) / number)
+    kept = {points[0], points[-1]}
     for start in range(0, len(points), size):
         part = points[start : start + size]
-        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
-    return kept
+        kept |= {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+    return sorted(kept)
 
 
-def share_time(logs: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """The seconds of each part of the run; of a run without its last log, the mean share of each part."""
-    for log in reversed(logs):
-        if "other_seconds" in log:
-            seconds = [(part, log.get(f"{part}_seconds")) for part in (*PARTS, "other")]
-            return [(part, value) for part, value in seconds if value]
-    shares = [log for log in logs if any(name == f"{part}_share" for part in PARTS for name in log)]
-    means = [(part, sum(log.get(f"{part}_share", 0.0) for log in shares) / len(shares)) for part in PARTS if shares]
-    return [(part, mean) for part, mean in means if mean]
+def find_times(logs: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """The seconds of each part of a run, which its last log has; and the mean share of each part over the logs."""
+    parts = (*PARTS, "other")
+    seconds = [(part, find_last(logs, f"{part}_seconds")) for part in parts if find_last(logs, "other_seconds")]
+    with_shares = [log for log in logs if any(f"{part}_share" in log for part in PARTS)]
+    shares = [(part, [log.get(f"{part}_share", 0.0) for log in with_shares]) for part in PARTS if with_shares]
+    means = [(part, sum(values) / len(values)) for part, values in shares]
+    return [(part, value) for part, value in seconds if value], [(part, mean) for part, mean in means if mean]
 
 
-def _describe_selection(snapshots: Sequence[Snapshot], positions: int) -> tuple[dict[str, Any] | None, bool]:
+def find_last(logs: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The last value of a logged number; None if it was never logged, or is not finite."""
+    value = next((log[name] for log in reversed(logs) if name in log), None)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _describe_selection(snapshots: Sequence[Snapshot], max_positions: int) -> tuple[dict[str, Any] | None, bool]:
     """The snapshots as the selection viewer reads them, None if there are none; and whether a sequence is cut."""
     if not snapshots:
         return None, False
@@ -215,9 +229,9 @@ def _describe_selection(snapshots: Sequence[Snapshot], positions: int) -> tuple[
     texts = {token: text for snapshot in snapshots for token, text in snapshot.texts.items()}
     samples, shown, is_cut = list[dict[str, Any]](), set[int](), False
     for place, sample in enumerate(first.samples):
-        mine = [(snapshot.columns["sample"] == place).nonzero()[:, 0] for snapshot in snapshots]
-        columns = [_list_columns(s, rows[:positions]) for s, rows in zip(snapshots, mine, strict=True)]
-        places = first.columns["position"][mine[0][:positions]].tolist()
+        mine = [snapshot.find_rows(place) for snapshot in snapshots]
+        columns = [_list_columns(s, rows[:max_positions]) for s, rows in zip(snapshots, mine, strict=True)]
+        places = first.columns["position"][mine[0][:max_positions]].tolist()
         cut = len(places) < len(mine[0])
         is_cut |= cut
         tokens = sample["input_ids"][: places[-1] + 2] if cut and places else sample["input_ids"]

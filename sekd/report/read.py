@@ -5,6 +5,7 @@ Nothing here writes into a run's folder. What cannot be read is left out, and a 
 
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,16 +14,23 @@ from typing import Any
 
 import yaml
 
-from sekd.checkpoints import RunRefused
 from sekd.eval.records import TaskResult
 from sekd.eval.result_files import load_results, name_folder
 from sekd.eval.snapshots import FOLDER, Snapshot, list_snapshots, read_snapshot
-from sekd.files import DamagedFile
-from sekd.run_folder import MAY_CHANGE, lock_run
+from sekd.eval.statistics import SeedErrors
+from sekd.files import DamagedFile, is_locked
+from sekd.metric_kinds import MetricKind
+from sekd.sweep.table import Cell
 from sekd.versions import installed_versions
 
 RECIPE, METRICS, VERSIONS = "recipe.yaml", "metrics.jsonl", "versions.json"
 SWEEP_RESULTS = "results.json"
+NOT_OF_GROUP = {
+    *("seed", "data_seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "project"),
+    *("report_to", "profile", "record_selection", "disable_tqdm", "push_to_hub", "samples_file", "local_rank"),
+}
+"""Keys in which runs of a group may differ."""
+LARGEST = 1e300
 FINISHED, RUNNING, UNFINISHED = "finished", "running", "unfinished"
 
 
@@ -40,6 +48,7 @@ class RunRecord:
         notes: what could not be read, in sentences.
         snapshots: of the selection, by step.
         results: its evaluations, by name.
+        in_sweep: whether a sweep's table has its scores.
     """
 
     folder: str
@@ -51,12 +60,24 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     snapshots: Sequence[Snapshot] = ()
     results: Mapping[str, TaskResult] = field(default_factory=dict)
+    in_sweep: bool = False
 
     @property
     def seed(self) -> int | None:
         """The seed of the recipe; None if it has none."""
         seed = self.keys.get("seed")
         return seed if isinstance(seed, int) else None
+
+    @property
+    def max_steps(self) -> int | None:
+        """The number of its optimizer steps. If epochs decide, it follows from the last log. None if it is unknown."""
+        steps, epochs = self.keys.get("max_steps"), self.keys.get("num_train_epochs")
+        if isinstance(steps, int) and steps > 0:
+            return steps
+        log = next((log for log in reversed(self.logs) if log.get("epoch")), None)
+        if log is None or not isinstance(epochs, int | float):
+            return None
+        return max(log["step"], round(log["step"] * epochs / log["epoch"]))
 
     @property
     def done(self) -> int:
@@ -73,36 +94,74 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class SweepLine:
+    """A line of a sweep's table: a method, its point of the grid, the folders of its runs, its scores by column."""
+
+    method: str
+    point: str
+    folders: list[str]
+    cells: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
 class SweepRecord:
-    """The table of a sweep, as ``results.json`` in its folder has it."""
+    """The table of a sweep, as ``results.json`` in its folder has it.
+
+    Attributes:
+        folder: the sweep's ``output_dir``.
+        title: of the table.
+        baseline: the method that the others are compared with.
+        kinds: of the columns that are shown, main scores first.
+        main: the first main score; None without one.
+        lines: references and methods.
+    """
 
     folder: str
-    content: Mapping[str, Any]
+    title: str
+    baseline: str | None
+    kinds: Mapping[str, MetricKind]
+    main: str | None
+    lines: Sequence[SweepLine]
 
 
-def read_runs(folders: Sequence[str], evaluations: str) -> tuple[list[RunRecord], list[Reference], list[SweepRecord]]:
+@dataclass(frozen=True)
+class Found:
+    """What was found for a report. ``notes`` say what could not be read."""
+
+    runs: list[RunRecord]
+    references: list[Reference]
+    sweeps: list[SweepRecord]
+    notes: list[str]
+
+
+def read_runs(folders: Sequence[str], evaluations: str) -> Found:
     """The runs of some folders, the models that they began from and learn from, and the tables of sweeps.
 
     The folder of a sweep stands for the runs of its table.
 
     Args:
-        folders: of runs or sweeps.
+        folders: of runs or sweeps. A folder that is named twice counts once.
         evaluations: the folder into which ``sekd evaluate`` wrote; it may be missing.
 
     Raises:
         ValueError: a folder does not exist, or is neither a run's nor a sweep's.
+        DamagedFile: the table of a sweep is damaged, or another version of sekd wrote it.
     """
-    runs, sweeps = list[RunRecord](), list[SweepRecord]()
-    for folder in folders:
+    runs, sweeps, notes = list[RunRecord](), list[SweepRecord](), list[str]()
+    for folder in {os.path.realpath(folder): folder for folder in folders}.values():
         if os.path.isdir(folder) and (sweep := read_sweep(folder)) is not None:
             sweeps.append(sweep)
-            for line in sweep.content["lines"]:
-                paths = [os.path.join(folder, name) for name in line.get("runs", {}).values()]
-                runs += [read_run(path, evaluations, line["method"]) for path in paths if is_run(path)]
+            for line in sweep.lines:
+                for name in line.folders:
+                    path = os.path.join(folder, name)
+                    if is_run(path):
+                        runs.append(replace(read_run(path, evaluations, line.method), in_sweep=True))
+                    else:
+                        notes.append(f"The run {name} of {line.method} is missing in {folder}.")
         else:
             check_run(folder)
             runs.append(read_run(folder, evaluations))
-    return name_groups(runs), find_references(runs, evaluations), sweeps
+    return Found(name_groups(runs), find_references(runs, evaluations, notes), sweeps, notes)
 
 
 def check_run(folder: str) -> None:
@@ -122,18 +181,49 @@ def is_run(folder: str) -> bool:
 
 
 def read_sweep(folder: str) -> SweepRecord | None:
-    """The table of a sweep; None if the folder is no sweep's."""
-    try:
-        with open(os.path.join(folder, SWEEP_RESULTS), encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError):
+    """The table of a sweep; None if the folder has none.
+
+    Raises:
+        DamagedFile: ``results.json`` is damaged, or another version of sekd wrote it.
+    """
+    path = os.path.join(folder, SWEEP_RESULTS)
+    if not os.path.isfile(path) or is_run(folder):
         return None
-    is_table = isinstance(content, dict) and isinstance(content.get("lines"), list)
-    return SweepRecord(folder, content) if is_table else None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        columns = sorted(content["columns"].items(), key=lambda item: not item[1]["main"])
+        kinds = {
+            label: MetricKind(kind["higher_is_better"], kind["is_share"], kind["digits"])
+            for label, kind in columns
+            if kind["shown"]
+        }
+        lines = [
+            SweepLine(
+                line["method"],
+                line["point"],
+                [*line["runs"].values()],
+                {label: _read_cell(score) for label, score in line["scores"].items()},
+            )
+            for line in content["lines"]
+        ]
+        title = content.get("title") or f"Sweep {content['sweep']}"
+        main = next((label for label, kind in columns if kind["main"] and kind["shown"]), None)
+        return SweepRecord(folder, title, content["baseline"], kinds, main, lines)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(
+            f"{path!r} is damaged, or another version of sekd wrote it ({error!r}); make it again with `sekd sweep "
+            "FILE --only-table`, or name the folders of its runs"
+        ) from error
 
 
-def read_run(folder: str, evaluations: str, label: str = "") -> RunRecord:
-    """A run in its folder, as far as it can be read."""
+def _read_cell(score: Mapping[str, Any]) -> Cell:
+    fields = {name: value for name, value in score.items() if name != "values"}
+    return Cell(**{**fields, "errors": SeedErrors(**score["errors"])})
+
+
+def read_run(folder: str, evaluations: str | None, label: str = "") -> RunRecord:
+    """A run in its folder, as far as it can be read; without its evaluations if ``evaluations`` is None."""
     notes = list[str]()
     keys = _read_keys(os.path.join(folder, RECIPE), notes)
     logs = _read_logs(os.path.join(folder, METRICS), notes)
@@ -149,19 +239,15 @@ def read_run(folder: str, evaluations: str, label: str = "") -> RunRecord:
         find_status(folder, logs),
         notes,
         _read_snapshots(folder, notes),
-        _read_results(folder, evaluations, notes),
+        {} if evaluations is None else _read_results(folder, evaluations, notes),
     )
 
 
 def find_status(folder: str, logs: Sequence[Mapping[str, Any]]) -> str:
     """Whether a run is finished, still runs, or ended before its last step."""
-    if (logs and "train_loss" in logs[-1]) or any("train_loss" in log for log in logs):
+    if any("train_loss" in log for log in logs):
         return FINISHED
-    try:
-        with lock_run(folder):
-            return UNFINISHED
-    except RunRefused:
-        return RUNNING
+    return RUNNING if is_locked(folder) else UNFINISHED
 
 
 def name_groups(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -171,24 +257,27 @@ def name_groups(runs: Sequence[RunRecord]) -> list[RunRecord]:
         groups.setdefault(run.group, []).append(run)
     names: dict[str, str] = {}
     for group, members in groups.items():
-        name = re.sub(r"[-_. ]*seed[-_= ]*\d+$", "", members[0].label) if len(members) > 1 else members[0].label
-        while name in names.values():
-            name += "'"
-        names[group] = name
-    named = list[RunRecord]()
+        first = members[0].label
+        name = re.sub(r"[-_. ]*seed[-_= ]*\d+$", "", first) if len(members) > 1 else first
+        same = sum(other.startswith(f"{name} (") or other == name for other in names.values())
+        names[group] = f"{name} ({same + 1})" if same else name
+    named, labels = list[RunRecord](), set[str]()
     for run in runs:
         name, several = names[run.group], len(groups[run.group]) > 1
-        named.append(replace(run, group=name, label=f"{name}, seed {run.seed}" if several else name))
+        label = f"{name}, seed {run.seed}" if several else name
+        label = label if label not in labels else f"{label} ({run.folder})"
+        labels.add(label)
+        named.append(replace(run, group=name, label=label))
     return named
 
 
-def find_references(runs: Sequence[RunRecord], evaluations: str) -> list[Reference]:
+def find_references(runs: Sequence[RunRecord], evaluations: str, notes: list[str]) -> list[Reference]:
     """The evaluated models that the runs learn from and began from, teachers first."""
     references = list[Reference]()
     for key, role in (("teacher_model_name_or_path", "teacher"), ("model_name_or_path", "student before")):
         names = dict.fromkeys(str(run.keys[key]) for run in runs if run.keys.get(key))
         for name in names:
-            results = _load(name_folder(evaluations, name), [])
+            results = _load_results(name_folder(evaluations, name), notes)
             if results:
                 label = role if len(names) == 1 else f"{role} ({os.path.basename(os.path.normpath(name))})"
                 references.append(Reference(label, results))
@@ -196,7 +285,7 @@ def find_references(runs: Sequence[RunRecord], evaluations: str) -> list[Referen
 
 
 def _is_of_group(key: str) -> bool:
-    return key not in MAY_CHANGE and key not in ("seed", "data_seed") and not key.startswith(("log", "save", "hub_"))
+    return key not in NOT_OF_GROUP and not key.startswith(("log", "save_", "hub_", "trackio_"))
 
 
 def _read_keys(path: str, notes: list[str]) -> dict[str, Any]:
@@ -226,7 +315,9 @@ def _read_logs(path: str, notes: list[str]) -> list[dict[str, Any]]:
                 except (ValueError, RecursionError):
                     log = None
                 if isinstance(log, dict) and isinstance(log.get("step"), int):
-                    logs.append({name: value for name, value in log.items() if isinstance(value, int | float)})
+                    logs.append(
+                        {name: _as_number(value) for name, value in log.items() if isinstance(value, int | float)}
+                    )
                 else:
                     damaged += 1
     except FileNotFoundError:
@@ -235,6 +326,11 @@ def _read_logs(path: str, notes: list[str]) -> list[dict[str, Any]]:
         lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
         notes.append(f"{lines} of metrics.jsonl {'was' if damaged == 1 else 'were'} skipped.")
     return logs
+
+
+def _as_number(value: int | float) -> int | float:
+    """The number, where it is one that a float can hold."""
+    return value if abs(value) < LARGEST else math.nan
 
 
 def _note_version(path: str, notes: list[str]) -> None:
@@ -254,6 +350,7 @@ def _read_snapshots(folder: str, notes: list[str]) -> list[Snapshot]:
             snapshots.append(read_snapshot(path))
         except DamagedFile as error:
             notes.append(f"A snapshot of the selection was skipped: {error}.")
+    snapshots = [snapshot for snapshot in snapshots if snapshot.samples]
     same = [snapshot for snapshot in snapshots if snapshot.samples == snapshots[0].samples]
     if len(same) < len(snapshots):
         notes.append(f"{len(snapshots) - len(same)} snapshots of other sequences than the first were skipped.")
@@ -265,11 +362,11 @@ def _read_results(folder: str, evaluations: str, notes: list[str]) -> dict[str, 
     outputs = [evaluations, *sorted(glob.glob(os.path.join(glob.escape(folder), "evaluations", "*")))]
     results: dict[str, TaskResult] = {}
     for output in outputs:
-        results |= _load(name_folder(output, folder), notes)
+        results |= _load_results(name_folder(output, folder), notes)
     return results
 
 
-def _load(folder: str, notes: list[str]) -> dict[str, TaskResult]:
+def _load_results(folder: str, notes: list[str]) -> dict[str, TaskResult]:
     try:
         return load_results(folder)
     except DamagedFile as error:

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sekd.eval.statistics import SeedErrors
+from sekd.eval.records import TaskResult
+from sekd.eval.tasks import SUITES
 from sekd.metric_kinds import MetricKind
+from sekd.report.names import NO_SCORES
 from sekd.report.read import Reference, RunRecord, SweepRecord
-from sekd.sweep.scores import Column, make_columns, make_log_columns
+from sekd.sweep.scores import Column, find_parts, make_columns, make_log_columns
 from sekd.sweep.table import Cell, Line, format_cell, make_cell
 
 NOTE = "Mean ± standard deviation over seeds."
-RUNTIME = ("runtime", "per_second")
-"""Endings of logged numbers of an evaluation that are no scores."""
 
 
 @dataclass(frozen=True)
-class Text:
+class TableCell:
     """A cell of a table."""
 
     text: str
@@ -34,7 +34,7 @@ class ReportTable:
     title: str
     note: str
     columns: list[str]
-    rows: list[list[Text]]
+    rows: list[list[TableCell]]
 
     def as_json(self) -> dict[str, Any]:
         """As the page reads it."""
@@ -42,7 +42,11 @@ class ReportTable:
 
     def as_markdown(self) -> str:
         """As Markdown: the best method is bold, the second underlined."""
-        rows = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *([_mark(c) for c in r] for r in self.rows)]
+        rows = [
+            self.columns,
+            ["---", *["---:"] * (len(self.columns) - 1)],
+            *([_mark_rank(c) for c in r] for r in self.rows),
+        ]
         lines = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([f"**{self.title}**", "", *lines, "", self.note]) + "\n"
 
@@ -55,28 +59,51 @@ class ReportTable:
         return file.getvalue()
 
 
-def _mark(cell: Text) -> str:
+def _mark_rank(cell: TableCell) -> str:
     return f"**{cell.text}**" if cell.best else f"<u>{cell.text}</u>" if cell.second else cell.text
 
 
 def make_tables(
-    runs: Sequence[RunRecord], references: Sequence[Reference], sweeps: Sequence[SweepRecord]
+    runs: Sequence[RunRecord], references: Sequence[Reference], sweeps: Sequence[SweepRecord], notes: list[str]
 ) -> list[ReportTable]:
-    """All tables that these runs give: of sweeps, of evaluations, and of the last evaluation in each run's log."""
+    """All tables that these runs give: of sweeps, of evaluations, and of the last evaluation in each run's log.
+
+    ``notes`` gets a sentence about what cannot be compared.
+    """
     tables = [_make_sweep_table(sweep) for sweep in sweeps]
-    lines = [Line(reference.label, "", {None: place}) for place, reference in enumerate(references)]
-    results = [dict(reference.results) for reference in references]
-    evaluated = [run for run in runs if run.results]
-    if evaluated and not sweeps:
-        own = _make_lines(evaluated, len(references))
-        columns = make_columns([*results, *(dict(run.results) for run in evaluated)], ["paper", "validation"])
-        tables.append(make_table("Evaluations", columns, [*lines, *own]))
+    evaluated = [run for run in runs if run.results and not run.in_sweep]
+    if evaluated:
+        lines = [Line(reference.label, "", {None: place}) for place, reference in enumerate(references)]
+        lines += _make_lines(evaluated, len(references))
+        everything = [*(model.results for model in references), *(run.results for run in evaluated)]
+        results = _leave_out_unequal(everything, notes)
+        tables.append(make_table("Evaluations", make_columns(results, _find_suites(results)), lines))
     logged = [run for run in runs if any(map(_is_evaluation, run.logs))]
     if logged:
-        logs = [_last_evaluation(run) for run in logged]
-        columns = [column for column in make_log_columns(logs, "eval_loss") if not column.label.endswith(RUNTIME)]
+        columns = make_log_columns([_last_evaluation(run) for run in logged], "eval_loss")
+        columns = [column for column in columns if not column.label.endswith(NO_SCORES)]
         tables.append(make_table("Last evaluation in training", columns, _make_lines(logged, 0)))
     return [table for table in tables if len(table.columns) > 1]
+
+
+def _leave_out_unequal(results: Sequence[Mapping[str, TaskResult]], notes: list[str]) -> list[dict[str, TaskResult]]:
+    """The results of each model, without tasks that the models were evaluated on with different settings."""
+    left_out = set[str]()
+    for name in dict.fromkeys(name for of_model in results for name in of_model):
+        settings = [of_model[name].settings for of_model in results if name in of_model]
+        if any(other != settings[0] for other in settings):
+            left_out.add(name)
+            notes.append(f"The scores of {name} are left out: its settings differ between the models.")
+    return [{name: result for name, result in of_model.items() if name not in left_out} for of_model in results]
+
+
+def _find_suites(results: Sequence[Mapping[str, TaskResult]]) -> list[str]:
+    """The suites that were evaluated whole: their means stand for their tasks."""
+    return [
+        name
+        for name, suite in SUITES.items()
+        if all(find_parts(results, name, parts) is not None for parts in suite.means.values())
+    ]
 
 
 def make_table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> ReportTable:
@@ -84,34 +111,21 @@ def make_table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> 
     shown = sorted((column for column in columns if column.shown), key=lambda column: not column.is_main)
     cells = {column.label: [make_cell(column, line, None) for line in lines] for column in shown}
     kinds = {column.label: column.kind for column in shown}
-    return _build(title, NOTE, [line.method for line in lines], [None in line.models for line in lines], kinds, cells)
+    return _build_table(
+        title, NOTE, [line.method for line in lines], [None in line.models for line in lines], kinds, cells
+    )
 
 
 def _make_sweep_table(sweep: SweepRecord) -> ReportTable:
-    content = sweep.content
-    kinds = {
-        label: MetricKind(kind["higher_is_better"], kind["is_share"], kind["digits"])
-        for label, kind in sorted(content.get("columns", {}).items(), key=lambda item: not item[1]["main"])
-        if kind["shown"]
-    }
-    lines = content["lines"]
-    cells = {label: [read_cell(line["scores"].get(label)) for line in lines] for label in kinds}
-    note = f"{NOTE} In brackets: the difference to {content.get('baseline')} ± its standard error."
-    names = [f"{line['method']}, {line['point']}" if line["point"] else line["method"] for line in lines]
-    title = content.get("title") or f"Sweep {content.get('sweep')}"
-    return _build(title, note, names, [not line["runs"] for line in lines], kinds, cells)
+    cells = {label: [line.cells.get(label) for line in sweep.lines] for label in sweep.kinds}
+    has_differences = any(cell and cell.difference is not None for column in cells.values() for cell in column)
+    more = f" In brackets: the difference to {sweep.baseline} ± its standard error." if has_differences else ""
+    names = [f"{line.method}, {line.point}" if line.point else line.method for line in sweep.lines]
+    are_references = [not line.folders for line in sweep.lines]
+    return _build_table(sweep.title, NOTE + more, names, are_references, sweep.kinds, cells)
 
 
-def read_cell(score: Mapping[str, Any] | None) -> Cell | None:
-    """A score in the results of a sweep."""
-    return None if score is None else Cell(**{**_without_values(score), "errors": SeedErrors(**score["errors"])})
-
-
-def _without_values(score: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in score.items() if name != "values"}
-
-
-def _build(
+def _build_table(
     title: str,
     note: str,
     names: Sequence[str],
@@ -120,15 +134,13 @@ def _build(
     cells: Mapping[str, Sequence[Cell | None]],
 ) -> ReportTable:
     header = ["method", *(f"{label}{' %' * kind.is_share}{_show_direction(kind)}" for label, kind in kinds.items())]
-    rows = [[Text(name)] for name in names]
+    rows = [[TableCell(name)] for name in names]
     for label, kind in kinds.items():
         methods = [None if is_reference else c for is_reference, c in zip(are_references, cells[label], strict=True)]
         best, second = _find_best(kind, methods)
         for row, cell, method in zip(rows, cells[label], methods, strict=True):
-            mean = None if method is None else method.mean
-            row.append(
-                Text(format_cell(kind, cell), mean is not None and mean == best, mean is not None and mean == second)
-            )
+            mean = math.nan if method is None else method.mean
+            row.append(TableCell(format_cell(kind, cell), mean == best, mean == second))
     return ReportTable(title, note, header, rows)
 
 

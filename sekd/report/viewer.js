@@ -6,7 +6,7 @@ const QUANTITIES = {
   teacher_entropy: "Teacher entropy H(p)",
   forward_kl: "KL(p‖q)",
   reverse_kl: "KL(q‖p)",
-  student_ce: "Surprise −log q(y)",
+  student_ce: "Cross-entropy −log q(y)",
 };
 const CHANGE = "change"; // of KL(p‖q) since the first snapshot
 const MAX_SORTED = 200;
@@ -254,7 +254,7 @@ function paint(pane) {
     return;
   }
   line.replaceChildren(...summaryLine(pane));
-  if (isComparing && pane.name === "B" && !areLinked()) line.append(" The text is not that of A.");
+  if (isComparing && pane.name === "B" && !areLinked()) line.append(" A shows another text.");
   const values = readValues(run, sample, pane.snapshot, viewer.color);
   const name = quantityName(viewer.color);
   sample.positions.forEach((position, i) => {
@@ -281,7 +281,7 @@ function summaryLine(pane) {
     bold(`${count} of ${positions.length}`), " positions chosen; mean entropy ", meanOf("student_entropy"),
     "; mean KL(p‖q) ", meanOf("forward_kl", (i) => chosen[i]), " at chosen",
     ...(count < positions.length ? [", ", meanOf("forward_kl", (i) => !chosen[i]), " at others"] : []),
-    ...(pane.snapshot > 0 ? ["; ", bold(`${same} of ${count}`), " positions chosen as in the first snapshot"] : []), ".",
+    ...(pane.snapshot > 0 ? ["; ", bold(`${same} of ${count}`), " were also chosen in the first snapshot"] : []), ".",
   ];
 }
 

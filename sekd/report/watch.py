@@ -1,9 +1,11 @@
 """A run in the terminal, while it trains or later: its progress, its curves, and the positions that it chooses."""
 
+import json
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sekd.eval.snapshots import Snapshot
-from sekd.on_policy.record import read_whole_lines
 from sekd.report.names import name_curve
-from sekd.report.page import describe_recipe, find_seconds, make_curves
+from sekd.report.page import describe_recipe, find_last, make_curves
 from sekd.report.read import RUNNING, RunRecord, read_run
 from sekd.tables import escape_controls
 
@@ -26,6 +27,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = 8
 """The curves that are shown, at most."""
 ROLLOUTS = 2
+TAIL = 1 << 18
+"""Bytes of the end of a file of rollouts that are read."""
 TOKENS = 160
 """The tokens of the selection that are shown."""
 
@@ -38,14 +41,14 @@ def watch(folder: str, seconds: float, console: Console | None = None) -> None:
         seconds: between two looks.
     """
     console = console or Console()
-    run = read_run(folder, "")
+    run = read_run(folder, None)
     if not console.is_terminal:
         console.print(make_view(run))
         return
     with Live(make_view(run), console=console, refresh_per_second=2) as live:
         while run.status == RUNNING:
             time.sleep(seconds)
-            run = read_run(folder, "")
+            run = read_run(folder, None)
             live.update(make_view(run))
 
 
@@ -63,25 +66,24 @@ def make_view(run: RunRecord) -> RenderableType:
 
 
 def _make_head(run: RunRecord) -> RenderableType:
-    of = run.keys.get("max_steps")
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text(escape_controls(run.label), style="bold"), run.status, _show_steps(run.done, of, run.logs))
+    table.add_row(Text(escape_controls(run.label), style="bold"), run.status, _show_steps(run))
     sentence = Text(escape_controls(describe_recipe(run.keys)), style="dim")
-    if not isinstance(of, int) or of <= 0:
+    if run.max_steps is None:
         return Group(table, sentence)
     bar = Table.grid(expand=True)  # a bar alone ends no line
-    bar.add_row(ProgressBar(total=of, completed=min(run.done, of)))
+    bar.add_row(ProgressBar(total=run.max_steps, completed=min(run.done, run.max_steps)))
     return Group(table, bar, sentence)
 
 
-def _show_steps(done: int, of: Any, logs: Sequence[Mapping[str, Any]]) -> str:
-    if not isinstance(of, int) or of <= 0:
+def _show_steps(run: RunRecord) -> str:
+    done, max_steps, seconds = run.done, run.max_steps, find_last(run.logs, "train_seconds")
+    if max_steps is None:
         return f"step {done:,}"
-    seconds = find_seconds(logs)
-    if seconds is None or not 0 < done < of:
-        return f"step {done:,} of {of:,}"
-    spent, left = _show_seconds(seconds), _show_seconds(seconds * (of - done) / done)
-    return f"step {done:,} of {of:,}, {spent} so far, about {left} left"
+    text = f"step {done:,} of {max_steps:,}"
+    if seconds is None or not 0 < done < max_steps:
+        return text
+    return f"{text}, {_show_seconds(seconds)} so far, about {_show_seconds(seconds * (max_steps - done) / done)} left"
 
 
 def _show_seconds(seconds: float) -> str:
@@ -120,9 +122,18 @@ def draw_line(values: Sequence[float], width: int = 40) -> str:
 
 
 def _read_rollouts(folder: str) -> list[dict[str, Any]]:
-    """The last rollouts of ``save_rollouts``."""
-    lines = [*read_whole_lines(os.path.join(folder, "rollouts.jsonl"))]
-    return lines[-ROLLOUTS:]
+    """The last rollouts of ``save_rollouts``, from the end of the file."""
+    try:
+        with open(os.path.join(folder, "rollouts.jsonl"), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().split(b"\n")[:-1]  # a killed process may have written a part of a line
+    except OSError:
+        return []
+    rollouts = list[dict[str, Any]]()
+    for line in lines:
+        with suppress(ValueError):  # the first line may be cut
+            rollouts.append(json.loads(line))
+    return [rollout for rollout in rollouts if isinstance(rollout, dict)][-ROLLOUTS:]
 
 
 def _make_rollouts(rollouts: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -136,14 +147,14 @@ def _make_rollouts(rollouts: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _make_selection(snapshot: Snapshot) -> RenderableType:
     """The first sequence: its background is the student's entropy, and chosen positions are underlined."""
-    rows = snapshot.columns["sample"] == 0
+    rows = snapshot.find_rows(0)
     places = [position + 1 for position in snapshot.columns["position"][rows].tolist()]
     entropies = dict(zip(places, snapshot.columns["student_entropy"][rows].tolist(), strict=True))
     weights = dict(zip(places, snapshot.columns["weight"][rows].tolist(), strict=True))
     highest = max(entropies.values(), default=0.0) or 1.0
     text = Text()
     for place, token in enumerate(snapshot.samples[0]["input_ids"][:TOKENS]):
-        words = escape_controls(snapshot.texts[token])
+        words = escape_controls(snapshot.get_text(token))
         if place not in entropies:
             text.append(words, style="dim")
             continue
