@@ -103,7 +103,7 @@ def write_seconds(sweep: Sweep, output: str, steps: int, rounds: int) -> None:
 
 def describe_work(run: SweepRun) -> str:
     """The keys of a run that change the work of a step, as text."""
-    free = ("learning_rate", "max_grad_norm", "max_steps", "warmup_steps", "seed", "output_dir")
+    free = ("learning_rate", "max_grad_norm", "max_steps", "eval_steps", "warmup_steps", "seed", "output_dir")
     return json.dumps({key: value for key, value in sorted(run.keys.items()) if key not in free}, default=str)
 
 

@@ -43,12 +43,16 @@ class Regime:
     beside: Mapping[str, tuple[str, float, int]]
 
 
+TEXT = "text (train[:48])"
+"""How the files name the test documents of `heal`."""
 OF_TASK = {
     "reverse KL": ("rollouts reverse_kl", 1.0, 3),
     "KL": ("text forward_kl", 1.0, 3),
     "ECE %": ("text ece", 100.0, 2),
 }
+OF_TEXT = {"perplexity": (f"{TEXT} perplexity", 1.0, 1), "ECE %": (f"{TEXT} ece", 100.0, 1)}
 REGIMES = {
+    "heal": Regime("prune and heal, web text", f"{TEXT} forward_kl", "KL", 1.0, 3, OF_TEXT),
     "task_off_policy_good": Regime(
         "task, off-policy, good start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
     ),
@@ -244,8 +248,9 @@ def draw(path: Path) -> None:
     for axis, (name, methods) in zip(axes[0], shown.items(), strict=False):
         draw_costs(axis, REGIMES[name], methods)
     draw_rates(axes[0][-1], "task_off_policy_good")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower left", ncols=3, frameon=False, fontsize=9)
+    shown_lines = [axis.get_legend_handles_labels() for axis in axes[0][:-1]]
+    legend = {label: handle for handles, labels in shown_lines for handle, label in zip(handles, labels, strict=True)}
+    figure.legend([*legend.values()], [*legend], loc="lower left", ncols=3, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=130)
 
