@@ -42,6 +42,8 @@ from sekd.trainer import SEKDTrainer
 from sekd.types import Batch, Positions
 
 FRACTION = 0.2
+PART = 1 << 22
+"""Numbers that are converted to float64 at once."""
 NAMES = ("forward_kl", "reverse_kl", "student_entropy")
 
 
@@ -76,10 +78,10 @@ def measure_gradients(sweep: Sweep, methods: Sequence[str], batches: int, others
             step = take_step(trainer, batch)
             values.append(
                 (
-                    torch.cosine_similarity(step.gradient, of_full.gradient, dim=0),
-                    torch.cosine_similarity(step.gradient, mean, dim=0),
-                    step.gradient.norm(),
-                    step.gradient.norm() / of_full.gradient.norm(),
+                    cosine(step.gradient, of_full.gradient),
+                    cosine(step.gradient, mean),
+                    norm(step.gradient),
+                    norm(step.gradient) / norm(of_full.gradient),
                     kl[step.chosen].sum() / kl.sum(),
                     (step.chosen & uncertain).sum() / uncertain.sum(),
                     step.chosen.float().mean(),
@@ -134,6 +136,22 @@ def take_step(trainer: SEKDTrainer, inputs: dict[str, Tensor]) -> Step:
     trainer.compute_loss(trainer.model, inputs, num_items_in_batch=sequences).backward()
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
     return Step(gradient, chosen[0])
+
+
+def dot(first: Float[Tensor, " P"], second: Float[Tensor, " P"]) -> Tensor:
+    """The inner product, summed in float64: in float32, 100 million products lose some percent."""
+    parts = zip(first.split(PART), second.split(PART), strict=True)
+    return torch.stack([(a.double() * b.double()).sum() for a, b in parts]).sum()
+
+
+def norm(gradient: Float[Tensor, " P"]) -> Tensor:
+    """The length of a gradient."""
+    return dot(gradient, gradient).sqrt()
+
+
+def cosine(first: Float[Tensor, " P"], second: Float[Tensor, " P"]) -> Tensor:
+    """The cosine of the angle between two gradients."""
+    return dot(first, second) / (norm(first) * norm(second))
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ def run_step(folder, tokenizer, monkeypatch, data=None, **options):
             super().sync_weights(model, step)
 
     monkeypatch.setitem(ENGINES, "hf", CountedEngine)
-    options = dict(max_steps=1, max_completion_length=LENGTH, **LIMITS) | options
+    options = dict(max_steps=1, max_completion_length=LENGTH, record_selection=0, **LIMITS) | options
     trainer = make_trainer(folder / "run", tokenizer, data or make_data(), student, teacher, **options)
     for name in ("get_batch_samples", "training_step"):
         monkeypatch.setattr(trainer, name, counting(counter, getattr(trainer, name)))
