@@ -49,8 +49,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from sekd import SEKDConfig, SEKDTrainer
-from sekd.cli.worker import measure_memory
-from sekd.hardware import choose_dtype
+from sekd.hardware import choose_dtype, measure_memory
 from sekd.models import freeze, load_model
 
 MOST_ROUNDING = 0.005

@@ -39,7 +39,7 @@ def test_no_pass_of_the_head_over_all_positions(tmp_path, tokenizer, pairs, monk
         raise AssertionError("rows are scored")
 
     monkeypatch.setattr(sekd.distill, "score_positions", never)
-    make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT).train()
+    make_trainer(tmp_path, tokenizer, pairs, record_selection=0, **ROLLOUT).train()
     with pytest.raises(AssertionError, match="rows are scored"):
         make_trainer(tmp_path, tokenizer, pairs, **ROLLOUT | {"score_source": "exact"}).train()
 

@@ -18,7 +18,7 @@ def test_draws_differ_though_loader_workers_give_the_same_ids(tmp_path, tokenize
 
     monkeypatch.setattr(sekd.trainer, "make_generators", record)
     files = pairs.to_iterable_dataset(num_shards=2)
-    options = dict(dataloader_num_workers=2, gradient_accumulation_steps=2, max_steps=1)
+    options = dict(dataloader_num_workers=2, gradient_accumulation_steps=2, max_steps=1, record_selection=0)
     make_trainer(tmp_path, tokenizer, files, position_policy="random", **options).train()
     assert sorted(ids) == sorted([0, 1, 2, 3] * 2), "micro-batches are sorted by length"
     assert len({*draws}) == 8

@@ -373,7 +373,7 @@ def test_no_tensor_of_size_batch_tokens_vocabulary_in_a_training_step(tmp_path, 
 
 
 def test_a_run_lets_the_teacher_read_the_reference(tmp_path, tokenizer, pairs):
-    options = dict(trainer_options={"eval_dataset": pairs.select(range(6))}, max_steps=3)
+    options = dict(trainer_options={"eval_dataset": pairs.select(range(6))}, max_steps=3, record_selection=0)
     trainer = make_trainer(tmp_path, tokenizer, pairs, lmbda=1.0, teacher_prompt_prefix="w99 {completion} ", **options)
     read, seen = trainer.teacher.read, []
     trainer.teacher.read = lambda batch: seen.append(batch) or read(batch)

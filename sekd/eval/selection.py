@@ -82,7 +82,7 @@ def measure_selection(
     return {
         **dict(zip(NUMBERS, numbers, strict=True)),
         "weight": weights[valid],
-        "scores": scores[valid].view(len(positions), -1)[:, : len(name_scores(method, step))],
+        "scores": scores[valid].view(len(positions), *(scores.shape[2:] or (1,)))[:, : len(name_scores(method, step))],
         "student_ids": student_ids,
         "student_probs": student_probs,
         "teacher_ids": teacher_ids,
@@ -176,7 +176,7 @@ class SelectionRecorder:
             fields = collate(self.samples[start : start + pair.batch_size], pair.pad_token_id)
             batch = Batch.from_inputs(fields).to(pair.device)
             arguments = pair.student, pair.teacher, batch, method, step, make_generators(batch)
-            with pair.autocast(), evaluating(pair.student):
+            with torch.no_grad(), pair.autocast(), evaluating(pair.student):  # DDP would wait for a gradient
                 parts.append(run_inside(pair.student, lambda _, a=arguments: measure_selection(*a), batch))
         columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         if self.writes:
