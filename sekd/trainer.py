@@ -324,7 +324,7 @@ class SEKDTrainer(MeasuredTrainer):
     def record_selection(self, samples: Sequence[Sample] = (), is_end: bool = False) -> None:
         """Keep what the student would choose now of a few sequences, if that is due (``record_selection``).
 
-        ``samples`` are those of the next step. Nothing that training draws or learns depends on this.
+        ``samples`` are the samples of the next step. Nothing that training draws or learns depends on this.
         """
         with self.uncounted():
             self.recorder.record(self.pair, self.method, self._make_generators, self.state, samples, is_end)

@@ -118,8 +118,8 @@ class Page:
         return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector)
 
     def point_at(self, selector, place=0):
-        script = "const found = document.querySelectorAll(arguments[0])[arguments[1]];"
-        element = self.run(script + "found.scrollIntoView({ block: 'center' }); return found", selector, place)
+        script = "const element = document.querySelectorAll(arguments[0])[arguments[1]];"
+        element = self.run(script + "element.scrollIntoView({ block: 'center' }); return element", selector, place)
         webdriver.ActionChains(self.driver, duration=0).move_to_element(element).perform()
 
     def press(self, *keys):
@@ -159,7 +159,7 @@ def as_number(text):
 
 
 def near(value, digits=3):
-    """Equal to a value that is shown with so many digits after the point, and that has four in the page."""
+    """Equal to a value that the page shows with ``digits`` after the point. Its data has four digits."""
     return pytest.approx(value, abs=0.51 * 10**-digits, rel=6e-4)
 
 

@@ -103,7 +103,7 @@ def test_an_unfinished_run_is_shown_with_a_note(page, runs, tmp_path):
     page.open(write_page(tmp_path, tmp_path / "run"))
     logs = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
     assert page.text(".badge") == "unfinished"
-    notes = "1 damaged line of metrics.jsonl was skipped.The run is unfinished: this is what it has written up to step"
+    notes = "1 damaged line of metrics.jsonl was skipped.The run is unfinished: the page shows it up to step"
     assert page.texts(".card .notes") == [f"{notes} {logs[-1]['step']}."]
     page.focus("figure[data-metric=loss] .chart")
     page.press(webdriver.Keys.END)

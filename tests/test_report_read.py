@@ -107,6 +107,16 @@ def test_a_sweep_and_other_runs_share_a_page(runs, tmp_path):
     assert [row[0].text for row in report.tables[1].rows] == ["run"]
 
 
+def test_a_sweep_whose_runs_are_gone_still_gives_its_table(tmp_path):
+    column = Column("accuracy", ACCURACY, [0.5], [None], is_main=True)
+    write_results(
+        str(tmp_path), [column], [Line("Gone", "", {0: 0}, {0: "gone"})], None, {"sweep": "s", "baseline": None}
+    )
+    report = write_report([str(tmp_path)], str(tmp_path / "r.html"))
+    assert report.runs == []
+    assert [table.title for table in report.tables] == ["Sweep s"]
+
+
 def test_times_are_seconds_of_a_finished_run_and_shares_before(runs):
     logs = read_run(str(runs / "random"), None).logs
     seconds, shares = find_times(logs)

@@ -111,7 +111,7 @@ def _no_draws() -> Tensor:
 
 
 def choose_steps(max_steps: int) -> set[int]:
-    """The steps before which a run of so many steps keeps a snapshot. The last one is after the training."""
+    """The steps before which a run of ``max_steps`` keeps a snapshot. The last snapshot is after the training."""
     return {round(max_steps * i / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}
 
 
@@ -162,7 +162,7 @@ class SelectionRecorder:
     ) -> None:
         """Keep a snapshot of the student after ``state.global_step`` steps, if one is due. At the end one always is.
 
-        ``samples`` are those of the next step. A run without held-out sequences keeps the first of them.
+        ``samples`` are the samples of the next step. A run without held-out sequences keeps the first of these.
         """
         if not self.number:
             return
@@ -193,7 +193,7 @@ class SelectionRecorder:
         write_snapshot(self.folder, Snapshot(step, self.source, scores, samples, texts, narrow))
 
     def _choose_samples(self, step: int, due: set[int], samples: Sequence[Sample]) -> None:
-        """Take the held-out sequences, else those of the run before a resume, else these. Remove later snapshots."""
+        """Choose held-out sequences, else those from before a resume, else ``samples``. Remove later snapshots."""
         kept = self.held_out or samples
         self.source = "rollouts of the first step" if self.is_on_policy(step) else "training data"
         if self.held_out:
@@ -216,8 +216,8 @@ def make_recorder(
 ) -> SelectionRecorder:
     """The recorder of a run.
 
-    It keeps held-out sequences, else the first sequences of the first step: rollouts on-policy. An on-policy run has no
-    use for held-out completions, and a teacher without logits (``has_logits``), a cache, knows those of training alone.
+    It keeps held-out sequences, or else the first sequences of the first step: rollouts on-policy. An on-policy run has
+    no use for held-out completions. A cache (no ``has_logits``) knows the training sequences alone.
     """
     has_held_out = held_out is not None and has_logits and not args.all_on_policy
     rows = held_out.take(args.record_selection) if held_out is not None and has_held_out else []

@@ -15,7 +15,7 @@ import torch
 from sekd.eval.snapshots import NUMBERS, Snapshot
 from sekd.files import write_atomically
 from sekd.report.more_tables import make_more_tables
-from sekd.report.names import name_curve
+from sekd.report.names import NO_SCORES, name_curve
 from sekd.report.read import FINISHED, RunRecord, read_runs
 from sekd.report.tables import ReportTable, make_tables
 from sekd.selection_config import SelectionConfig
@@ -62,11 +62,11 @@ def write_report(folders: Sequence[str], output: str, title: str = "", evaluatio
         ValueError: a folder that is no run's.
         OSError: the file cannot be written.
     """
-    found = read_runs(folders, evaluations)
-    tables = make_tables(found.runs, found.references, found.sweeps, found.notes)
-    tables += make_more_tables(found.runs, found.sweeps)
-    title = title or ", ".join(dict.fromkeys(run.group for run in found.runs))
-    report = Report(title, found.runs, tables, found.notes)
+    inputs = read_runs(folders, evaluations)
+    tables = make_tables(inputs.runs, inputs.references, inputs.sweeps, inputs.notes)
+    tables += make_more_tables(inputs.runs, inputs.sweeps)
+    title = title or ", ".join(dict.fromkeys(run.group for run in inputs.runs))
+    report = Report(title, inputs.runs, tables, inputs.notes)
     write_atomically(output, make_page(report))
     return report
 
@@ -76,7 +76,7 @@ def make_page(report: Report) -> str:
     first = {run.group: run for run in reversed(report.runs) if run.snapshots}
     runs = [run if run is first.get(run.group) else replace(run, snapshots=()) for run in report.runs]
     number = sum(len(snapshot.samples) for run in runs for snapshot in run.snapshots)
-    described = [describe_run(run, MAX_POSITIONS // max(number, 1), MAX_POINTS // len(runs)) for run in runs]
+    described = [describe_run(run, MAX_POSITIONS // max(number, 1), MAX_POINTS // max(len(runs), 1)) for run in runs]
     data = {
         "title": report.title,
         "notes": report.notes,
@@ -175,16 +175,14 @@ def _count_steps(run: RunRecord) -> str:
 def _note_status(run: RunRecord) -> list[str]:
     if run.status == FINISHED:
         return []
-    return [f"The run is {run.status}: this is what it has written up to step {run.done}."]
+    return [f"The run is {run.status}: the page shows it up to step {run.done}."]
 
 
 def make_curves(logs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """The points of each curve, by the name of the logged number."""
     names = dict.fromkeys(name for log in logs for name in log)
     divergences = [name for name in names if name.endswith("_selected") and name != "entropy_selected"]
-    evaluations = [
-        n for n in names if n.startswith("eval_") and not n.endswith(("runtime", "per_second", "_positions"))
-    ]
+    evaluations = [name for name in names if name.startswith("eval_") and not name.endswith(NO_SCORES)]
     curves = {}
     for name in ("loss", *divergences, *CURVES, *evaluations):
         points = [(log["step"], log[name]) for log in logs if isinstance(log.get(name), int | float)]

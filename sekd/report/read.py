@@ -125,8 +125,8 @@ class SweepRecord:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found for a report. ``notes`` say what could not be read."""
+class ReportInputs:
+    """What a report is made from. ``notes`` say what could not be read."""
 
     runs: list[RunRecord]
     references: list[Reference]
@@ -134,7 +134,7 @@ class Found:
     notes: list[str]
 
 
-def read_runs(folders: Sequence[str], evaluations: str) -> Found:
+def read_runs(folders: Sequence[str], evaluations: str) -> ReportInputs:
     """The runs of some folders, the models that they began from and learn from, and the tables of sweeps.
 
     The folder of a sweep stands for the runs of its table.
@@ -161,7 +161,7 @@ def read_runs(folders: Sequence[str], evaluations: str) -> Found:
         else:
             check_run(folder)
             runs.append(read_run(folder, evaluations))
-    return Found(name_groups(runs), find_references(runs, evaluations, notes), sweeps, notes)
+    return ReportInputs(name_groups(runs), find_references(runs, evaluations, notes), sweeps, notes)
 
 
 def check_run(folder: str) -> None:
@@ -358,7 +358,7 @@ def _read_snapshots(folder: str, notes: list[str]) -> list[Snapshot]:
 
 
 def _read_results(folder: str, evaluations: str, notes: list[str]) -> dict[str, TaskResult]:
-    """The evaluations of a run's student: those of ``sekd evaluate``, and those of a sweep in the run's folder."""
+    """The evaluations of a run's student by ``sekd evaluate``, and by a sweep, which keeps them in the run's folder."""
     outputs = [evaluations, *sorted(glob.glob(os.path.join(glob.escape(folder), "evaluations", "*")))]
     results: dict[str, TaskResult] = {}
     for output in outputs:
