@@ -1,8 +1,9 @@
-"""``profile: N`` records what N optimizer steps do: a trace of every operation, and on CUDA the memory."""
+"""``profile: N`` records what N optimizer steps do: a trace of every operation, and how much memory they hold."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from sekd.files import write_atomically
 from sekd.timing import Stopwatch
 
 logger = logging.get_logger(__name__)
 
-FOLDER, TRACE, MEMORY = "profile", "trace.json", "memory.pickle"
+FOLDER, TRACE, MEMORY, CURVE = "profile", "trace.json", "memory.pickle", "memory.csv"
 WARM_UP = 2
 """Steps before the recorded ones, if the run has as many. The first steps allocate memory and load kernels."""
 
@@ -25,8 +27,9 @@ MAX_EVENTS = 1_000_000
 class Profiling(TrainerCallback):
     """Records ``steps`` optimizer steps, with what lies between them, into ``output_dir/profile``.
 
-    The trace names the parts of :mod:`sekd.timing`. Without CUDA there is no memory snapshot: the trace has each
-    allocation instead. The time to write them is ``uncounted``.
+    The trace names the parts of :mod:`sekd.timing`. ``memory.csv`` has the bytes that PyTorch holds beyond those at the
+    first recorded step, against the seconds (arXiv 2602.01395, figure 8). On CUDA there is a memory snapshot too. The
+    time to write the files is ``uncounted``.
     """
 
     def __init__(self, steps: int, stopwatch: Stopwatch, uncounted: Callable[[], AbstractContextManager]) -> None:
@@ -77,8 +80,24 @@ class Profiling(TrainerCallback):
     def _write(self, profiler: profile) -> None:
         os.makedirs(self.folder, exist_ok=True)
         profiler.export_chrome_trace(os.path.join(self.folder, TRACE))
+        curve = sum_allocations(_list_allocations(profiler, "CUDA" if self.on_cuda else "CPU"))
+        lines = [f"{seconds:.6f},{size}\n" for seconds, size in curve]
+        write_atomically(os.path.join(self.folder, CURVE), "seconds,bytes\n" + "".join(lines))
         if self.on_cuda:
             torch.cuda.memory._dump_snapshot(os.path.join(self.folder, MEMORY))
             torch.cuda.memory._record_memory_history(enabled=None)
-        memory = f"{MEMORY} has the memory" if self.on_cuda else "no CUDA, so no memory snapshot"
-        logger.warning(f"profiled {self.done - self.warm_up} steps: {self.folder}/{TRACE}; {memory}")
+        memory = f"{CURVE} and {MEMORY} have" if self.on_cuda else f"{CURVE} has"
+        logger.warning(f"profiled {self.done - self.warm_up} steps: {self.folder}/{TRACE}; {memory} the memory")
+
+
+def _list_allocations(profiler: profile, device: str) -> list[tuple[int, int]]:
+    """The time in nanoseconds, and the bytes, of each allocation on a kind of device; negative where they are freed."""
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted((event.start_ns(), event.nbytes()) for event in events if event.device_type().name == device)
+
+
+def sum_allocations(changes: Sequence[tuple[int, int]]) -> list[tuple[float, int]]:
+    """The seconds since the first change, and the bytes that are held then. ``changes`` are nanoseconds and bytes."""
+    totals = accumulate(size for _, size in changes)
+    return [((time - changes[0][0]) / 1e9, total) for (time, _), total in zip(changes, totals, strict=True)]

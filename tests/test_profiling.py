@@ -1,5 +1,6 @@
 """`profile: N` records N steps after a warm-up."""
 
+import csv
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import make_trainer
 from transformers import TrainerCallback
 
 from sekd.config import SEKDConfig
-from sekd.profiling import FOLDER, MEMORY, TRACE
+from sekd.profiling import CURVE, FOLDER, MEMORY, TRACE, sum_allocations
 
 
 def read_trace(folder):
@@ -35,7 +36,7 @@ def test_a_trace_has_the_steps_after_the_warm_up(tmp_path, tokenizer, pairs, cap
     assert any(event.get("name") == "[memory]" for event in events)
     assert not (tmp_path / FOLDER / MEMORY).exists()
     assert "profiled 2 steps" in caplog.text
-    assert "no CUDA, so no memory snapshot" in caplog.text
+    assert "memory.csv has the memory" in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "recorded"), [(1, 1), (2, 2), (3, 2)])
@@ -72,3 +73,22 @@ def test_a_profile_changes_nothing_that_a_run_learns(tmp_path, tokenizer, pairs)
 def test_a_negative_number_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="profile -1 must be at least 0"):
         SEKDConfig(str(tmp_path), profile=-1)
+
+
+def test_the_memory_is_the_sum_of_what_was_allocated_and_freed(tmp_path, tokenizer, pairs):
+    assert sum_allocations([(5, 100), (8, 50), (1_000_000_005, -100)]) == [(0.0, 100), (3e-9, 150), (1.0, 50)]
+    assert sum_allocations([]) == []
+    trainer = make_trainer(tmp_path, tokenizer, pairs, profile=2, max_steps=6)
+    trainer.train()
+    with open(tmp_path / FOLDER / CURVE) as file:
+        curve = [(float(row["seconds"]), int(row["bytes"])) for row in csv.DictReader(file)]
+    changes = [event["args"] for event in read_trace(tmp_path) if event.get("name") == "[memory]"]
+    total, totals = 0, []
+    for change in changes:
+        total += change["Bytes"]
+        totals.append(total)
+    assert [size for _, size in curve] == totals
+    assert [*sorted(time for time, _ in curve)] == [time for time, _ in curve]
+    gradients = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    assert max(totals) > gradients
+    assert totals[-1] < gradients / 2, "a step frees what it took"
