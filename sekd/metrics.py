@@ -115,9 +115,9 @@ def compute_speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]
 
 
 def sum_up_time(sums: Mapping[str, float]) -> dict[str, float]:
-    """The seconds of each part of a whole run, ``other_seconds``, and how fast it was. ``seconds`` is their sum."""
+    """The seconds of each part of a whole run, ``other_seconds``, their sum ``train_seconds``, and how fast it was."""
     seconds = sums["seconds"]
     parts = {name: sums[name] for name in (f"{part}_seconds" for part in PARTS) if sums.get(name)}
     speed = compute_speed(sums, seconds)
-    summary = {**parts, "other_seconds": max(seconds - sum(parts.values()), 0.0)}
+    summary = {**parts, "other_seconds": max(seconds - sum(parts.values()), 0.0), "train_seconds": seconds}
     return summary | {name: speed[name] for name in ("flops_per_second", "floor_share") if name in speed}

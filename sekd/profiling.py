@@ -92,8 +92,8 @@ class Profiling(TrainerCallback):
 
 def _list_allocations(profiler: profile, device: str) -> list[tuple[int, int]]:
     """The time in nanoseconds, and the bytes, of each allocation on a kind of device; negative where they are freed."""
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     return sorted((event.start_ns(), event.nbytes()) for event in events if event.device_type().name == device)
 
 

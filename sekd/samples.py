@@ -5,6 +5,7 @@ al., 2023). Only the kept samples are loaded, so batches have their full size.
 """
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -123,8 +124,8 @@ def choose_samples(
 ) -> dict[str, Any]:
     """Choose samples, and return the content of the samples file: ``kept`` (sorted ids), ``scores`` and more.
 
-    If the file exists, its scores are used again, for any ``sample_fraction``. ``teacher`` may be None if the score
-    does not need it.
+    If the file exists, its scores are used again, for any ``sample_fraction``. ``seconds`` is the time of scoring.
+    ``teacher`` may be None if the score does not need it.
 
     Raises:
         DamagedFile: the file is damaged.
@@ -133,14 +134,18 @@ def choose_samples(
     path = samples_path(args)
     fingerprint = _fingerprint(dataset, student, teacher, tokenizer, args)
     # Only the main process reads the file, since processes may not share the folder.
-    scores = run_on_main(lambda: _read(path, fingerprint) if os.path.exists(path) else None)
-    if scores is None:
+    earlier = run_on_main(lambda: _read(path, fingerprint) if os.path.exists(path) else None)
+    if earlier is None:
+        started = time.monotonic()
         scores = score_samples(dataset, student, teacher, args).tolist()
+        earlier = {"scores": scores, "seconds": time.monotonic() - started}
+    scores = earlier["scores"]
     choice = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "sample_fraction": args.sample_fraction,
         "kept": select_samples(scores, args.sample_fraction),
+        "seconds": earlier.get("seconds"),
         "scores": scores,
     }
     if args.process_index == 0:
@@ -233,8 +238,8 @@ def _fingerprint(
     return fingerprint
 
 
-def _read(path: str, fingerprint: dict[str, Any]) -> list[float]:
-    """Check a samples file, and return its scores."""
+def _read(path: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The content of a samples file, after its check."""
     hint = "delete it to score again, or name another samples_file"
     try:
         choice = read_checked(path)  # every value is as it was written
@@ -245,4 +250,4 @@ def _read(path: str, fingerprint: dict[str, Any]) -> list[float]:
     for name, meaning in FIELDS.items():
         if choice["fingerprint"].get(name) != fingerprint.get(name):
             raise ValueError(f"samples_file {path!r} was made with another value of {meaning}; {hint}")
-    return choice["scores"]
+    return choice

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,8 @@ def build_cache(
 ) -> Store:
     """Build the cache of prepared samples in ``folder``, or resume its build.
 
-    Samples that repeat are stored once. ``shard_samples`` is the number of samples of a shard.
+    Samples that repeat are stored once. ``shard_samples`` is the number of samples of a shard. The manifest gets the
+    seconds of the build; of a resumed one, those that it would take at the speed of the last call.
 
     Raises:
         ValueError: settings that cannot be cached; a token that the teacher lacks; a folder with another cache, other
@@ -98,7 +100,8 @@ def build_cache(
     refusal = ValueError(f"another process is building the cache in {folder!r}; wait for it, or name another folder")
     with lock_folder(folder, refusal):
         fingerprint = build_fingerprint(keys, reader.facts, tokenizer, args, shard_samples)
-        checksums = _claim_folder(folder, fingerprint)
+        checksums, seconds = _claim_folder(folder, fingerprint)
+        read, started = 0, time.monotonic()
         bar = tqdm(total=len(order), desc="Building the cache", unit="sample", disable=args.disable_tqdm)
 
         def finish(number: int) -> None:
@@ -118,22 +121,25 @@ def build_cache(
         for number, samples in reader.encode_all(unfinished_parts()):
             write_shard(paths[number], samples)
             finish(number)
+            read += len(samples)
         bar.close()
-        write_manifest(folder, fingerprint, [shards[number] for number in range(len(parts))])
+        if read:
+            seconds = (time.monotonic() - started) * len(order) / read
+        write_manifest(folder, fingerprint, [shards[number] for number in range(len(parts))], seconds)
     return Store(folder)
 
 
-def _claim_folder(folder: str, fingerprint: dict[str, Any]) -> dict[str, str]:
+def _claim_folder(folder: str, fingerprint: dict[str, Any]) -> tuple[dict[str, str], float | None]:
     """Write an incomplete manifest, or check that the folder's manifest is of this cache.
 
-    Returns the checksum of each file that the manifest lists.
+    Returns the checksum of each file that the manifest lists, and the seconds of the build.
     """
     check_cache_folder(folder)
     if not is_cache(folder):
         write_manifest(folder, fingerprint, None)
     manifest = read_manifest(folder)
     _compare(folder, manifest["fingerprint"], fingerprint)
-    return {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+    return {shard["file"]: shard["sha256"] for shard in manifest["shards"]}, manifest.get("seconds")
 
 
 def _compare(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -19,12 +19,14 @@ def show_cache(store: Store) -> None:
     samples, positions, classes, size = map(store.total, ("samples", "rows", "classes", "bytes"))
     draws, vocab = fingerprint["class_samples"], fingerprint["vocab"]
     position_bytes, logits_bytes, slots_bytes = size / max(positions, 1), 2 * vocab, BYTES_A_DRAW * draws
+    seconds = store.manifest.get("seconds")
     entropy = "a byte a position" if fingerprint["teacher_entropy"] else "not kept"
     teacher = fingerprint["teacher"]
     facts = {
         "samples": f"{samples:,} in {len(store.shards)} shards",
         "positions": f"{positions:,}",
         "size": f"{size / 2**20:,.2f} MiB, {position_bytes:.1f} bytes a position",
+        **({} if seconds is None else {"built in": f"{seconds:,.1f} s"}),
         "classes a position": f"{classes / max(positions, 1):.1f} of {draws} draws, {vocab:,} in the vocabulary",
         "full fp16 logits": (
             f"{logits_bytes:,} bytes a position: {logits_bytes / max(position_bytes, 1e-9):,.0f} times as large"

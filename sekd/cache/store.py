@@ -146,7 +146,7 @@ def check_cache_folder(folder: str) -> None:
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """The manifest of a cache: format, complete, fingerprint and shards.
+    """The manifest of a cache: format, complete, seconds (of its build, if it has them), fingerprint and shards.
 
     Raises:
         ValueError: no cache in the folder, a cache of another format, or an invalid manifest.
@@ -192,9 +192,20 @@ def _find_problem(manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def write_manifest(folder: str, fingerprint: dict[str, Any], shards: list[dict[str, Any]] | None) -> None:
-    """Write a manifest; ``shards`` is None while the cache is not complete."""
-    manifest = {"format": FORMAT, "complete": shards is not None, "fingerprint": fingerprint, "shards": shards or []}
+def write_manifest(
+    folder: str, fingerprint: dict[str, Any], shards: list[dict[str, Any]] | None, seconds: float | None = None
+) -> None:
+    """Write a manifest; ``shards`` is None while the cache is not complete.
+
+    ``seconds`` is the time of a build, None if it is unknown.
+    """
+    manifest = {
+        "format": FORMAT,
+        "complete": shards is not None,
+        "seconds": seconds,
+        "fingerprint": fingerprint,
+        "shards": shards or [],
+    }
     write_atomically(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=2) + "\n")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sekd.eval.snapshots import Snapshot
 from sekd.files import write_atomically
+from sekd.report.charts import Chart
 from sekd.report.names import name_curve
 from sekd.report.page import Report, make_curves
 from sekd.report.read import RunRecord
@@ -41,6 +42,7 @@ def write_figures(report: Report, folder: str) -> list[str]:
             write_atomically(path, text)
             paths.append(path)
     figures = {"curves": draw_curves(report.runs)}
+    figures |= {f"chart_{place + 1}": draw_chart(chart) for place, chart in enumerate(report.charts)}
     for place, run in enumerate(report.runs):
         if run.snapshots:
             figures[f"selection_{place + 1}"] = draw_selection(run.label, run.snapshots)
@@ -89,6 +91,30 @@ def _draw_band(axis: "Axes", lines: Sequence[Mapping[int, float]], colour: str, 
     axis.plot(steps, means, color=colour, lw=1.4, label=label, marker="o" if len(steps) == 1 else None)
     if len(lines) > 1:
         axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.18, lw=0)
+
+
+def draw_chart(chart: Chart) -> "Figure":
+    """A chart of several runs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for place, line in enumerate(chart.lines):
+        colour, marker = COLOURS[place % len(COLOURS)], "o" if chart.is_discrete else None
+        xs, ys, low, high = zip(*line.points, strict=True)
+        axis.plot(xs, ys, color=colour, lw=1.4, marker=marker, label=_as_label(line.label))
+        axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
+    if chart.is_discrete:
+        shares = sorted({point[0] for line in chart.lines for point in line.points})
+        axis.set_xscale("log")
+        axis.set_xticks(shares, [f"{share:g}" for share in shares])
+        axis.minorticks_off()
+    axis.set_title(f"{_as_label(chart.title)} ({chart.unit})" if chart.unit else _as_label(chart.title), loc="left")
+    axis.set_xlabel(chart.x_name)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return figure
 
 
 @dataclass(frozen=True)

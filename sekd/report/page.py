@@ -14,9 +14,10 @@ import torch
 
 from sekd.eval.snapshots import NUMBERS, Snapshot
 from sekd.files import write_atomically
+from sekd.report.charts import Chart, make_charts, thin_out
 from sekd.report.more_tables import make_more_tables
 from sekd.report.names import NO_SCORES, name_curve
-from sekd.report.read import FINISHED, RunRecord, read_runs
+from sekd.report.read import FINISHED, RunRecord, find_last, read_runs
 from sekd.report.tables import ReportTable, make_tables
 from sekd.selection_config import SelectionConfig
 from sekd.selection_words import describe_selection
@@ -24,7 +25,7 @@ from sekd.timing import PARTS
 from sekd.validation.values import read_field
 
 FOLDER = os.path.dirname(__file__)
-SCRIPTS = ("curves.js", "viewer.js", "page.js")
+SCRIPTS = ("dom.js", "charts.js", "curves.js", "colors.js", "detail.js", "viewer.js", "page.js")
 CURVES = (
     *("entropy", "entropy_selected", "selected_fraction", "completion_length", "cut_fraction"),
     *("rollout_age", "selection_agreement", "grad_norm", "learning_rate", "tokens_per_second", "floor_share"),
@@ -46,6 +47,7 @@ class Report:
     title: str
     runs: list[RunRecord]
     tables: list[ReportTable]
+    charts: list[Chart] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -66,7 +68,7 @@ def write_report(folders: Sequence[str], output: str, title: str = "", evaluatio
     tables = make_tables(inputs.runs, inputs.references, inputs.sweeps, inputs.notes)
     tables += make_more_tables(inputs.runs, inputs.sweeps)
     title = title or ", ".join(dict.fromkeys(run.group for run in inputs.runs))
-    report = Report(title, inputs.runs, tables, inputs.notes)
+    report = Report(title, inputs.runs, tables, make_charts(inputs.runs, inputs.sweeps), inputs.notes)
     write_atomically(output, make_page(report))
     return report
 
@@ -84,6 +86,7 @@ def make_page(report: Report) -> str:
         "runs": described,
         "names": {name: name_curve(name) for run in described for name in run["curves"]},
         "tables": [table.as_json() for table in report.tables],
+        "charts": [chart.as_json() for chart in report.charts],
     }
     parts = {"CSS": _read("page.css"), "JS": "\n".join(map(_read, SCRIPTS))}
     # The browser runs this script alone, whatever text the data may hold.
@@ -191,18 +194,6 @@ def make_curves(logs: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, 
     return curves
 
 
-def thin_out(points: Sequence[tuple[int, float]], number: int) -> list[tuple[int, float]]:
-    """About ``number`` points: the first and the last, and of each part of the curve the lowest and the highest."""
-    if len(points) <= number:
-        return [*points]
-    size = math.ceil(2 * len(points) / number)
-    kept = {points[0], points[-1]}
-    for start in range(0, len(points), size):
-        part = points[start : start + size]
-        kept |= {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-    return sorted(kept)
-
-
 def find_times(logs: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """The seconds of each part of a run, which its last log has; and the mean share of each part over the logs."""
     parts = (*PARTS, "other")
@@ -211,12 +202,6 @@ def find_times(logs: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, float
     shares = [(part, [log.get(f"{part}_share", 0.0) for log in with_shares]) for part in PARTS if with_shares]
     means = [(part, sum(values) / len(values)) for part, values in shares]
     return [(part, value) for part, value in seconds if value], [(part, mean) for part, mean in means if mean]
-
-
-def find_last(logs: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The last value of a logged number; None if it was never logged, or is not finite."""
-    value = next((log[name] for log in reversed(logs) if name in log), None)
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _describe_selection(snapshots: Sequence[Snapshot], max_positions: int) -> tuple[dict[str, Any] | None, bool]:

@@ -3,6 +3,7 @@
 Nothing here writes into a run's folder. What cannot be read is left out, and a note says so.
 """
 
+import csv
 import glob
 import json
 import math
@@ -20,6 +21,8 @@ from sekd.eval.snapshots import FOLDER, Snapshot, list_snapshots, read_snapshot
 from sekd.eval.statistics import SeedErrors
 from sekd.files import DamagedFile, is_locked
 from sekd.metric_kinds import MetricKind
+from sekd.profiling import CURVE
+from sekd.profiling import FOLDER as PROFILE
 from sekd.sweep.table import Cell
 from sekd.versions import installed_versions
 
@@ -49,6 +52,7 @@ class RunRecord:
         snapshots: of the selection, by step.
         results: its evaluations, by name.
         in_sweep: whether a sweep's table has its scores.
+        memory: seconds and bytes over the profiled steps; empty without a profile.
     """
 
     folder: str
@@ -61,6 +65,7 @@ class RunRecord:
     snapshots: Sequence[Snapshot] = ()
     results: Mapping[str, TaskResult] = field(default_factory=dict)
     in_sweep: bool = False
+    memory: Sequence[tuple[float, int]] = ()
 
     @property
     def seed(self) -> int | None:
@@ -240,6 +245,7 @@ def read_run(folder: str, evaluations: str | None, label: str = "") -> RunRecord
         notes,
         _read_snapshots(folder, notes),
         {} if evaluations is None else _read_results(folder, evaluations, notes),
+        memory=_read_memory(os.path.join(folder, PROFILE, CURVE), notes),
     )
 
 
@@ -248,6 +254,12 @@ def find_status(folder: str, logs: Sequence[Mapping[str, Any]]) -> str:
     if any("train_loss" in log for log in logs):
         return FINISHED
     return RUNNING if is_locked(folder) else UNFINISHED
+
+
+def find_last(logs: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The last value of a logged number; None if it was never logged, or is not finite."""
+    value = next((log[name] for log in reversed(logs) if name in log), None)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def name_groups(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -355,6 +367,17 @@ def _read_snapshots(folder: str, notes: list[str]) -> list[Snapshot]:
     if len(same) < len(snapshots):
         notes.append(f"{len(snapshots) - len(same)} snapshots of other sequences than the first were skipped.")
     return same
+
+
+def _read_memory(path: str, notes: list[str]) -> list[tuple[float, int]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [(float(row["seconds"]), int(row["bytes"])) for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        notes.append("The memory of the profile is damaged, and left out.")
+        return []
 
 
 def _read_results(folder: str, evaluations: str, notes: list[str]) -> dict[str, TaskResult]:

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from sekd.eval.snapshots import Snapshot
 from sekd.report.names import name_curve
-from sekd.report.page import describe_recipe, find_last, make_curves
-from sekd.report.read import RUNNING, RunRecord, read_run
+from sekd.report.page import describe_recipe, make_curves
+from sekd.report.read import RUNNING, RunRecord, find_last, read_run
 from sekd.tables import escape_controls
 
 BLOCKS = "▁▂▃▄▅▆▇█"
