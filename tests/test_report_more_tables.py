@@ -56,13 +56,28 @@ def test_overlaps_of_chosen_samples(tmp_path):
 def test_caches_and_what_they_take(tmp_path, tokenizer, pairs):
     store = make_cache(tmp_path / "cache", tokenizer, pairs)
     runs = [make_run("x", "x", teacher_cache=str(tmp_path / "cache")), make_run("y", "y", teacher_cache="none")]
-    (table,) = make_more_tables(runs, [])
+    table, phases = make_more_tables(runs, [])
     (row,) = texts(table)
     size = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.suffix != ".json")
     assert float(row[3].replace(",", "")) == pytest.approx(size / 1e6, abs=0.006)
     assert int(row[1]) == 64
     assert float(row[4]) == pytest.approx(store.total("bytes") / store.total("rows"), abs=0.05)
     assert row[6] == "256"
+    built = f"{store.manifest['seconds']:,.1f}"
+    assert texts(phases) == [["x", "", built, "", built]]
+
+
+def test_phases_are_means_over_seeds(tmp_path):
+    runs = []
+    for name, group, scoring, training in (("a", "A", 10.0, 100.0), ("b", "A", 20.0, 110.0), ("c", "C", None, 50.0)):
+        (tmp_path / name).mkdir()
+        if scoring is not None:
+            write_checked(str(tmp_path / name / "samples.json"), {"kept": [1], "seconds": scoring})
+        logs = [{"step": 1, "train_seconds": 1.0}, {"step": 2, "train_seconds": training}]
+        runs.append(RunRecord(str(tmp_path / name), name, group, {"seed": 0}, logs, "finished"))
+    (table,) = make_more_tables(runs, [])
+    assert texts(table) == [["A", "15.0", "", "105.0", "120.0"], ["C", "", "", "50.0", "50.0"]]
+    assert table.columns == ["method", "scoring samples, s", "building the cache, s", "training, s", "in all, s"]
 
 
 def test_without_anything_in_common_there_is_no_table():

@@ -7,6 +7,7 @@ from typing import Any
 
 from sekd.report.more_tables import Budgets, find_budgets
 from sekd.report.read import RunRecord, SweepRecord
+from sekd.sweep.table import Cell
 
 MEMORY_POINTS = 1000
 """About the points of a run's memory in the page."""
@@ -55,19 +56,26 @@ def make_charts(runs: Sequence[RunRecord], sweeps: Sequence[SweepRecord]) -> lis
 
 def _chart_budgets(budgets: Budgets) -> Chart:
     """A line a method, over the share of the positions (arXiv 2602.01395, figures 2 and 3)."""
-    factor = 100.0 if budgets.kind.is_share else 1.0
-    lines = []
-    for name, cells in budgets.families.items():
-        points = []
-        for share, cell in sorted(cells.items()):
-            spread = cell.deviation if cell.deviation is not None and math.isfinite(cell.deviation) else 0.0
-            points.append(
-                (100 * share, factor * cell.mean, factor * (cell.mean - spread), factor * (cell.mean + spread))
-            )
-        lines.append(ChartLine(name, points))
+    families = dict(budgets.families)
+    shares = {share for cells in families.values() for share in cells}
+    if budgets.baseline is not None:  # a flat line
+        name, cell = budgets.baseline
+        families[name] = {min(shares): cell, max(shares): cell}
+    is_share = budgets.kind.is_share
+    lines = [
+        ChartLine(name, [_as_point(share, cells[share], 100.0 if is_share else 1.0) for share in sorted(cells)])
+        for name, cells in families.items()
+    ]
     note = "Over the share of the positions, on a logarithmic scale. The band is ± the standard deviation over seeds."
-    unit = "%" if budgets.kind.is_share else ""
-    return Chart("tables", f"{budgets.score} by share of the positions", note, unit, "% of the positions", True, lines)
+    if budgets.baseline is not None:
+        note += f" {budgets.baseline[0]} is the same at every share."
+    title = f"{budgets.score} by share of the positions"
+    return Chart("tables", title, note, "%" if is_share else "", "% of the positions", True, lines)
+
+
+def _as_point(share: float, cell: Cell, factor: float) -> tuple[float, float, float, float]:
+    mean, spread = factor * cell.mean, factor * (cell.deviation or 0.0)
+    return 100 * share, mean, mean - spread, mean + spread
 
 
 def _chart_memory(runs: Sequence[RunRecord]) -> list[Chart]:

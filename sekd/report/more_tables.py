@@ -33,11 +33,13 @@ class Budgets:
         score: its label.
         kind: of the score.
         families: methods without their share -> share -> mean and deviation over seeds.
+        baseline: the sweep's baseline and its cell; None without one.
     """
 
     score: str
     kind: MetricKind
     families: Mapping[str, Mapping[float, Cell]]
+    baseline: tuple[str, Cell] | None
 
 
 def find_budgets(sweep: SweepRecord, runs: Sequence[RunRecord]) -> Budgets | None:
@@ -53,7 +55,11 @@ def find_budgets(sweep: SweepRecord, runs: Sequence[RunRecord]) -> Budgets | Non
         if isinstance(fraction, int | float) and cell is not None and SHARE.search(line.method):
             families.setdefault(SHARE.sub("", line.method), {})[fraction] = cell
     families = {name: cells for name, cells in families.items() if len(cells) > 1}
-    return Budgets(sweep.main, sweep.kinds[sweep.main], families) if families else None
+    if not families:
+        return None
+    cells = (line.cells.get(sweep.main) for line in sweep.lines if line.method == sweep.baseline)
+    baseline = next(((str(sweep.baseline), cell) for cell in cells if cell is not None), None)
+    return Budgets(sweep.main, sweep.kinds[sweep.main], families, baseline)
 
 
 def _make_budgets(sweep: SweepRecord, runs: Sequence[RunRecord]) -> ReportTable | None:
