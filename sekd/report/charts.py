@@ -91,8 +91,8 @@ def _chart_memory(runs: Sequence[RunRecord]) -> list[Chart]:
             points = thin_out(profiled[group].memory, MEMORY_POINTS)
             lines.append(ChartLine(group, [(x, y / size, y / size, y / size) for x, y in points]))
     note = (
-        "Over the seconds of the recorded steps (profile: N): what PyTorch holds beyond the models and all else that it "
-        "held before."
+        "Over the seconds of the recorded steps (profile: N): what PyTorch holds beyond what it held before them, such "
+        "as the models."
     )
     return [Chart("time", "Memory of a step", note, unit, "s", False, lines)]
 
