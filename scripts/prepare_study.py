@@ -47,9 +47,9 @@ VALIDATION, TEST = 500, 1000
 TEACHER_STEPS = 300
 START_STEPS = {"good": 160, "poor": 100}
 """Steps of cross-entropy before the task's distillation."""
-EXPERT_STEPS = {"teacher": 150, "start": 15}
+EXPERT_STEPS = {"teacher": 32, "start": 6}
 """Steps of cross-entropy of a language model."""
-EXPERT_BATCH, EXPERT_RATE = 16, 1e-4
+EXPERT_BATCH, EXPERT_RATE = 8, 2e-4
 ANSWER_TOKENS = 128
 """The longest answer, in tokens of a language model."""
 REMOVED = range(14, 19)
