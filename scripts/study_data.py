@@ -11,6 +11,9 @@ It also writes OUTPUT_grid.csv: the validation score at each learning rate.
 `seconds` trains each method for some steps, alone and in random order. It writes OUTPUT_seconds.csv: the median seconds
 of a step, its quartiles, the seconds of scoring samples before the first step, and the seconds of the whole run.
 Nothing else should run meanwhile.
+
+`entropy` writes OUTPUT_entropy.csv from the logs of the chosen points: the student's entropy on the sequences that it
+trains on, and the length of its completions, a line a method and logged step. Means over the seeds.
 """
 
 import argparse
@@ -32,8 +35,8 @@ from transformers import TrainerCallback
 
 from sekd.recipe import Run
 from sekd.sweep.file import Sweep, SweepRun, read_sweep
-from sekd.sweep.run_state import check_runs, write_recipe
-from sekd.sweep.steps import gather_scores, score_grid
+from sekd.sweep.run_state import check_runs, is_finished, write_recipe
+from sekd.sweep.steps import choose_points, gather_scores, score_grid
 from sekd.sweep.table import make_cell
 from sekd.trainer import SEKDTrainer
 
@@ -68,6 +71,26 @@ def write_scores(sweep: Sweep, output: str) -> None:
     if score is not None:
         rows = [[p.method, p.place, score.label, join(score.values[m] for m in p.models.values())] for p in points]
         write_csv(f"{output}_grid.csv", ["method", "point", "score", "values"], rows)
+
+
+def write_entropy(sweep: Sweep, output: str) -> None:
+    """Write the student's entropy and the length of its completions over the training."""
+    chosen = choose_points(sweep, check_runs(sweep))
+    logged = defaultdict[tuple[str, int], list[dict[str, float]]](list)
+    for run in sweep.runs:
+        if is_finished(run) and chosen.get(run.method) == run.place:
+            with open(os.path.join(run.folder, "metrics.jsonl")) as file:
+                for log in map(json.loads, file):
+                    if "entropy" in log:
+                        logged[run.method, log["step"]].append(log)
+    rows = []
+    for (method, step), logs in logged.items():
+        means = [
+            statistics.fmean(log[name] for log in logs) if name in logs[0] else None
+            for name in ("entropy", "completion_length")
+        ]
+        rows.append([method, step, *means, len(logs)])
+    write_csv(f"{output}_entropy.csv", ["method", "step", "entropy", "completion_length", "seeds"], rows)
 
 
 def write_seconds(sweep: Sweep, output: str, steps: int, rounds: int) -> None:
@@ -159,7 +182,7 @@ def write_csv(path: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["scores", "seconds"])
+    parser.add_argument("what", choices=["scores", "seconds", "entropy"])
     parser.add_argument("sweep", help="a file, or a sweep that sekd ships")
     parser.add_argument("--output", required=True, help="the files' path, without their ending")
     parser.add_argument("--steps", type=int, default=10, help="steps that count, in a round (10)")
@@ -169,6 +192,8 @@ def main() -> None:
     sweep = read_sweep(options.sweep, overrides)
     if options.what == "scores":
         write_scores(sweep, options.output)
+    elif options.what == "entropy":
+        write_entropy(sweep, options.output)
     else:
         write_seconds(sweep, options.output, options.steps, options.rounds)
 

@@ -33,6 +33,7 @@ class Regime:
         factor: 100 for shares in percent.
         digits: of the main score, after the point.
         beside: other scores of the table: label -> name, factor and digits.
+        seconds: the regime whose seconds of a step are also those of this one, since the models have its sizes.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Regime:
     factor: float
     digits: int
     beside: Mapping[str, tuple[str, float, int]]
+    seconds: str | None = None
 
 
 TEXT = "text (train[:48])"
@@ -49,6 +51,12 @@ OF_TASK = {
     "reverse KL": ("rollouts reverse_kl", 1.0, 3),
     "KL": ("text forward_kl", 1.0, 3),
     "ECE %": ("text ece", 100.0, 2),
+}
+EXPERT = "(train[:100])"
+OF_EXPERT = {
+    "reverse KL": (f"rollouts {EXPERT} reverse_kl", 1.0, 3),
+    "KL": (f"text {EXPERT} forward_kl", 1.0, 3),
+    "ECE %": (f"text {EXPERT} ece", 100.0, 2),
 }
 OF_TEXT = {"perplexity": (f"{TEXT} perplexity", 1.0, 1), "ECE %": (f"{TEXT} ece", 100.0, 1)}
 REGIMES = {
@@ -59,7 +67,27 @@ REGIMES = {
     "task_on_policy_good": Regime(
         "task, on-policy, good start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
     ),
+    "task_off_policy_poor": Regime(
+        "task, off-policy, poor start",
+        "rollouts math_verify",
+        "exact match %",
+        100.0,
+        1,
+        OF_TASK,
+        seconds="task_off_policy_good",
+    ),
+    "task_on_policy_poor": Regime(
+        "task, on-policy, poor start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
+    ),
+    "expert_off_policy": Regime(
+        "expert, off-policy", f"rollouts {EXPERT} math_verify", "exact match %", 100.0, 1, OF_EXPERT
+    ),
+    "expert_on_policy": Regime(
+        "expert, on-policy", f"rollouts {EXPERT} math_verify", "exact match %", 100.0, 1, OF_EXPERT
+    ),
 }
+DRAWN = ("heal", "task_off_policy_good")
+"""The regimes of the picture."""
 SHORTER = re.compile(r"Full KD, (\d+) steps")
 """Methods that are Full KD with fewer steps."""
 
@@ -91,7 +119,7 @@ def read_methods(name: str, regime: Regime) -> dict[str, Method]:
     rates: dict[str, list[float]] = {}
     for row in read_csv(DOCS / "data" / f"{name}_grid.csv"):
         rates.setdefault(row["method"], []).append(float(row["point"].removeprefix("learning_rate ")))
-    times = {row["method"]: row for row in read_csv(DOCS / "data" / f"{name}_seconds.csv")}
+    times = {row["method"]: row for row in read_csv(DOCS / "data" / f"{regime.seconds or name}_seconds.csv")}
     methods = {}
     for method, scores in rows.items():
         main, time = scores[regime.score], times.get(method)
@@ -242,8 +270,7 @@ def draw(path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {name: read_methods(name, regime) for name, regime in REGIMES.items()}
-    shown = {name: methods for name, methods in shown.items() if methods[FULL].seconds}  # where times were measured
+    shown = {name: read_methods(name, REGIMES[name]) for name in DRAWN}
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4.6 * (len(shown) + 1), 4.6), squeeze=False)
     for axis, (name, methods) in zip(axes[0], shown.items(), strict=False):
         draw_costs(axis, REGIMES[name], methods)

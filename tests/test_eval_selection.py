@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from sekd.data.batch import Sample, collate
 from sekd.data.prepare import prepare
 from sekd.distill import Method
-from sekd.eval.selection import SNAPSHOTS, TOP, choose_steps, decode_token, measure_selection
+from sekd.eval.selection import SNAPSHOTS, TOP, choose_steps, decode_tokens, measure_selection
 from sekd.eval.snapshots import FOLDER, list_snapshots, read_snapshot
 from sekd.files import DamagedFile
 from sekd.on_policy.schedule import is_on_policy
@@ -220,5 +220,6 @@ def test_a_token_keeps_the_space_before_it():
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     ids = tokenizer("the teachers")["input_ids"]
-    assert "".join(decode_token(tokenizer, token) for token in ids) == " the teachers"
+    texts = decode_tokens(tokenizer, ids)
+    assert "".join(texts[token] for token in ids) == " the teachers"
     assert [tokenizer.decode([token]) for token in ids] == ["the", "teacher", "s"]

@@ -5,7 +5,7 @@ A run keeps snapshots of the same sequences, before, during and after the traini
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -115,11 +115,14 @@ def choose_steps(max_steps: int) -> set[int]:
     return {round(max_steps * i / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}
 
 
-def decode_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of a token within a text: some tokenizers drop the space before the first token that they decode."""
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> dict[int, str]:
+    """The text of each token within a text: some tokenizers drop the space before the first token that they decode."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    start, both = tokenizer.decode(before), tokenizer.decode([*before, token])
-    return both.removeprefix(start) if before and both.startswith(start) else tokenizer.decode([token])
+    start, texts = tokenizer.decode(before), {}
+    for token in tokens:
+        both = tokenizer.decode([*before, token])
+        texts[token] = both.removeprefix(start) if before and both.startswith(start) else tokenizer.decode([token])
+    return texts
 
 
 class SelectionRecorder:
@@ -187,7 +190,7 @@ class SelectionRecorder:
         columns["sample"], columns["position"] = batch.valid.nonzero().T
         tokens = {token for sample in self.samples for token in sample.input_ids}
         tokens |= {token for name in ("student_ids", "teacher_ids") for token in columns[name].unique().tolist()}
-        texts = {token: decode_token(self.tokenizer, token) for token in sorted(tokens)}
+        texts = decode_tokens(self.tokenizer, sorted(tokens))
         samples = [asdict(sample) for sample in self.samples]
         narrow = {name: column.to(_choose_dtype(name)).contiguous() for name, column in columns.items()}
         write_snapshot(self.folder, Snapshot(step, self.source, scores, samples, texts, narrow))
