@@ -221,6 +221,17 @@ def make_gradients(name: str) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def make_entropy(name: str) -> str:
+    """The table of the student's entropy over the training of a regime's methods in Markdown."""
+    entropies: dict[str, dict[int, str]] = {}
+    for row in read_csv(DOCS / "data" / f"{name}_entropy.csv"):
+        entropies.setdefault(row["method"], {})[int(row["step"])] = f"{float(row['entropy']):.3f}"
+    steps = sorted({step for of_method in entropies.values() for step in of_method})
+    lines = [["method", *(f"step {step}" for step in steps)], ["---", *["---:"] * len(steps)]]
+    lines += [[method.replace("%", " %"), *(of.get(step, "") for step in steps)] for method, of in entropies.items()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def show(value: str | float | None, spread: str | float | None, regime: Regime, sign: str = "") -> str:
     """A score with its spread, in the regime's digits."""
     if value in (None, ""):
@@ -234,13 +245,11 @@ def fill_tables(page: str) -> str:
 
     def make(found: re.Match[str]) -> str:
         kind, name = found[1], found[2]
-        if kind == "gradients":
-            table = make_gradients(name)
-        else:
-            table = make_table(REGIMES[name], read_methods(name, REGIMES[name]))
+        others = {"gradients": make_gradients, "entropy": make_entropy}
+        table = others[kind](name) if kind in others else make_table(REGIMES[name], read_methods(name, REGIMES[name]))
         return f"<!-- {kind} {name} -->\n{table}\n<!-- end -->"
 
-    return re.sub(r"<!-- (table|gradients) (\w+) -->\n.*?<!-- end -->", make, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|gradients|entropy) (\w+) -->\n.*?<!-- end -->", make, page, flags=re.DOTALL)
 
 
 FAMILIES = (

@@ -40,14 +40,17 @@ function startCurves(section, groups, names) {
   lead.replaceChildren(textNode("By optimizer step. Entropies and divergences are in nats."
     + (banded ? " A line is the mean over seeds; its band goes from the smallest to the largest seed." : "")));
   const shown = groups.filter((group) => set.charts.some((chart) => chart.series.some((line) => line.group === group)));
-  if (shown.length > 1 || banded) section.querySelector(".curve-legend").append(...shown.map((group) => legendButton(set, group)));
+  if (shown.length > 1 || banded) {
+    section.querySelector(".curve-legend").append(...shown.map((group) =>
+      legendButton(set, group, group.runs.length > 1 ? `${group.runs.length} seeds` : "")));
+  }
   showCharts(set, section.querySelector(".charts"));
 }
 
 /** Shows or hides a group's lines in all charts of a set. */
-function legendButton(set, group) {
-  const seeds = group.runs?.length > 1 && make("span", { class: "muted" }, ` ${group.runs.length} seeds`);
-  const button = make("button", { type: "button", "aria-pressed": "true" }, lineKey(group.place), make("bdi", {}, group.label), seeds);
+function legendButton(set, group, note = "") {
+  const button = make("button", { type: "button", "aria-pressed": "true" }, lineKey(group.place), make("bdi", {}, group.label),
+    note && make("span", { class: "muted" }, ` ${note}`));
   button.addEventListener("click", () => {
     const isShown = set.hidden.delete(group);
     if (!isShown) set.hidden.add(group);
