@@ -107,8 +107,20 @@ def test_a_damaged_profile_is_left_out_with_a_note(tmp_path):
     curve = tmp_path / "profile" / "memory.csv"
     curve.write_text("seconds,bytes\n0.5,100\n")
     assert read_run(str(tmp_path), None).memory == [(0.5, 100)]
-    for damaged in ("seconds,bytes\n0.5,1x\n", "seconds,bytes\n0.5", "other\n1\n"):
+    huge = f"seconds,bytes\n0.5,{'9' * 400}\n"
+    for damaged in ("seconds,bytes\n0.5,1x\n", "seconds,bytes\n0.5", "other\n1\n", "seconds,bytes\nnan,1\n", huge):
         curve.write_text(damaged)
         run = read_run(str(tmp_path), None)
         assert run.memory == []
         assert "The memory of the profile is damaged, and left out." in run.notes
+
+
+def test_a_mean_that_is_no_number_is_left_out(tmp_path):
+    values = [0.9, 0.6, 0.8, float("nan"), 0.4]
+    lines = [Line(name, "", {0: place}, {0: name}) for place, name in enumerate(VALUES)]
+    column = Column("accuracy", ACCURACY, values, [None] * len(values), is_main=True)
+    write_results(str(tmp_path), [column], lines, lines[0], {"sweep": "s", "baseline": "Full KD"})
+    runs = [make_run(tmp_path / name, name, position_fraction=share) for name, share in SHARES.items()]
+    (chart,) = make_charts(runs, [read_sweep(str(tmp_path))])
+    assert [line.label for line in chart.lines] == ["SE-KD", "Full KD"]
+    assert all(low == mean == high for line in chart.lines for _, mean, low, high in line.points), "one seed"

@@ -74,7 +74,8 @@ def _chart_budgets(budgets: Budgets) -> Chart:
 
 
 def _as_point(share: float, cell: Cell, factor: float) -> tuple[float, float, float, float]:
-    mean, spread = factor * cell.mean, factor * (cell.deviation or 0.0)
+    is_known = cell.deviation is not None and math.isfinite(cell.deviation)
+    mean, spread = factor * cell.mean, factor * (cell.deviation or 0.0) if is_known else 0.0
     return 100 * share, mean, mean - spread, mean + spread
 
 

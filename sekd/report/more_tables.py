@@ -1,5 +1,6 @@
 """Tables of what several runs show together: budgets, chosen samples, caches, and the time of phases."""
 
+import math
 import os
 import re
 import statistics
@@ -52,13 +53,14 @@ def find_budgets(sweep: SweepRecord, runs: Sequence[RunRecord]) -> Budgets | Non
         paths = [os.path.join(sweep.folder, name) for name in line.folders]
         fraction = next((fractions[path] for path in paths if path in fractions), None)
         cell = line.cells.get(sweep.main)
-        if isinstance(fraction, int | float) and cell is not None and SHARE.search(line.method):
+        is_known = cell is not None and not math.isnan(cell.mean)
+        if isinstance(fraction, int | float) and is_known and SHARE.search(line.method):
             families.setdefault(SHARE.sub("", line.method), {})[fraction] = cell
     families = {name: cells for name, cells in families.items() if len(cells) > 1}
     if not families:
         return None
     cells = (line.cells.get(sweep.main) for line in sweep.lines if line.method == sweep.baseline)
-    baseline = next(((str(sweep.baseline), cell) for cell in cells if cell is not None), None)
+    baseline = next(((str(sweep.baseline), c) for c in cells if c is not None and not math.isnan(c.mean)), None)
     return Budgets(sweep.main, sweep.kinds[sweep.main], families, baseline)
 
 

@@ -65,7 +65,7 @@ class RunRecord:
     snapshots: Sequence[Snapshot] = ()
     results: Mapping[str, TaskResult] = field(default_factory=dict)
     in_sweep: bool = False
-    memory: Sequence[tuple[float, int]] = ()
+    memory: Sequence[tuple[float, float]] = ()
 
     @property
     def seed(self) -> int | None:
@@ -224,7 +224,7 @@ def read_sweep(folder: str) -> SweepRecord | None:
 
 def _read_cell(score: Mapping[str, Any]) -> Cell:
     fields = {name: value for name, value in score.items() if name != "values"}
-    return Cell(**{**fields, "errors": SeedErrors(**score["errors"])})
+    return Cell(**{**fields, "mean": float(score["mean"]), "errors": SeedErrors(**score["errors"])})
 
 
 def read_run(folder: str, evaluations: str | None, label: str = "") -> RunRecord:
@@ -369,10 +369,13 @@ def _read_snapshots(folder: str, notes: list[str]) -> list[Snapshot]:
     return same
 
 
-def _read_memory(path: str, notes: list[str]) -> list[tuple[float, int]]:
+def _read_memory(path: str, notes: list[str]) -> list[tuple[float, float]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [(float(row["seconds"]), int(row["bytes"])) for row in csv.DictReader(file)]
+            points = [(float(row["seconds"]), float(row["bytes"])) for row in csv.DictReader(file)]
+        if not all(abs(number) < LARGEST for point in points for number in point):  # not if one is NaN
+            raise ValueError(path)
+        return points
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
