@@ -53,8 +53,9 @@ def find_budgets(sweep: SweepRecord, runs: Sequence[RunRecord]) -> Budgets | Non
         paths = [os.path.join(sweep.folder, name) for name in line.folders]
         fraction = next((fractions[path] for path in paths if path in fractions), None)
         cell = line.cells.get(sweep.main)
-        is_known = cell is not None and not math.isnan(cell.mean)
-        if isinstance(fraction, int | float) and is_known and SHARE.search(line.method):
+        if cell is None or math.isnan(cell.mean):
+            continue
+        if isinstance(fraction, int | float) and SHARE.search(line.method):
             families.setdefault(SHARE.sub("", line.method), {})[fraction] = cell
     families = {name: cells for name, cells in families.items() if len(cells) > 1}
     if not families:
