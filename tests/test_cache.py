@@ -69,6 +69,20 @@ def test_repeated_samples_are_kept_once(tmp_path, tokenizer, pairs):
     assert len(store.places) == sum(shard["samples"] for shard in store.manifest["shards"]) == 3
 
 
+def test_the_manifest_has_the_seconds_of_a_whole_build(tmp_path, tokenizer, pairs):
+    seconds = make_cache(tmp_path / "cache", tokenizer, pairs).manifest["seconds"]
+    assert seconds > 0
+    assert make_cache(tmp_path / "cache", tokenizer, pairs).manifest["seconds"] == seconds, "nothing was read again"
+    for shard in (tmp_path / "cache").glob("shard-0000[1-7].arrow"):
+        shard.unlink()
+    again = make_cache(tmp_path / "cache", tokenizer, pairs).manifest["seconds"]
+    assert 0 < again != seconds
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest | {"seconds": "soon"}))
+    with pytest.raises(ValueError, match="seconds is 'soon'"):
+        Store(str(tmp_path / "cache"))
+
+
 def test_training_from_the_cache_is_training_from_the_teacher(tmp_path, tokenizer, pairs, monkeypatch):
     data = pairs.select(range(8))
     settings = SETTINGS | ONE_SGD_STEP | dict(per_device_train_batch_size=8)

@@ -166,6 +166,7 @@ def test_the_file_is_used_again_for_any_fraction(tmp_path, tokenizer, pairs, mon
     trainer = make_trainer(tmp_path, tokenizer, pairs, sample_fraction=0.5)
     assert len(trainer.train_dataset) == 32
     assert set(first["kept"]) <= set(trainer.train_dataset["sample_id"])
+    assert json.loads((tmp_path / "samples.json").read_text())["seconds"] == first["seconds"] > 0
 
 
 def test_training_does_not_change_what_was_chosen(tmp_path, tokenizer, pairs):

@@ -176,6 +176,8 @@ def _find_problem(manifest: dict[str, Any]) -> str | None:
     fingerprint, shards, complete = (manifest.get(name) for name in ("fingerprint", "shards", "complete"))
     if not isinstance(complete, bool) or not isinstance(fingerprint, dict) or not isinstance(shards, list):
         return "complete, fingerprint or shards are missing"
+    if not isinstance(manifest.get("seconds"), int | float | None):
+        return f"seconds is {manifest['seconds']!r}"
     for name, (kind, _) in FINGERPRINT.items():
         value = fingerprint.get(name)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
