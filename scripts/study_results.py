@@ -52,13 +52,6 @@ OF_TASK = {
     "KL": ("text forward_kl", 1.0, 3),
     "ECE %": ("text ece", 100.0, 2),
 }
-EXPERT = "text (train[:100])"
-"""How the files name the test answers of the expert."""
-OF_EXPERT = {
-    "reverse KL": (f"{EXPERT} reverse_kl", 1.0, 3),
-    "perplexity": (f"{EXPERT} perplexity", 1.0, 3),
-    "ECE %": (f"{EXPERT} ece", 100.0, 1),
-}
 OF_TEXT = {"perplexity": (f"{TEXT} perplexity", 1.0, 1), "ECE %": (f"{TEXT} ece", 100.0, 1)}
 REGIMES = {
     "heal": Regime("prune and heal, web text", f"{TEXT} forward_kl", "KL", 1.0, 3, OF_TEXT),
@@ -80,8 +73,6 @@ REGIMES = {
     "task_on_policy_poor": Regime(
         "task, on-policy, poor start", "rollouts math_verify", "exact match %", 100.0, 1, OF_TASK
     ),
-    "expert_off_policy": Regime("expert, off-policy", f"{EXPERT} forward_kl", "KL", 1.0, 3, OF_EXPERT),
-    "expert_on_policy": Regime("expert, on-policy", f"{EXPERT} forward_kl", "KL", 1.0, 3, OF_EXPERT),
 }
 DRAWN = ("heal", "task_off_policy_good")
 """The regimes of the picture."""
