@@ -33,7 +33,7 @@ class Regime:
         factor: 100 for shares in percent.
         digits: of the main score, after the point.
         beside: other scores of the table: label -> name, factor and digits.
-        seconds: the regime whose seconds of a step are also those of this one, since the models have its sizes.
+        seconds: the regime whose seconds of a step count here too, since its models have the same sizes.
     """
 
     title: str

@@ -27,9 +27,9 @@ MAX_EVENTS = 1_000_000
 class Profiling(TrainerCallback):
     """Records ``steps`` optimizer steps, with what lies between them, into ``output_dir/profile``.
 
-    The trace names the parts of :mod:`sekd.timing`. ``memory.csv`` has the bytes that PyTorch holds beyond those at the
-    first recorded step, against the seconds (arXiv 2602.01395, figure 8). On CUDA there is a memory snapshot too. The
-    time to write the files is ``uncounted``.
+    The trace names the parts of :mod:`sekd.timing`. ``memory.csv`` has the bytes that PyTorch allocated since the first
+    recorded step and still holds, against the seconds (arXiv 2602.01395, figure 8). On CUDA there is a memory snapshot
+    too. The time to write the files is ``uncounted``.
     """
 
     def __init__(self, steps: int, stopwatch: Stopwatch, uncounted: Callable[[], AbstractContextManager]) -> None:

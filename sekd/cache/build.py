@@ -79,7 +79,7 @@ def build_cache(
     """Build the cache of prepared samples in ``folder``, or resume its build.
 
     Samples that repeat are stored once. ``shard_samples`` is the number of samples of a shard. The manifest gets the
-    seconds of the build; of a resumed one, those that it would take at the speed of the last call.
+    seconds of the build. A resumed build gets what the whole would take at the speed of the last call.
 
     Raises:
         ValueError: settings that cannot be cached; a token that the teacher lacks; a folder with another cache, other

@@ -50,7 +50,7 @@ class Chart:
 
 def make_charts(runs: Sequence[RunRecord], sweeps: Sequence[SweepRecord]) -> list[Chart]:
     """The charts that these runs give, perhaps none."""
-    budgets = [found for sweep in sweeps if (found := find_budgets(sweep, runs)) is not None]
+    budgets = [some for sweep in sweeps if (some := find_budgets(sweep, runs)) is not None]
     return [*map(_chart_budgets, budgets), *_chart_memory(runs)]
 
 
@@ -92,8 +92,8 @@ def _chart_memory(runs: Sequence[RunRecord]) -> list[Chart]:
             points = thin_out(profiled[group].memory, MEMORY_POINTS)
             lines.append(ChartLine(group, [(x, y / size, y / size, y / size) for x, y in points]))
     note = (
-        "Over the seconds of the recorded steps (profile: N): what PyTorch holds beyond what it held before them, such "
-        "as the models."
+        "Over the seconds of the recorded steps (profile: N): memory that PyTorch took since they began, and still "
+        "holds. The models are not in it."
     )
     return [Chart("time", "Memory of a step", note, unit, "s", False, lines)]
 
