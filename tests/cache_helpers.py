@@ -29,9 +29,10 @@ def make_cache(folder, tokenizer, rows, seed=1, order=None, shard_samples=8, **c
     return build_cache(dataset, reader, tokenizer, args, str(folder), shard_samples)
 
 
-def contents(folder):
-    """The bytes of each file of a cache, without the seconds of its build."""
-    return {path.name: re.sub(rb' "seconds": [^\n]*', b"", path.read_bytes()) for path in sorted(folder.iterdir())}
+def contents(folder, timed=True):
+    """The bytes of each file of a cache; with ``timed=False`` without the seconds of its build."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return files if timed else {name: re.sub(rb' "seconds": [^\n]*', b"", content) for name, content in files.items()}
 
 
 def damage_truncate(folder):
