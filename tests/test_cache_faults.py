@@ -118,10 +118,10 @@ def test_the_lock_does_not_claim_the_errors_of_others(tmp_path):
 )
 def test_a_build_does_not_go_on_with_another_cache(tmp_path, tokenizer, texts, change, message):
     make_cache(tmp_path / "cache", tokenizer, texts)
-    before = contents(tmp_path / "cache", timed=False)
+    before = contents(tmp_path / "cache")
     with pytest.raises(ValueError, match=message):
         make_cache(tmp_path / "cache", tokenizer, texts, **change)
-    assert contents(tmp_path / "cache", timed=False) == before
+    assert contents(tmp_path / "cache") == before
 
 
 @pytest.mark.parametrize(
@@ -192,10 +192,10 @@ def test_damaged_offsets_are_found_before_they_lead_out_of_the_file(cache):
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_flip])
 def test_a_broken_shard_is_built_again_as_it_was(cache, tmp_path, tokenizer, pairs, damage):
-    before = contents(tmp_path / "cache")
+    before = contents(tmp_path / "cache", timed=False)
     damage(tmp_path / "cache")
     make_cache(tmp_path / "cache", tokenizer, pairs)
-    assert contents(tmp_path / "cache") == before
+    assert contents(tmp_path / "cache", timed=False) == before
 
 
 STRANGE = {
